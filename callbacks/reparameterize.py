@@ -1,0 +1,60 @@
+"""Writes the trained weights and their lookup table when a fit ends well."""
+
+from pathlib import Path
+
+import lightning
+from torch import Tensor
+
+from src.cli import progress_bar
+from src.lightning_module import LanguageModel
+from src.lut import builder
+from src.lut.sources import ModelRows
+from src.run_directory import RunDirectory
+
+
+class ReparameterizeCallback(lightning.Callback):
+    """At the end of training: backbone, experts, then the table, its shards shared out over all ranks.
+
+    It runs in `on_train_end`, with the process group alive; an exception or an interrupt never gets here, so an
+    unfinished fit leaves no manifest.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        dtype: str = "bfloat16",
+        chunk_tokens: int | None = None,
+        tokenizer: str | None = None,
+        token_counts: Tensor | None = None,
+    ) -> None:
+        """Write into `run_dir`; other arguments as in `src.lut.builder.plan`."""
+        self.run_dir, self.dtype, self.chunk_tokens = run_dir, dtype, chunk_tokens
+        self.tokenizer, self.token_counts = tokenizer, token_counts
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write everything."""
+        assert isinstance(pl_module, LanguageModel)
+        run = RunDirectory(trainer.strategy.broadcast(self.run_dir))
+        model, rank = pl_module.model, trainer.global_rank
+        if rank == 0:
+            run.write_weights(model.state_dict())
+        if model.config.architecture != "mole":
+            return
+        plan = builder.plan(
+            ModelRows(model),
+            run.lut_path(),
+            dtype=self.dtype,
+            chunk_tokens=self.chunk_tokens,
+            tokenizer=self.tokenizer,
+            token_counts=self.token_counts,
+        )
+        if rank == 0:
+            builder.prepare(plan, overwrite=True)
+        trainer.strategy.barrier("lut prepared")
+        with progress_bar("building the table (rows)", sum(shard.num_tokens for shard in plan.shards)) as advance:
+            builder.write_shards(plan, rank, trainer.world_size, advance)
+        trainer.strategy.barrier("lut written")
+        if rank == 0:
+            builder.publish(plan)
+        trainer.strategy.barrier("lut published")

@@ -1,0 +1,57 @@
+"""What the verbs share on the command line: one clear line for a user's mistake, progress bars, where text goes."""
+
+import argparse
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from src.errors import UserError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def run_verb(main: Callable[[], None]) -> None:
+    """Run a verb and leave the process; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser:
+    """Return a parser with an example under its help."""
+    return argparse.ArgumentParser(
+        prog=f"python -m src.{verb}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def stderr_console() -> Console:
+    """A console for everything that is not the verb's result."""
+    return Console(stderr=True)
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Generator[Callable[[int], None]]:
+    """Show a bar on stderr and yield a function that advances it."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr_console()) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)

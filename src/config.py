@@ -1,0 +1,249 @@
+"""The config of a run: every component's section, read from YAML. The only module that knows OmegaConf.
+
+Defaults in code < `base:` file < file < `key=value`. What comes out is plain frozen dataclasses.
+"""
+
+import ast
+import difflib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_type_hints
+
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from src.data.config import DataConfig
+from src.errors import ConfigError
+from src.evaluation.config import EvaluationConfig
+from src.lut.config import LutConfig
+from src.model.config import ModelConfig
+from src.optimization import ObjectiveConfig, OptimizerConfig
+from src.run_directory import RunDirectory
+
+Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Lightning's Trainer; names and meanings are Lightning's."""
+
+    max_steps: int
+    """Optimiser steps; also the length of the learning-rate schedule."""
+    max_time: str | None = None
+    """Stop training after DD:HH:MM:SS; what follows training still runs."""
+    accelerator: str = "auto"
+    """auto, cpu, gpu or cuda."""
+    devices: str = "auto"
+    """Number of devices, a list such as 0,1, or auto."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """auto, ddp, ddp_spawn, ...: how devices work together."""
+    precision: Precision = "auto"
+    """auto is bf16-mixed where the processor computes in bfloat16, else 32-true."""
+    val_check_interval: int = 200
+    """Optimiser steps between validations; each also writes a checkpoint."""
+    limit_val_batches: int | None = None
+    """Validation batches at most; null takes all of data.validation_windows."""
+    num_sanity_val_steps: int = 0
+    """Validation batches before training starts, to find errors early."""
+    log_every_n_steps: int = 10
+    """Optimiser steps between log entries."""
+    deterministic: bool = False
+    """Refuse operations that are not repeatable."""
+    fast_dev_run: bool = False
+    """One step of everything, without logger and checkpoints."""
+    enable_progress_bar: bool = True
+    """Show progress on the terminal."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError on values out of range."""
+        for name in ("max_steps", "num_nodes", "val_check_interval", "log_every_n_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"trainer.{name}: {getattr(self, name)}, but it must be at least 1")
+        if self.max_time is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", self.max_time):
+            raise ConfigError(f'trainer.max_time: {self.max_time!r}, but it must be DD:HH:MM:SS, such as "00:00:04:00"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases; a CSV of the same metrics lies in the run directory whatever is chosen."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto is online where an API key is set up, offline where not."""
+    project: str = "mole"
+    """Project that the run appears in."""
+    entity: str | None = None
+    """User or team; null is the account's default."""
+    tags: list[str] = field(default_factory=list[str])
+    """Labels of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    name: str
+    """Name of the run's directory; a number is added when it is taken."""
+    output_dir: str = "runs"
+    """Where run directories lie."""
+    seed: int = 0
+    """Decides initial weights."""
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig
+    lut: LutConfig = field(default_factory=LutConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError on sections that do not fit together."""
+        if self.data.sequence_length > self.model.max_sequence_length:
+            raise ConfigError(
+                f"data.sequence_length: {self.data.sequence_length} exceeds model.max_sequence_length "
+                f"({self.model.max_sequence_length}); change one of them"
+            )
+        if self.data.tokenizer.path is None and self.data.tokenizer.vocab_size > self.model.vocab_size:
+            raise ConfigError(
+                f"data.tokenizer.vocab_size: {self.data.tokenizer.vocab_size} exceeds model.vocab_size "
+                f"({self.model.vocab_size}); enlarge the model's vocabulary or shrink the tokenizer's"
+            )
+        if not self.name or "/" in self.name:
+            raise ConfigError(f"name: {self.name!r}, but it must be a directory name without '/'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values as plain nested dictionaries."""
+        return asdict(self)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config, its `base:` files and `key=value` overrides.
+
+    Raises:
+        ConfigError: naming file, dotted key, what was found and what is allowed.
+    """
+    layers = [*_read_layers(Path(path), ()), *(_override_layer(override) for override in overrides)]
+    return _compose(layers, Path(path))
+
+
+def load_run_config(run: RunDirectory) -> RunConfig:
+    """Read the resolved config of a run directory."""
+    values = OmegaConf.create(cast(dict[str, Any], run.config_values()))
+    return _compose([(str(run.config_path), values)], run.config_path)
+
+
+def describe(config: RunConfig) -> str:
+    """Return YAML of every key with its value, its meaning as a comment above it."""
+    return "\n".join(_describe(config, indent=0))
+
+
+def _compose(layers: Sequence[tuple[str, DictConfig]], path: Path) -> RunConfig:
+    merged = OmegaConf.structured(RunConfig)
+    for where, values in layers:
+        try:
+            _require_known_keys(values, where)
+            merged = OmegaConf.merge(merged, values)
+        except OmegaConfBaseException as error:
+            raise ConfigError(_explain(error, where)) from error
+    try:
+        return cast(RunConfig, OmegaConf.to_object(merged))
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{path}: {error.full_key} is required; give it a value") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, str(path))) from error
+
+
+def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file; configs/ holds the ready ones")
+    if path.resolve() in chain:
+        raise ConfigError(f"{path}: its base files lead back to itself; break the circle")
+    try:
+        values = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{path}: holds no `key: value` pairs at its top level; see configs/quickstart.yaml")
+    base = values.pop("base", None)
+    inherited = _read_layers(path.parent / base, (*chain, path.resolve())) if base is not None else []
+    return [*inherited, (str(path), values)]
+
+
+def _override_layer(override: str) -> tuple[str, DictConfig]:
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{override!r}: not an override; write key=value, such as trainer.max_steps=100")
+    try:
+        return "command line", OmegaConf.from_dotlist([override])
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"command line: {override!r} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _require_known_keys(values: DictConfig, where: str) -> None:
+    known = set(_keys(RunConfig))
+    sections = {key.rpartition(".")[0] for key in known}
+    for key, value in _given_keys(cast(dict[str, Any], OmegaConf.to_container(values))):
+        if key in sections and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{where}: {key}: found {value!r}, but it is a section; set its keys, such as {key}.KEY=VALUE"
+            )
+        if key not in known:
+            leaf = key.rpartition(".")[2]
+            by_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+            nearest = by_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0)
+            raise ConfigError(f"{where}: unknown key {key!r}; did you mean {nearest[0]!r}?")
+
+
+def _keys(section: type, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(section)
+    for item in fields(section):
+        yield prefix + item.name
+        if is_dataclass(hints[item.name]):
+            yield from _keys(hints[item.name], f"{prefix}{item.name}.")
+
+
+def _given_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, Mapping):
+            yield from _given_keys(value, f"{prefix}{key}.")
+
+
+def _explain(error: OmegaConfBaseException, where: str) -> str:
+    return f"{where}: {error.full_key}: {str(error).splitlines()[0]}"
+
+
+def _describe(section: Any, indent: int) -> Iterator[str]:
+    pad, meanings = " " * indent, _field_docs(type(section))
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            yield f"{pad}{item.name}:  # {(type(value).__doc__ or '').splitlines()[0]}"
+            yield from _describe(value, indent + 2)
+        else:
+            yield from textwrap.wrap(
+                meanings[item.name], width=100, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# "
+            )
+            yield pad + OmegaConf.to_yaml({item.name: value}, resolve=True).strip().replace("\n", f"\n{pad}")
+
+
+def _field_docs(section: type) -> dict[str, str]:
+    """Return the string literal under each field of a dataclass."""
+    definition = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(section))).body[0])
+    docs: dict[str, str] = {}
+    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
+            case _:
+                pass
+    return docs

@@ -1,0 +1,94 @@
+"""Lightning's view of a packed corpus. One training batch is what one device needs for one optimiser step."""
+
+import itertools
+from collections.abc import Iterator
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from src.data.config import DataConfig
+from src.data.packed_tokens import PackedCorpus, training_windows, validation_windows
+
+
+class StepSampler(Sampler[int]):
+    """Counts optimiser steps from `first_step` without end: the whole position in the data is one integer."""
+
+    def __init__(self, first_step: int) -> None:
+        """Start at `first_step`."""
+        self.first_step = first_step
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield step numbers."""
+        return itertools.count(self.first_step)
+
+
+class StepWindows(Dataset[Tensor]):
+    """Item `step` is (A, B, T+1): the A micro-batches of B windows that `rank` accumulates in that step.
+
+    Global micro-batch a * world_size + rank goes to `rank` as its a-th, so ranks are disjoint and any number of
+    devices that divides the global batch sees the same micro-batches.
+    """
+
+    def __init__(self, corpus: PackedCorpus, config: DataConfig, rank: int, world_size: int) -> None:
+        """Map the training split."""
+        self.tokens, self.config = corpus.tokens("train"), config
+        self.rank, self.world_size = rank, world_size
+        self.micro_batches = config.micro_batches_per_step(world_size)
+
+    def __getitem__(self, step: int) -> Tensor:
+        """Return the windows of one step."""
+        size = self.config.micro_batch_size
+        first = step * self.config.global_batch_size + self.rank * size
+        starts = first + np.arange(self.micro_batches, dtype=np.int64) * self.world_size * size  # (A,)
+        samples = (starts[:, None] + np.arange(size)).reshape(-1)  # (A*B,)
+        windows = training_windows(self.tokens, self.config.sequence_length, samples, self.config.seed)
+        return windows.view(self.micro_batches, size, -1)  # (A, B, T+1)
+
+
+class PackedDataModule(lightning.LightningDataModule):
+    """Training steps and validation batches of a `PackedCorpus`, for this process's rank."""
+
+    def __init__(self, corpus: PackedCorpus, config: DataConfig) -> None:
+        """Serve `corpus` as `config` says."""
+        super().__init__()
+        self.corpus, self.config = corpus, config
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Endless steps, from the trainer's current one."""
+        trainer = self.trainer
+        assert trainer is not None
+        return DataLoader(
+            StepWindows(self.corpus, self.config, trainer.global_rank, trainer.world_size),
+            batch_size=None,
+            sampler=StepSampler(trainer.global_step),
+            num_workers=self.config.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.config.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """This rank's share of the held-out windows, in batches (B, T+1)."""
+        trainer = self.trainer
+        assert trainer is not None
+        windows = self.held_out()[trainer.global_rank :: trainer.world_size]
+        return DataLoader(_Windows(windows), batch_size=self.config.micro_batch_size)
+
+    def held_out(self) -> Tensor:
+        """Return the held-out windows (N, T+1) that every validation of this run uses."""
+        return validation_windows(
+            self.corpus.tokens("validation"), self.config.sequence_length, self.config.validation_windows
+        )
+
+
+class _Windows(Dataset[Tensor]):
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.windows[index]

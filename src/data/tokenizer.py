@@ -1,0 +1,64 @@
+"""Tokenizers of the `tokenizers` library: trained here or loaded, fingerprinted, measured in bytes."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from src.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+"""Separates documents, as in GPT-NeoX's vocabulary."""
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE; any text can be encoded, and id 0 separates documents."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a `tokenizer.json`; DataError when it is missing, unreadable or has no document separator."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such tokenizer file; give the path of a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{path}: not a tokenizer.json of the `tokenizers` library ({error})") from error
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise DataError(f"{path}: has no {END_OF_TEXT} token to separate documents; add it to the tokenizer")
+    return tokenizer
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the tokenizer's own JSON: binds data, model and table to one vocabulary."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Number of ids a model needs: the largest id plus one."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """Return (V,) int64: UTF-8 bytes of text that each id stands for; 0 for special tokens and padding ids."""
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    added = tokenizer.get_added_tokens_decoder()
+    for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
+        if token_id not in added:
+            lengths[token_id] = len(token)  # byte-level: one character of the vocabulary is one byte
+        elif not added[token_id].special:
+            lengths[token_id] = len(token.encode())
+    return lengths

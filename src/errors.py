@@ -1,0 +1,33 @@
+"""The named errors a user can meet. Each message says where, what was found, what was expected, what to do.
+
+Every verb catches `UserError`, prints the message and exits with code 2; anything else is a bug and keeps
+its traceback.
+"""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave; the message alone must be enough to correct it."""
+
+
+class ConfigError(UserError):
+    """A config file, key or value that cannot be used."""
+
+
+class DataError(UserError):
+    """A corpus or tokenizer that cannot be read or does not fit the model."""
+
+
+class RunError(UserError):
+    """A run directory that is missing, incomplete or does not match its own records."""
+
+
+class LutError(UserError):
+    """A lookup table that cannot be built or opened."""
+
+
+class LutFormatError(LutError):
+    """A lookup table on disk that is unfinished, damaged or of another format version."""
+
+
+class LutMismatchError(LutError):
+    """A whole lookup table that belongs to another model."""

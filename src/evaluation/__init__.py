@@ -1,0 +1,1 @@
+"""Scores, proofs and reports, for the command line, the callback and tests alike."""

@@ -1,0 +1,129 @@
+"""Loads a run for inference, in either form. The lookup form never touches an expert weight."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from src.errors import LutMismatchError, RunError
+from src.inference.disk_experts import DiskExperts
+from src.lut import LutStore
+from src.lut.manifest import MANIFEST_NAME
+from src.lut.sources import require_lookup_form
+from src.model import ModelConfig, Transformer
+from src.model.experts import EmbeddingExperts
+from src.run_directory import RunDirectory, read_metadata
+
+ExpertForm = Literal["auto", "lut", "ffn"]
+
+
+class InferenceModel(Transformer):
+    """A `Transformer` in eval mode that lets go of its table when closed."""
+
+    def close(self) -> None:
+        """Close the table, if this is the lookup form."""
+        if isinstance(self.experts, DiskExperts):
+            self.experts.close()
+
+    def __enter__(self) -> "InferenceModel":
+        """Return the model itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the table."""
+        self.close()
+
+
+def load_model(
+    run_dir: Path | str,
+    *,
+    experts: ExpertForm = "auto",
+    lut: str = "lut",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    reader: str = "auto",
+) -> InferenceModel:
+    """Load a run directory.
+
+    Args:
+        run_dir: needs config.yaml, backbone.safetensors and, by form, a table or experts.safetensors.
+        experts: `lut` fetches rows from a table, `ffn` computes them; `auto` prefers a finished table.
+        lut: name of the table's directory inside the run.
+        device: where the model computes.
+        dtype: what it computes in; None keeps what was saved.
+        reader: how the table is read (see `LutStore.open`).
+
+    Raises:
+        RunError: the run is incomplete, or its files do not belong together.
+        LutError: there is no table of that name, it is damaged, or it belongs to another model.
+    """
+    run = RunDirectory(Path(run_dir)).require()
+    config = replace(run.model_config(), expert_execution="unique", gradient_checkpointing=False)
+    use_lut = experts == "lut" or (
+        experts == "auto" and config.architecture == "mole" and (run.lut_path(lut) / MANIFEST_NAME).is_file()
+    )
+    if use_lut:
+        require_lookup_form(config)
+    model = _backbone(run, config)
+    if use_lut:
+        model.experts = DiskExperts(_open_store(run, lut, reader))
+    elif config.architecture == "mole":
+        model.experts = _experts(run, config)
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _backbone(run: RunDirectory, config: ModelConfig) -> InferenceModel:
+    with torch.device("meta"):
+        model = InferenceModel(config, with_experts=False)
+    run.identity()  # refuses a missing or foreign file by name
+    _assign(model, _load(run.backbone_path), run.backbone_path)
+    return model
+
+
+def _experts(run: RunDirectory, config: ModelConfig) -> EmbeddingExperts:
+    if not run.experts_path.is_file():
+        raise RunError(f"{run.experts_path}: missing, so this run has no training form; use --experts lut")
+    found, expected = read_metadata(run.experts_path).get("training_form"), run.identity().training_form
+    if found != expected:
+        raise RunError(
+            f"{run.experts_path}: belongs to training form {found}, but backbone.safetensors to {expected}; "
+            "copy both from the same run"
+        )
+    with torch.device("meta"):
+        experts = EmbeddingExperts(config)
+    weights = {name.removeprefix("experts."): tensor for name, tensor in _load(run.experts_path).items()}
+    _assign(experts, weights, run.experts_path)
+    return experts
+
+
+def _open_store(run: RunDirectory, lut: str, reader: str) -> LutStore:
+    store = LutStore.open(run.lut_path(lut), reader=reader)
+    expected = run.identity().backbone
+    if store.manifest.backbone != expected:
+        store.close()
+        raise LutMismatchError(
+            f"{run.lut_path(lut)}: was built for backbone {store.manifest.backbone}, but this run's is {expected}; "
+            "rebuild the table with `python -m src.reparameterize`, or copy the run it belongs to"
+        )
+    return store
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise RunError(f"{path}: not a readable safetensors file ({error}); copy or write it again") from error
+
+
+def _assign(module: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise RunError(f"{path}: does not fit the model of config.yaml: {error}") from error

@@ -1,0 +1,121 @@
+"""Training of one model under Lightning: steps, accumulation, logging. Its mathematics lives in `src.model`.
+
+Optimisation is manual and one batch is one optimiser step's whole accumulation window. So a position in the data
+is one integer, no checkpoint can fall inside an accumulation, and work may be shared over the window.
+
+A micro-batches, B batch, T tokens, V vocabulary.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from src.evaluation.routing import RoutingMetrics
+from src.model import ModelConfig, Transformer
+from src.model.loss import next_token_loss, token_losses
+from src.model.router import load_balance_loss, z_loss
+from src.optimization import ObjectiveConfig, OptimizerConfig, build_optimizer, build_schedule, clip_gradients
+
+
+class LanguageModel(lightning.LightningModule):
+    """A `Transformer` with its objective, optimiser and metrics."""
+
+    byte_lengths: Tensor
+
+    def __init__(
+        self, model: ModelConfig, objective: ObjectiveConfig, optimizer: OptimizerConfig, byte_lengths: Tensor
+    ) -> None:
+        """Create the model; `byte_lengths` (V,) int64 are the UTF-8 bytes that each id stands for."""
+        super().__init__()
+        self.automatic_optimization = False
+        self.objective, self.optimizer_config = objective, optimizer
+        self.model = Transformer(model)
+        self.register_buffer("byte_lengths", byte_lengths, persistent=False)
+        self.routing = RoutingMetrics(model.num_layers, model.num_experts, model.top_k)
+        self.validation_loss, self.validation_bytes = MeanMetric(), MeanMetric()
+        self.validation_routing = self.routing.clone()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW and its schedule over `trainer.max_steps`."""
+        optimizer = build_optimizer(self.model.parameters(), self.optimizer_config)
+        schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "name": "train/learning_rate"}}
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Take one optimiser step on all micro-batches of `batch` (A, B, T+1)."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.zero_grad()
+        loss_sum = torch.zeros((), device=self.device)
+        for index, windows in enumerate(batch):
+            with self._gradient_sync(last=index + 1 == len(batch)):
+                loss, objective = self._losses(windows)
+                self.manual_backward(objective / len(batch))
+            loss_sum += loss.detach()
+        gradient_norm = clip_gradients(self.model.parameters(), self.optimizer_config.gradient_clip_norm)
+        optimizer.step()
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self._log_step(loss_sum / len(batch), gradient_norm)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Score one batch of held-out windows (B, T+1)."""
+        trunk = self.model.trunk(batch[:, :-1])
+        losses = token_losses(trunk.hidden_states, self.model.head, batch[:, 1:])  # (B, T)
+        self.validation_loss.update(losses)
+        self.validation_bytes.update(self.byte_lengths[batch[:, 1:]].float())
+        if trunk.router_logits:
+            self.validation_routing.update(trunk.router_logits)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out loss in its three units, and the routing."""
+        loss, bytes_per_token = self.validation_loss.compute(), self.validation_bytes.compute()
+        self.log("val/loss", loss, prog_bar=True)
+        self.log("val/perplexity", loss.exp())
+        self.log("val/bits_per_byte", loss / math.log(2) / bytes_per_token, prog_bar=True)
+        self.log_dict({f"val/{name}": value for name, value in self.validation_routing.compute().items()})
+        for metric in (self.validation_loss, self.validation_bytes, self.validation_routing):
+            metric.reset()
+
+    def _losses(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the language-model loss of (B, T+1) windows and the objective, which may add router losses."""
+        trunk = self.model.trunk(windows[:, :-1])
+        loss = next_token_loss(trunk.hidden_states, self.model.head, windows[:, 1:])
+        objective = loss
+        if trunk.router_logits and self.objective.load_balance_weight:
+            top_k = self.model.config.top_k
+            balance = torch.stack([load_balance_loss(logits, top_k) for logits in trunk.router_logits]).mean()
+            objective = objective + self.objective.load_balance_weight * balance
+        if trunk.router_logits and self.objective.z_loss_weight:
+            objective = (
+                objective
+                + self.objective.z_loss_weight * torch.stack([z_loss(logits) for logits in trunk.router_logits]).mean()
+            )
+        if trunk.router_logits and self._logs_this_step:
+            self.routing.update(trunk.router_logits)
+        return loss, objective
+
+    def _log_step(self, loss: Tensor, gradient_norm: Tensor) -> None:
+        self.log("train/loss", loss, prog_bar=True, sync_dist=self._logs_this_step)
+        if not self._logs_this_step:
+            return
+        self.log("train/perplexity", loss.exp(), sync_dist=True)
+        self.log("train/gradient_norm", gradient_norm)
+        self.log_dict({f"train/{name}": value for name, value in self.routing.compute().items()})
+        self.routing.reset()
+
+    @property
+    def _logs_this_step(self) -> bool:
+        interval: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        return (self.trainer.fit_loop.total_batch_idx + 1) % interval == 0
+
+    def _gradient_sync(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Under DDP, exchange gradients only with the last micro-batch."""
+        no_sync = getattr(self.trainer.strategy.model, "no_sync", None)
+        return nullcontext() if last or no_sync is None else no_sync()

@@ -1,0 +1,43 @@
+"""Checksums of rows and seals of documents: how a table shows that it is what was written."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from src.errors import LutFormatError
+
+
+def row_checksums(first_token: int, rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """CRC-32 of (token id as 8 little-endian bytes, row) for consecutive ids; `rows` is (U, row_bytes)."""
+    checksums = (row_checksum(first_token + offset, row) for offset, row in enumerate(rows))
+    return np.fromiter(checksums, dtype=np.uint32, count=len(rows))
+
+
+def row_checksum(token_id: int, row: NDArray[np.uint8]) -> int:
+    """CRC-32 of one row and the id it belongs to, so that two exchanged rows are noticed too."""
+    return zlib.crc32(row.data, zlib.crc32(token_id.to_bytes(8, "little")))
+
+
+def check_rows(token_ids: NDArray[np.int64], rows: NDArray[np.uint8], expected: NDArray[np.uint32], where: str) -> None:
+    """Raise LutFormatError naming the first id whose row (U, row_bytes) does not match its checksum (U,)."""
+    for token_id, row, checksum in zip(token_ids.tolist(), rows, expected.tolist(), strict=True):
+        if (found := row_checksum(token_id, row)) != checksum:
+            raise LutFormatError(
+                f"{where}: the row of token id {token_id} is damaged: its CRC-32 is {found:08x}, expected "
+                f"{checksum:08x}; copy the table again or rebuild it with `python -m src.reparameterize`"
+            )
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 as hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def seal(document: Mapping[str, object]) -> dict[str, object]:
+    """Return the JSON document with the SHA-256 of its own canonical text under `sha256`."""
+    body = {key: value for key, value in document.items() if key != "sha256"}
+    return {**body, "sha256": sha256(json.dumps(body, sort_keys=True).encode())}

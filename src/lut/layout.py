@@ -1,0 +1,104 @@
+"""Where every byte of a table lies. Pure arithmetic: no tensors, no files.
+
+A table is a list of safetensors shards. Each holds `rows`, the token rows in order of id, and `checksums`, one
+CRC-32 per row. The plan depends on the vocabulary and the row size alone, so any number of writers and any
+interruption yields the same bytes.
+"""
+
+import json
+from dataclasses import dataclass
+
+from src.lut.quantization import FloatCodec, codec
+
+SHARD_BYTES = 512 * 2**20
+ALIGNMENT = 4096
+"""Rows begin on a multiple of this in every shard, as unbuffered reads want."""
+CHECKSUM_BYTES = 4
+_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableLayout:
+    """The shape of a table: L layers, E experts, D hidden, V token ids, in one precision."""
+
+    vocab_size: int
+    num_layers: int
+    num_experts: int
+    hidden_size: int
+    precision: str
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one expert's vector."""
+        return codec(self.precision).vector_bytes(self.hidden_size)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one token's row that belong to one layer; layers lie one after another."""
+        return self.num_experts * self.vector_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's row: what one lookup reads for all layers."""
+        return self.num_layers * self.layer_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of all rows, without headers and checksums."""
+        return self.vocab_size * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A run of token ids in one file."""
+
+    index: int
+    first_token: int
+    num_tokens: int
+
+    @property
+    def file_name(self) -> str:
+        """The published name."""
+        return f"rows-{self.index:05d}.safetensors"
+
+    def header(self, layout: TableLayout) -> bytes:
+        """The safetensors header, padded with spaces so that `rows` starts on an `ALIGNMENT` boundary."""
+        rows_end = self.num_tokens * layout.row_bytes
+        if isinstance(codec(layout.precision), FloatCodec):
+            dtype = _SAFETENSORS_DTYPES[layout.precision]
+            shape = [self.num_tokens, layout.num_layers, layout.num_experts, layout.hidden_size]
+        else:
+            dtype, shape = "U8", [self.num_tokens, layout.row_bytes]
+        checksums_end = rows_end + self.num_tokens * CHECKSUM_BYTES
+        document = {
+            "__metadata__": {"format": "mole-lut", "first_token": str(self.first_token)},
+            "rows": {"dtype": dtype, "shape": shape, "data_offsets": [0, rows_end]},
+            "checksums": {"dtype": "U32", "shape": [self.num_tokens], "data_offsets": [rows_end, checksums_end]},
+        }
+        text = json.dumps(document, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+    def rows_offset(self, layout: TableLayout) -> int:
+        """Byte of the file where the first row starts."""
+        return len(self.header(layout))
+
+    def checksums_offset(self, layout: TableLayout) -> int:
+        """Byte of the file where the checksums start."""
+        return self.rows_offset(layout) + self.num_tokens * layout.row_bytes
+
+    def file_bytes(self, layout: TableLayout) -> int:
+        """Size of the whole file."""
+        return self.checksums_offset(layout) + self.num_tokens * CHECKSUM_BYTES
+
+
+def tokens_per_shard(layout: TableLayout, shard_bytes: int = SHARD_BYTES) -> int:
+    """Rows in every shard but the last: as many as fit `shard_bytes`, at least one."""
+    return max(1, shard_bytes // layout.row_bytes)
+
+
+def plan_shards(layout: TableLayout, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
+    """Cut [0, V) into shards."""
+    step = tokens_per_shard(layout, shard_bytes)
+    starts = range(0, layout.vocab_size, step)
+    return [Shard(index, first, min(step, layout.vocab_size - first)) for index, first in enumerate(starts)]

@@ -1,0 +1,92 @@
+"""Causal multi-head attention with rotary embedding over the whole head, without biases; its norm is the block's.
+
+B batch, T new tokens, S cached + new tokens, D hidden, H heads, K head dimension.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from src.model.config import ModelConfig
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, allocated once for `max_tokens`.
+
+    It holds (L, B, H, max_tokens, K) twice and grows by what each forward pass writes; `length` counts tokens.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, max_tokens: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Allocate room for `max_tokens` tokens of `batch_size` sequences."""
+        shape = (config.num_layers, batch_size, config.num_heads, max_tokens, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H, T, K) keys and values behind `length` and return all (B, H, S, K) of that layer."""
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[3]:
+            raise ValueError(f"the key-value cache holds {self.keys.shape[3]} tokens, but {end} were fed")
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, num_tokens: int) -> None:
+        """Count `num_tokens` as seen; called once per forward pass, after the last layer."""
+        self.length += num_tokens
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine, each (..., T, K) float32, for integer `positions` (..., T); halves, not pairs, rotate."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float().unsqueeze(-1) * theta**-exponents  # (..., T, K/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (..., T, K)
+    return angles.cos(), angles.sin()
+
+
+def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cosine + torch.cat((-second, first), dim=-1) * sine
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; query, key and value share one projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Create the projections of one layer."""
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+        layer: int,
+    ) -> Tensor:
+        """Attend over (B, T, D) and all cached tokens.
+
+        `mask` is a boolean (B or 1, 1, T, S), True where a query may look; None means causal without a cache, and
+        "everything cached" for a single new token.
+        """
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, K)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, K)
+        cosine, sine = (table.to(query.dtype) for table in rotary)
+        query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        causal = mask is None and query.shape[2] > 1
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        return self.out(attended.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+def causal_mask(num_new: int, num_total: int, device: torch.device) -> Tensor:
+    """Return (1, 1, T, S) booleans: the T newest of S tokens each see themselves and what came before."""
+    visible = torch.ones(num_new, num_total, dtype=torch.bool, device=device).tril(num_total - num_new)
+    return visible.view(1, 1, num_new, num_total)

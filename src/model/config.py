@@ -1,0 +1,113 @@
+"""The shape of a model. One config describes Dense, MoE and MoLE; nothing here knows how they are trained."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from src.errors import ConfigError
+
+Architecture = Literal["dense", "moe", "mole"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes and switches of a `Transformer`.
+
+    Dense: `num_experts` 0. MoLE: a shared expert plus experts that read the token embedding.
+    MoE: no shared expert (`intermediate_size` 0) and experts that read hidden states, `top_k` of them.
+    """
+
+    vocab_size: int
+    """V: rows of the embedding and of every lookup table; at least the tokenizer's size."""
+    hidden_size: int
+    """D: width of the residual stream."""
+    num_layers: int
+    """L: decoder blocks; each of them holds experts when `num_experts` > 0."""
+    num_heads: int
+    """H: attention heads; must divide `hidden_size` into an even head dimension (rotary)."""
+    intermediate_size: int
+    """F: width of the always-on FFN (Dense's FFN, MoLE's shared expert); 0 leaves it out (MoE)."""
+    num_experts: int = 0
+    """E: routed experts per layer; 0 is a dense model."""
+    expert_intermediate_size: int = 0
+    """Width of each routed expert's FFN; above 0 whenever `num_experts` is."""
+    expert_input: Literal["embedding", "hidden"] = "embedding"
+    """What routed experts read: `embedding` (MoLE; can become a table) or `hidden` (MoE; cannot)."""
+    top_k: int | None = None
+    """Routed experts per token, softmax after the choice; null activates all of them (MoLE)."""
+    max_sequence_length: int = 2048
+    """Longest sequence, in tokens, that training, evaluation and generation may use."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights (norms start at 1)."""
+    scale_output_init: bool = True
+    """Divide `init_std` by sqrt(2 * num_layers) for projections that write to the residual stream."""
+    expert_execution: Literal["unique", "per_token"] = "unique"
+    """Run embedding experts once per distinct token id of a micro-batch, or once per position (the paper's form)."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks and experts in the backward pass instead of keeping their activations."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError on sizes that do not fit together."""
+        self._check_ranges()
+        if self.hidden_size % (2 * self.num_heads):
+            raise ConfigError(
+                f"model.num_heads: {self.num_heads} heads do not divide model.hidden_size {self.hidden_size} "
+                "into an even head dimension; change one of them"
+            )
+        if self.num_experts and not self.expert_intermediate_size:
+            raise ConfigError(
+                "model.expert_intermediate_size: 0, but model.num_experts is above 0; give each expert a width"
+            )
+        if not self.num_experts and not self.intermediate_size:
+            raise ConfigError("model.intermediate_size: 0 and no experts leave blocks without an FFN; set one of them")
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
+            raise ConfigError(
+                f"model.top_k: {self.top_k}, but it must lie in 1..num_experts ({self.num_experts}); null activates all"
+            )
+
+    def _check_ranges(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_sequence_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}: {getattr(self, name)}, but it must be at least 1")
+        for name in ("intermediate_size", "num_experts", "expert_intermediate_size", "init_std"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name}: {getattr(self, name)}, but it must not be negative")
+        for name in ("rope_theta", "norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"model.{name}: {getattr(self, name)}, but it must be above 0")
+
+    @property
+    def architecture(self) -> Architecture:
+        """`dense` without routed experts, `mole` when they read embeddings, `moe` when they read hidden states."""
+        if not self.num_experts:
+            return "dense"
+        return "mole" if self.expert_input == "embedding" else "moe"
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def active_experts(self) -> int:
+        """Routed experts mixed into each token: `top_k`, or all of them."""
+        return self.num_experts if self.top_k is None else self.top_k
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields as plain values, for YAML, JSON and W&B."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], where: str) -> "ModelConfig":
+        """Read the fields from plain values; unknown or missing keys raise ConfigError naming `where`."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"{where}: unknown model key {unknown[0]!r}; was it written by a newer version?")
+        try:
+            return cls(**values)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ConfigError(f"{where}: incomplete model config ({error})") from error

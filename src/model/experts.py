@@ -1,0 +1,108 @@
+"""Routed experts, and the mixture of their rows: the heart of MoLE.
+
+Every form of the model mixes *expert rows*: for each distinct token id, what each expert returns for it. In the
+training form the rows are computed here, in the lookup form they are fetched; `mix` does not know which.
+
+B batch, T tokens, D hidden, F intermediate, E experts, K experts mixed per token, L layers, U unique token ids.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from src.model.config import ModelConfig
+from src.model.router import Routing
+
+LayerRows = Callable[[int], Tensor]
+"""Layer index -> expert rows (U, E, D) of the ids it was made for."""
+
+
+class ExpertSource(Protocol):
+    """Where a model's expert rows come from: computed (`EmbeddingExperts`) or fetched from a table."""
+
+    def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
+        """Return the rows of distinct `token_ids` (U,) int64 with embeddings (U, D), layer by layer."""
+        ...
+
+    def prefetch(self, token_ids: Tensor) -> None:
+        """Take the hint that the next `rows` call will ask for these distinct ids (U,)."""
+        ...
+
+
+class StackedExperts(nn.Module):
+    """E two-matrix FFNs as batched matrix products; `up` is (E, D, F), `down` is (E, F, D)."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        """Create the stacked weights; indexing one expert out of them would cost a full-size gradient per expert."""
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.down = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Run every expert on every row of (U, D); return (U, E, D), a view of an (E, U, D) tensor."""
+        inner = F.gelu(inputs @ self.up)  # (E, U, F)
+        return (inner @ self.down).transpose(0, 1)  # (U, E, D)
+
+
+class LayerExperts(nn.Module):
+    """One layer's experts on the token embedding, behind that layer's own norm (arXiv:2503.15798, Appendix A)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Create the norm and the experts of one layer."""
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.experts = StackedExperts(config.num_experts, config.hidden_size, config.expert_intermediate_size)
+
+    def forward(self, token_embeddings: Tensor) -> Tensor:
+        """Return the expert rows (U, E, D) of token embeddings (U, D)."""
+        return self.experts(self.norm(token_embeddings))
+
+
+class EmbeddingExperts(nn.ModuleList):
+    """The training form's source of rows: L `LayerExperts`, run on the embeddings of the ids asked for."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Create the experts of every layer."""
+        super().__init__(LayerExperts(config) for _ in range(config.num_layers))
+        self.gradient_checkpointing = config.gradient_checkpointing
+
+    def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
+        """Compute rows from `token_embeddings` (U, D), one layer when it is asked for."""
+
+        def layer_rows(layer: int) -> Tensor:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                return checkpoint(self[layer], token_embeddings, use_reentrant=False)
+            return self[layer](token_embeddings)
+
+        return layer_rows
+
+    def prefetch(self, token_ids: Tensor) -> None:
+        """Do nothing: rows are computed, not fetched."""
+
+
+def mix(expert_rows: Tensor, routing: Routing, inverse: Tensor) -> Tensor:
+    """Return sum_j g_j * v_j[token] as (B, T, D): h' - h - FFN_shared(h) of arXiv:2503.15798, section 3.
+
+    `expert_rows` is (U, E, D), `inverse` (B, T) says which of the U ids each position holds. One `embedding_bag`
+    is the whole mixture: no (B, T, E, D) tensor exists in either direction. Rows are cast up to at least float32
+    first, because a frequent token's row gradient sums hundreds of positions and bfloat16 would lose them.
+    """
+    num_ids, num_experts, hidden_size = expert_rows.shape
+    dtype = torch.promote_types(expert_rows.dtype, torch.float32)
+    experts = torch.arange(num_experts, device=inverse.device) if routing.experts is None else routing.experts
+    by_expert = expert_rows.transpose(0, 1)
+    if by_expert.is_contiguous():  # as `StackedExperts` returns them: number rows expert-major and copy nothing
+        table, index = by_expert.reshape(-1, hidden_size), experts * num_ids + inverse.unsqueeze(-1)
+    else:
+        table, index = expert_rows.reshape(-1, hidden_size), inverse.unsqueeze(-1) * num_experts + experts
+    mixed = F.embedding_bag(
+        index.flatten(0, 1),  # (B*T, K)
+        table.to(dtype),  # (U*E, D)
+        per_sample_weights=routing.weights.flatten(0, 1).to(dtype),  # (B*T, K)
+        mode="sum",
+    )
+    return mixed.view(*inverse.shape, hidden_size)  # (B, T, D)

@@ -1,0 +1,68 @@
+"""The router, what it decides per token, and the losses that measure its balance.
+
+B batch, T tokens, D hidden, E experts, K experts mixed per token (E when all are active).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Routing(NamedTuple):
+    """What a router decides for each token."""
+
+    logits: Tensor
+    """(B, T, E), as the projection returned them."""
+    weights: Tensor
+    """(B, T, K) mixture weights that sum to 1, at least float32."""
+    experts: Tensor | None
+    """(B, T, K) int64 indices of the mixed experts; None when all E are mixed in order."""
+
+
+class Router(nn.Module):
+    """A linear router without bias: softmax over all experts, or over the `top_k` largest logits."""
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int | None) -> None:
+        """Create `weight` (E, D)."""
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Routing:
+        """Route (B, T, D) hidden states, already normed."""
+        logits = nn.functional.linear(hidden_states, self.weight)  # (B, T, E)
+        if self.top_k is None:
+            return Routing(logits, router_probs(logits), None)
+        chosen, experts = logits.topk(self.top_k, dim=-1)  # (B, T, K)
+        return Routing(logits, router_probs(chosen), experts)
+
+
+def router_probs(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension in at least float32 (a literal float32 would forbid float64 tests)."""
+    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def load_balance_loss(logits: Tensor, top_k: int | None) -> Tensor:
+    """E * sum_e f_e * p_e over (..., E) logits: 1 when balanced, E when one expert takes all (Switch, OLMoE).
+
+    p_e is the mean probability of expert e, and carries the gradient. f_e is the share of assignments that e
+    receives: counted over the `top_k` choices, or, where every expert is active, over each token's first choice.
+    """
+    num_experts = logits.shape[-1]
+    logits = logits.reshape(-1, num_experts)  # (B*T, E)
+    mean_probs = router_probs(logits).mean(dim=0)  # (E,)
+    chosen = logits.topk(top_k or 1, dim=-1).indices.flatten()  # (B*T*K,)
+    share = torch.bincount(chosen, minlength=num_experts).to(mean_probs.dtype) / chosen.numel()  # (E,)
+    return num_experts * (share * mean_probs).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Mean squared log-partition of (..., E) router logits (ST-MoE); keeps logits from drifting."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(dim=-1).square().mean()
+
+
+def router_entropy(logits: Tensor) -> Tensor:
+    """Mean entropy in nats of the full softmax over (..., E): ln E when undecided, 0 when certain."""
+    log_probs = logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return -(log_probs.exp() * log_probs).sum(dim=-1).mean()

@@ -1,0 +1,127 @@
+"""The decoder. Both forms of a MoLE model are this class with another `experts` attribute.
+
+B batch, T new tokens, S cached + new tokens, D hidden, E experts, L layers, V vocabulary, U unique token ids.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from src.model.attention import KeyValueCache, causal_mask, rotary_table
+from src.model.block import Block
+from src.model.config import ModelConfig
+from src.model.experts import EmbeddingExperts, ExpertSource
+
+
+class TrunkOutput(NamedTuple):
+    """What the blocks return, before the vocabulary head."""
+
+    hidden_states: Tensor
+    """(B, T, D), after the final norm."""
+    router_logits: list[Tensor]
+    """Per layer (B, T, E); empty in a dense model."""
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model: Dense, MoE or MoLE, as its config says.
+
+    `experts` is the source of expert rows: `EmbeddingExperts` in the training form, a disk-backed module in the
+    lookup form, None in models without embedding experts. Everything else is the *backbone*.
+    """
+
+    experts: ExpertSource | None
+
+    def __init__(self, config: ModelConfig, *, with_experts: bool = True) -> None:
+        """Create the model with initial weights; `with_experts=False` creates the backbone alone."""
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.experts = EmbeddingExperts(config) if config.architecture == "mole" and with_experts else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw initial weights: N(0, init_std), smaller for projections into the residual stream, norms 1."""
+        output_std = self.config.init_std / (
+            math.sqrt(2 * self.config.num_layers) if self.config.scale_output_init else 1
+        )
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1)
+            elif name.endswith(("attention.out.weight", "down.weight", "experts.down")):
+                parameter.normal_(0, output_std)
+            else:
+                parameter.normal_(0, self.config.init_std)
+
+    def forward(
+        self, token_ids: Tensor, *, cache: KeyValueCache | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return next-token logits (B, T, V) for `token_ids` (B, T) int64.
+
+        Args:
+            token_ids: ids in [0, V).
+            cache: earlier keys and values; the new ones are appended.
+            attention_mask: booleans (B, S), False where a position is padding; padding goes on the left.
+        """
+        return self.head(self.hidden_states(token_ids, cache=cache, attention_mask=attention_mask))
+
+    def hidden_states(
+        self, token_ids: Tensor, *, cache: KeyValueCache | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return (B, T, D) in front of `head`, so that a loss need not hold (B, T, V)."""
+        return self.trunk(token_ids, cache=cache, attention_mask=attention_mask).hidden_states
+
+    def trunk(
+        self, token_ids: Tensor, *, cache: KeyValueCache | None = None, attention_mask: Tensor | None = None
+    ) -> TrunkOutput:
+        """Return hidden states and router logits of `token_ids` (B, T); arguments as in `forward`."""
+        positions, mask = self._positions_and_mask(token_ids, cache, attention_mask)
+        rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+        unique_ids, inverse = self._distinct(token_ids)
+        hidden_states = self.embedding(token_ids)  # (B, T, D)
+        layer_rows = self.experts.rows(unique_ids, self.embedding(unique_ids)) if self.experts is not None else None
+        router_logits: list[Tensor] = []
+        for layer, block in enumerate(self.blocks):
+            rows = layer_rows(layer) if layer_rows is not None else None  # (U, E, D)
+            arguments = (hidden_states, rotary, mask, cache, layer, rows, inverse)
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states, logits = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                hidden_states, logits = block(*arguments)
+            if logits is not None:
+                router_logits.append(logits)
+        if cache is not None:
+            cache.advance(token_ids.shape[1])
+        return TrunkOutput(self.norm(hidden_states), router_logits)
+
+    def _distinct(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ids (U,) whose rows are needed and, per position, which of them it holds (B, T)."""
+        if self.config.expert_execution == "per_token":
+            return token_ids.flatten(), torch.arange(token_ids.numel(), device=token_ids.device).view_as(token_ids)
+        return token_ids.unique(return_inverse=True)
+
+    @staticmethod
+    def _positions_and_mask(
+        token_ids: Tensor, cache: KeyValueCache | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        num_new, num_cached = token_ids.shape[1], cache.length if cache is not None else 0
+        num_total, device = num_cached + num_new, token_ids.device
+        if attention_mask is None:
+            mask = causal_mask(num_new, num_total, device) if num_cached and num_new > 1 else None
+            return torch.arange(num_cached, num_total, device=device), mask
+        if attention_mask.shape != (token_ids.shape[0], num_total):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, cached + new tokens) = "
+                f"({token_ids.shape[0]}, {num_total})"
+            )
+        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, num_cached:]  # (B, T)
+        visible = causal_mask(num_new, num_total, device) & attention_mask[:, None, None, :]  # (B, 1, T, S)
+        # A padding query sees nothing; let it see itself, or its softmax is NaN and poisons the values it writes.
+        visible = visible | torch.eye(num_total, dtype=torch.bool, device=device)[num_cached:]
+        return positions.unsqueeze(1), visible

@@ -1,0 +1,160 @@
+"""A run directory: where its files lie, and the weights in it.
+
+`backbone.safetensors` and `experts.safetensors` together are the training form. Their metadata carries identities,
+SHA-256 over names, dtypes, shapes and bytes, so that a table can say which weights it was built from. Knows nothing
+of training: an imported or copied directory is a run too.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from src.errors import RunError
+from src.files import atomic_path, write_text
+from src.model.config import ModelConfig
+
+SCHEMA_VERSION = 1
+EXPERTS_PREFIX = "experts."
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which weights: hashes of the backbone and of the whole training form (backbone + experts)."""
+
+    backbone: str
+    training_form: str
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of a run and what can be read from them; creating one touches nothing on disk."""
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved config, with `schema_version`."""
+        return self.path / "config.yaml"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer; absent after an import without one."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def backbone_path(self) -> Path:
+        """All weights but embedding experts and their norms."""
+        return self.path / "backbone.safetensors"
+
+    @property
+    def experts_path(self) -> Path:
+        """Embedding experts and their norms; not needed for lookup."""
+        return self.path / "experts.safetensors"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """Lightning's checkpoints, for resuming."""
+        return self.path / "checkpoints"
+
+    @property
+    def report_path(self) -> Path:
+        """The final report."""
+        return self.path / "report.json"
+
+    def lut_path(self, name: str = "lut") -> Path:
+        """The directory of the table called `name`."""
+        return self.path / name
+
+    def require(self) -> "RunDirectory":
+        """Return self, or raise RunError when this is no run directory."""
+        if not self.path.is_dir():
+            raise RunError(f"{self.path}: no such run directory; `python -m src.train` makes one under runs/")
+        if not self.config_path.is_file():
+            raise RunError(f"{self.path}: holds no config.yaml, so it is not a run directory")
+        return self
+
+    def config_values(self) -> dict[str, object]:
+        """Read config.yaml as plain values, without its `schema_version`, which is checked."""
+        try:
+            values = yaml.safe_load(self.require().config_path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise RunError(f"{self.config_path}: not valid YAML ({error})") from error
+        found = values.pop("schema_version", None) if isinstance(values, dict) else None
+        if found != SCHEMA_VERSION:
+            raise RunError(
+                f"{self.config_path}: schema_version {found}, but this version reads {SCHEMA_VERSION}; "
+                "was the run made by another version?"
+            )
+        return values
+
+    def model_config(self) -> ModelConfig:
+        """Read the model section of config.yaml."""
+        section = self.config_values().get("model")
+        if not isinstance(section, Mapping):
+            raise RunError(f"{self.config_path}: no `model` section")
+        return ModelConfig.from_dict(section, str(self.config_path))
+
+    def write_config(self, values: Mapping[str, object]) -> None:
+        """Write config.yaml from plain values."""
+        document = {"schema_version": SCHEMA_VERSION, **values}
+        write_text(self.config_path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+
+    def write_weights(self, weights: Mapping[str, Tensor]) -> Identity:
+        """Write a training form's state dict as backbone and experts, each whole or not at all."""
+        experts = {name: tensor for name, tensor in weights.items() if name.startswith(EXPERTS_PREFIX)}
+        backbone = {name: tensor for name, tensor in weights.items() if name not in experts}
+        identity = identify(backbone, experts)
+        metadata = {"format": "pt", "training_form": identity.training_form}
+        if experts:
+            _save(experts, self.experts_path, metadata)
+        _save(backbone, self.backbone_path, {**metadata, "backbone": identity.backbone})
+        return identity
+
+    def identity(self) -> Identity:
+        """Read the identity that `backbone.safetensors` claims."""
+        metadata = read_metadata(self.backbone_path)
+        try:
+            return Identity(metadata["backbone"], metadata["training_form"])
+        except KeyError as error:
+            raise RunError(
+                f"{self.backbone_path}: no {error} identity in its metadata; it was not written here"
+            ) from error
+
+
+def identify(backbone: Mapping[str, Tensor], experts: Mapping[str, Tensor]) -> Identity:
+    """Compute the identity of weights; the training form's hash covers both parts, so either can be checked alone."""
+    backbone_hash, experts_hash = hash_weights(backbone.items()), hash_weights(experts.items())
+    return Identity(backbone_hash, hashlib.sha256(f"{backbone_hash} {experts_hash}".encode()).hexdigest())
+
+
+def hash_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of each tensor, in order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; RunError names the file when it is missing or damaged."""
+    if not path.is_file():
+        raise RunError(f"{path}: missing; was the training of this run interrupted before its end?")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return dict(handle.metadata() or {})
+    except SafetensorError as error:
+        raise RunError(f"{path}: not a readable safetensors file ({error}); copy or write it again") from error
+
+
+def _save(weights: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)

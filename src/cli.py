@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -35,6 +36,20 @@ def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def add_form_options(options: argparse.ArgumentParser) -> None:
+    """Add what every verb needs that loads a run: which run, which form, which table, how it is read, where."""
+    options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
+    options.add_argument(
+        "--experts",
+        choices=("auto", "lut", "ffn"),
+        default="auto",
+        help="lut reads rows from the table, ffn computes them, auto prefers a finished table (default)",
+    )
+    options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
+    options.add_argument("--reader", default="auto", help="how the table is read: auto (default), memmap, pread, ...")
+    options.add_argument("--device", default="cpu", help="where the model computes (default: cpu)")
 
 
 def stderr_console() -> Console:

@@ -94,6 +94,8 @@ class RunConfig:
     """Where run directories lie."""
     seed: int = 0
     """Decides initial weights."""
+    init_from: str | None = None
+    """Run directory whose weights training starts from, with a new optimiser and schedule; null draws new weights."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

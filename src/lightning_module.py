@@ -44,7 +44,7 @@ class LanguageModel(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and its schedule over `trainer.max_steps`."""
-        optimizer = build_optimizer(self.model.parameters(), self.optimizer_config)
+        optimizer = build_optimizer(self.model.named_parameters(), self.optimizer_config)
         schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "name": "train/learning_rate"}}
 

@@ -7,12 +7,10 @@ from pathlib import Path
 import lightning
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer
-from torch import Tensor
 
 from src.cli import progress_bar
-from src.data.tokenizer import byte_lengths
 from src.evaluation.config import EvaluationConfig
+from src.evaluation.held_out import HeldOut
 from src.evaluation.perplexity import Score, score_windows, zlib_bits_per_byte
 from src.evaluation.report import Report, TableFacts, print_report, update_report
 from src.inference import InferenceModel, generate, load_model
@@ -33,14 +31,13 @@ class EvaluationCallback(lightning.Callback):
         run_dir: Path,
         config: EvaluationConfig,
         *,
-        windows: Tensor,
-        tokenizer: Tokenizer,
+        text: HeldOut,
         tokens_per_step: int,
         console: Console,
     ) -> None:
-        """Score `windows` (N, T+1) int64 and report to `run_dir` and `console`."""
-        self.run, self.config, self.windows = RunDirectory(run_dir), config, windows
-        self.tokenizer, self.tokens_per_step, self.console = tokenizer, tokens_per_step, console
+        """Score `text` and report to `run_dir` and `console`."""
+        self.run, self.config, self.text = RunDirectory(run_dir), config, text
+        self.tokens_per_step, self.console = tokens_per_step, console
         self.initial: Score | None = None
         self.report: Report | None = None
 
@@ -74,9 +71,7 @@ class EvaluationCallback(lightning.Callback):
                 initial=self.initial,
                 training_form=training_form,
                 lookup_form=lookup_form,
-                zlib_bits_per_byte=zlib_bits_per_byte(
-                    "".join(self.tokenizer.decode_batch(self.windows[:, 1:].tolist()))
-                ),
+                zlib_bits_per_byte=zlib_bits_per_byte(self.text.text),
                 table=_table_facts(written),
                 training_form_bytes=_weight_bytes(model),
                 lookup_form_bytes=_weight_bytes(written) if lookup else None,
@@ -84,15 +79,15 @@ class EvaluationCallback(lightning.Callback):
             )
 
     def _score(self, description: str, model: Transformer) -> Score:
-        lengths = byte_lengths(self.tokenizer, model.config.vocab_size)
-        with _evaluating(model), progress_bar(description + " (windows)", len(self.windows)) as advance:
-            return score_windows(model, self.windows, lengths, batch_size=self.config.batch_size, progress=advance)
+        windows, lengths = self.text.windows, self.text.byte_lengths
+        with _evaluating(model), progress_bar(description + " (windows)", len(windows)) as advance:
+            return score_windows(model, windows, lengths, batch_size=self.config.batch_size, progress=advance)
 
     def _sample(self, model: InferenceModel) -> str | None:
         if not self.config.sample_prompt or not self.config.sample_tokens:
             return None
         device = model.embedding.weight.device
-        prompt = torch.tensor([self.tokenizer.encode(self.config.sample_prompt).ids], device=device)
+        prompt = torch.tensor([self.text.tokenizer.encode(self.config.sample_prompt).ids], device=device)
         room = model.config.max_sequence_length - prompt.shape[1]
         continued = generate(
             model,
@@ -101,7 +96,7 @@ class EvaluationCallback(lightning.Callback):
             temperature=self.config.sample_temperature,
             seed=0,
         )
-        return self.tokenizer.decode(continued[0].tolist())
+        return self.text.tokenizer.decode(continued[0].tolist())
 
 
 @contextmanager

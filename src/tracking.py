@@ -1,8 +1,5 @@
 """Where metrics go: a CSV in the run directory, always, and Weights & Biases."""
 
-import os
-from typing import Any
-
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from src.config import RunConfig, WandbConfig
@@ -24,17 +21,14 @@ def wandb_mode(config: WandbConfig) -> str:
 
 
 def _has_api_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
     import wandb  # seconds to import, and not needed when disabled
 
-    return bool(wandb.Api.__module__ and wandb.api.api_key)
+    return wandb.login(prompt=False)
 
 
 def _wandb_logger(config: RunConfig, run: RunDirectory, mode: str) -> WandbLogger:
     import wandb
 
-    settings: dict[str, Any] = {"console": "off", "silent": True, "x_disable_meta": True, "x_disable_stats": True}
     return WandbLogger(
         name=run.path.name,
         save_dir=run.path,
@@ -43,5 +37,6 @@ def _wandb_logger(config: RunConfig, run: RunDirectory, mode: str) -> WandbLogge
         tags=list(config.wandb.tags),
         offline=mode == "offline",
         config=config.to_dict(),
-        settings=wandb.Settings(**settings),
+        # no console output, no host name, no command line, no paths: metrics and config are all that is recorded
+        settings=wandb.Settings(console="off", silent=True, x_disable_meta=True, x_disable_stats=True),
     )

@@ -1,6 +1,8 @@
 """`python -m src.train`: train, write weights and table, evaluate both forms."""
 
 import ctypes
+import importlib.metadata
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +12,19 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar, Timer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer
 
-from callbacks import EvaluationCallback, ReparameterizeCallback, ThroughputCallback
+from callbacks import EvaluationCallback, ReparameterizeCallback, StepProgressBar, ThroughputCallback
 from src.cli import parser, run_verb, stderr_console
 from src.config import RunConfig, TrainerConfig, describe, load_config
 from src.data.datamodule import PackedDataModule
 from src.data.packed_tokens import PackedCorpus, prepare_corpus
-from src.data.tokenizer import byte_lengths, fingerprint, vocabulary_size
+from src.data.tokenizer import fingerprint, vocabulary_size
 from src.errors import DataError
-from src.evaluation.report import Report
+from src.evaluation.held_out import held_out
+from src.evaluation.report import Report, update_report
 from src.files import write_text
+from src.initialization import start_from_run
 from src.lightning_module import LanguageModel
 from src.run_directory import RunDirectory
 from src.tracking import build_loggers
@@ -49,16 +53,15 @@ def train(config: RunConfig) -> RunResult:
     with console.status("reading and tokenizing the corpus"):
         corpus = prepare_corpus(config.data)
     _require_room_for_tokenizer(corpus, config)
+    text = held_out(corpus, config.data, config.model.vocab_size)
+    module = LanguageModel(config.model, config.objective, config.optimizer, text.byte_lengths)
+    if config.init_from is not None:
+        start_from_run(module.model, RunDirectory(Path(config.init_from)), corpus.tokenizer)
     run = create_run(config, corpus)
-    module = LanguageModel(
-        config.model, config.objective, config.optimizer, byte_lengths(corpus.tokenizer, config.model.vocab_size)
-    )
-    data = PackedDataModule(corpus, config.data)
     evaluation = EvaluationCallback(
         run.path,
         config.evaluation,
-        windows=data.held_out(),
-        tokenizer=corpus.tokenizer,
+        text=text,
         tokens_per_step=config.data.global_batch_size * config.data.sequence_length,
         console=console,
     )
@@ -66,7 +69,7 @@ def train(config: RunConfig) -> RunResult:
     trainer = lightning.Trainer(
         **trainer_arguments(config.trainer), callbacks=callbacks, logger=build_loggers(config, run)
     )
-    trainer.fit(module, data)
+    trainer.fit(module, PackedDataModule(corpus, config.data, text.windows))
     return RunResult(run.path, evaluation.report)
 
 
@@ -87,7 +90,14 @@ def create_run(config: RunConfig, corpus: PackedCorpus) -> RunDirectory:
     run = RunDirectory(path)
     run.write_config(config.to_dict())
     write_text(run.tokenizer_path, corpus.tokenizer.to_str(pretty=True))
+    update_report(run.report_path, {"corpus": corpus.facts(), "software": software_versions()})
     return run
+
+
+def software_versions() -> dict[str, str]:
+    """Return what the numbers of a run may depend on."""
+    packages = ("mole", "torch", "lightning", "tokenizers")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def trainer_arguments(config: TrainerConfig) -> dict[str, Any]:
@@ -154,7 +164,7 @@ def _progress_callbacks(config: RunConfig, run: RunDirectory) -> list[lightning.
             )
         )
     if config.trainer.enable_progress_bar:
-        callbacks.append(RichProgressBar())
+        callbacks.append(StepProgressBar(refresh_rate=5))
     if config.trainer.max_time is not None:
         callbacks.append(Timer(config.trainer.max_time))
     return callbacks

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.data.config import DataConfig
-from src.data.packed_tokens import PackedCorpus, training_windows, validation_windows
+from src.data.packed_tokens import PackedCorpus, training_windows
 
 
 class StepSampler(Sampler[int]):
@@ -51,10 +51,10 @@ class StepWindows(Dataset[Tensor]):
 class PackedDataModule(lightning.LightningDataModule):
     """Training steps and validation batches of a `PackedCorpus`, for this process's rank."""
 
-    def __init__(self, corpus: PackedCorpus, config: DataConfig) -> None:
-        """Serve `corpus` as `config` says."""
+    def __init__(self, corpus: PackedCorpus, config: DataConfig, held_out: Tensor) -> None:
+        """Serve the training split of `corpus` as `config` says, and `held_out` windows (N, T+1) int64."""
         super().__init__()
-        self.corpus, self.config = corpus, config
+        self.corpus, self.config, self.held_out = corpus, config, held_out
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Endless steps, from the trainer's current one."""
@@ -73,14 +73,8 @@ class PackedDataModule(lightning.LightningDataModule):
         """This rank's share of the held-out windows, in batches (B, T+1)."""
         trainer = self.trainer
         assert trainer is not None
-        windows = self.held_out()[trainer.global_rank :: trainer.world_size]
+        windows = self.held_out[trainer.global_rank :: trainer.world_size]
         return DataLoader(_Windows(windows), batch_size=self.config.micro_batch_size)
-
-    def held_out(self) -> Tensor:
-        """Return the held-out windows (N, T+1) that every validation of this run uses."""
-        return validation_windows(
-            self.corpus.tokens("validation"), self.config.sequence_length, self.config.validation_windows
-        )
 
 
 class _Windows(Dataset[Tensor]):

@@ -53,6 +53,15 @@ class PackedCorpus:
         """Map the ids of `train` or `validation`."""
         return np.memmap(self.path / f"{split}.bin", dtype=self.dtype, mode="r")
 
+    def facts(self) -> dict[str, object]:
+        """Return what a report says of the corpus."""
+        return {
+            "fingerprint": self.fingerprint,
+            "tokenizer": fingerprint(self.tokenizer),
+            "train": asdict(self.train),
+            "validation": asdict(self.validation),
+        }
+
     def token_counts(self, vocab_size: int) -> Tensor:
         """Return (V,) int64: how often each id occurs in the training split."""
         return torch.from_numpy(np.bincount(self.tokens("train"), minlength=vocab_size).astype(np.int64))

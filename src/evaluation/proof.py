@@ -1,134 +1,196 @@
-"""Do all forms of a model give the same answers? Differences of logits, greedy continuations, and controls.
+"""The proof chain of a run: weights and table are what they claim, and every form gives the same answers.
 
-B batch, T tokens, V vocabulary, U unique token ids, E experts, D hidden.
+Everything is computed in float32. Where a run holds no training form, what is left is proved and the rest is named.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
 
-from src.inference.generation import generate
-from src.model import Transformer
-from src.model.experts import ExpertSource, LayerRows
+from src.evaluation.controls import PermutedRows, ZeroedRows, experts_replaced
+from src.evaluation.equivalence import compare_greedy, logit_distance
+from src.evaluation.held_out import HeldOut
+from src.evaluation.perplexity import score_windows
+from src.inference import InferenceModel, load_model
+from src.lut.manifest import read_manifest
+from src.lut.readers import READERS
+from src.lut.store import LutStore
+from src.run_directory import RunDirectory, hash_weights, identify
 
-NEAR_TIE = 1e-4
-"""Two best logits closer than this may swap by rounding alone."""
+LOGIT_LIMIT = 5e-5
+"""Largest difference of logits between training form and float32 table: rounding of matrix products of other shapes."""
+LOSS_LIMITS = {"float32": 1e-5, "bfloat16": 1e-4, "float16": 1e-4, "int8": 3e-4, "nf4": 3e-3, "nf3": 1.5e-2}
+"""Largest rise of the held-out loss, in nats, that a table's precision may cost."""
+COMPARED_TOKENS = 4096
+GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_NEW_TOKENS = 32, 32, 64
+_SCAN_ROWS = 256
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Opens a progress bar with a description and a total."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitDistance:
-    """How far the logits of two forms are apart on the same windows."""
+class Check:
+    """One link of the chain."""
 
-    max_abs: float
-    mean_abs: float
-    top1_agreement: float
-    """Share of positions where both forms would pick the same next token."""
-    tokens: int
+    name: str
+    found: str
+    expected: str
+    holds: bool | None
+    """None where there is nothing to hold: a figure for the reader, or a part that is not there to be checked."""
+    values: dict[str, Any]
 
-    def to_dict(self) -> dict[str, float]:
-        """Return all figures by name."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
         return asdict(self)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GreedyComparison:
-    """Greedy continuations of two forms from the same prompts."""
+def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress) -> Iterator[Check]:
+    """Yield the checks of a run and its table called `lut`, as they are done.
 
-    prompts: int
-    new_tokens: int
-    identical: int
-    """Prompts whose continuations agree token for token."""
-    near_ties: int
-    """Prompts that part first where the reference's two best logits are closer than `NEAR_TIE`."""
-    widest_gap: float
-    """Largest gap between the reference's two best logits at a first parting; 0 when nothing parts."""
-
-    @property
-    def holds(self) -> bool:
-        """Whether every prompt is identical or parts at a near-tie."""
-        return self.identical + self.near_ties == self.prompts
-
-    def to_dict(self) -> dict[str, float | bool]:
-        """Return all figures by name."""
-        return {**asdict(self), "holds": self.holds}
+    Raises:
+        UserError: there is no table, or it cannot be opened at all.
+    """
+    yield check_identity(run, lut)
+    yield check_rows_on_disk(run, lut, progress)
+    reference = _training_form(run)
+    with load_model(run.path, experts="lut", lut=lut, dtype=torch.float32, reader="memmap") as lookup:
+        if reference is None:
+            yield _absent("training form against table", "the run holds no training form")
+        for reader in READERS:
+            yield check_reader(run, text, lut, reader, reference or lookup, progress)
+        if reference is not None:
+            yield check_greedy(reference, lookup, text)
+        yield from check_losses(reference, lookup, text, read_manifest(run.lut_path(lut)).precision, progress)
 
 
-@torch.no_grad()
-def logit_distance(
-    reference: Transformer,
-    other: Transformer,
-    windows: Tensor,
-    *,
-    batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
-) -> LogitDistance:
-    """Compare next-token logits on `windows` (N, T) int64."""
-    largest, total, agreed, count = 0.0, 0.0, 0, 0
-    for token_ids in windows.split(batch_size):
-        expected, found = reference(token_ids), other(token_ids)  # (B, T, V)
-        difference = (expected.double() - found.double()).abs()
-        largest = max(largest, difference.max().item())
-        total += difference.sum().item()
-        agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
-        count += difference.numel()
-        if progress is not None:
-            progress(len(token_ids))
-    tokens = windows.numel()
-    return LogitDistance(max_abs=largest, mean_abs=total / count, top1_agreement=agreed / tokens, tokens=tokens)
-
-
-@torch.no_grad()
-def compare_greedy(reference: Transformer, other: Transformer, prompts: Tensor, *, new_tokens: int) -> GreedyComparison:
-    """Continue `prompts` (N, T) greedily in both forms and look at where they part."""
-    expected = generate(reference, prompts, max_new_tokens=new_tokens)
-    found = generate(other, prompts, max_new_tokens=new_tokens)
-    identical, near_ties, widest = 0, 0, 0.0
-    for row in range(len(prompts)):
-        parted = (expected[row] != found[row]).nonzero()
-        if not len(parted):
-            identical += 1
-            continue
-        prefix = expected[row : row + 1, : int(parted[0])]
-        best = reference(prefix)[0, -1].topk(2).values
-        gap = float(best[0] - best[1])
-        near_ties += gap < NEAR_TIE
-        widest = max(widest, gap)
-    return GreedyComparison(
-        prompts=len(prompts), new_tokens=new_tokens, identical=identical, near_ties=near_ties, widest_gap=widest
+def check_identity(run: RunDirectory, lut: str) -> Check:
+    """Recompute the hashes of the weights, and compare with what their files and the manifest claim."""
+    manifest, claimed = read_manifest(run.lut_path(lut)), run.identity()
+    backbone = load_file(run.backbone_path)
+    experts = load_file(run.experts_path) if run.experts_path.is_file() else None
+    found = identify(backbone, experts) if experts is not None else None
+    hashed = hash_weights(backbone.items())
+    holds = claimed.backbone == hashed == manifest.backbone
+    if found is not None:
+        holds = holds and found.training_form == claimed.training_form == manifest.training_form
+    parts = "backbone and experts" if experts is not None else "backbone"
+    return Check(
+        name="weights are those of the table",
+        found=f"{parts} {(found.training_form if found else hashed)[:12]}",
+        expected=f"manifest {((manifest.training_form if found else manifest.backbone) or 'none')[:12]}",
+        holds=holds,
+        values={"backbone": hashed, "training_form": found.training_form if found else None},
     )
 
 
-class _Altered:
-    """A source whose rows are changed on the way: the controls that show what the table is worth."""
-
-    def __init__(self, source: ExpertSource) -> None:
-        self.source = source
-
-    def prefetch(self, token_ids: Tensor) -> None:
-        """Fetch nothing ahead."""
-
-
-class ZeroedRows(_Altered):
-    """Every row replaced by zeros: the model without its table."""
-
-    def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
-        """Return zeros of the right shape."""
-        layer_rows = self.source.rows(token_ids, token_embeddings)
-        return lambda layer: torch.zeros_like(layer_rows(layer))
+def check_rows_on_disk(run: RunDirectory, lut: str, progress: Progress) -> Check:
+    """Read every row of the table and check it; the first damaged one raises, naming its id."""
+    with LutStore.open(run.lut_path(lut)) as store, progress("reading every row", store.layout.vocab_size) as advance:
+        for ids in torch.arange(store.layout.vocab_size).split(_SCAN_ROWS):
+            store.request(ids).wait()
+            advance(len(ids))
+        rows, size = store.layout.vocab_size, store.layout.table_bytes
+    return Check(
+        name="every row matches its checksum",
+        found=f"{rows:,} of {rows:,} rows",
+        expected="all",
+        holds=True,
+        values={"rows": rows, "table_bytes": size},
+    )
 
 
-class PermutedRows(_Altered):
-    """Every id given the row of another id: the model with a table of the wrong words."""
+def check_reader(
+    run: RunDirectory, text: HeldOut, lut: str, reader: str, reference: InferenceModel, progress: Progress
+) -> Check:
+    """Compare logits of the reference with those through one reader."""
+    windows = text.windows[:, :-1]
+    windows = windows[: max(1, COMPARED_TOKENS // windows.shape[1])]
+    precision = read_manifest(run.lut_path(lut)).precision
+    with (
+        load_model(run.path, experts="lut", lut=lut, dtype=torch.float32, reader=reader) as other,
+        progress(f"comparing logits ({reader})", len(windows)) as advance,
+    ):
+        distance = logit_distance(reference, other, windows, progress=advance)
+    exact = precision == "float32" or not _is_training_form(reference)
+    return Check(
+        name=f"logits through {reader}",
+        found=f"max |diff| {distance.max_abs:.1e}, same choice {distance.top1_agreement:.2%}",
+        expected=f"<= {LOGIT_LIMIT:.0e} on {distance.tokens:,} tokens" if exact else f"{precision}: no limit",
+        holds=distance.max_abs <= LOGIT_LIMIT if exact else None,
+        values={"reader": reader, **distance.to_dict()},
+    )
 
-    def __init__(self, source: ExpertSource, embedding: Tensor, seed: int = 0) -> None:
-        """Draw a permutation of the ids of `embedding` (V, D)."""
-        super().__init__(source)
-        self.embedding = embedding
-        self.permutation = torch.randperm(len(embedding), generator=torch.Generator().manual_seed(seed))
 
-    def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
-        """Return the rows of the permuted ids."""
-        others = self.permutation.to(token_ids.device)[token_ids]
-        return self.source.rows(others, self.embedding[others])
+def check_greedy(reference: InferenceModel, lookup: InferenceModel, text: HeldOut) -> Check:
+    """Compare greedy continuations; they may part only where two logits are nearly equal."""
+    room = reference.config.max_sequence_length
+    prompt_tokens = max(1, min(GREEDY_PROMPT_TOKENS, text.windows.shape[1] - 1, room // 2))
+    new_tokens = min(GREEDY_NEW_TOKENS, room - prompt_tokens)
+    prompts = text.windows[:GREEDY_PROMPTS, :prompt_tokens]
+    result = compare_greedy(reference, lookup, prompts, new_tokens=new_tokens)
+    exact = _table_precision(lookup) == "float32"
+    parted = f", {result.near_ties} part at a near-tie (gap <= {result.widest_gap:.1e})" if result.near_ties else ""
+    return Check(
+        name=f"greedy text, {result.prompts} prompts x {new_tokens} tokens",
+        found=f"{result.identical} identical{parted}",
+        expected="identical up to near-ties" if exact else "no limit",
+        holds=result.holds if exact else None,
+        values=result.to_dict(),
+    )
+
+
+def check_losses(
+    reference: InferenceModel | None, lookup: InferenceModel, text: HeldOut, precision: str, progress: Progress
+) -> Iterator[Check]:
+    """Held-out loss of the table against the training form, and of the controls against the table."""
+
+    def loss(name: str, model: InferenceModel) -> float:
+        with progress(f"scoring: {name}", len(text.windows)) as advance:
+            return score_windows(model, text.windows, text.byte_lengths, progress=advance).loss
+
+    table = loss("table", lookup)
+    if reference is not None:
+        computed, limit = loss("training form", reference), LOSS_LIMITS[precision]
+        yield Check(
+            name=f"held-out loss, {precision} table",
+            found=f"{table:.5f} against {computed:.5f} computed ({table - computed:+.1e})",
+            expected=f"within {limit:.0e}",
+            holds=abs(table - computed) <= limit,
+            values={"table": table, "training_form": computed, "difference": table - computed},
+        )
+    assert lookup.experts is not None
+    for name, altered in (
+        ("rows replaced by zeros", ZeroedRows(lookup.experts)),
+        ("rows permuted over ids", PermutedRows(lookup.experts, lookup.embedding.weight)),
+    ):
+        with experts_replaced(lookup, altered):
+            control = loss(name, lookup)
+        yield Check(
+            name=f"control: {name}",
+            found=f"loss {control:.4f} ({control - table:+.3f} nats)",
+            expected="worse: the table matters",
+            holds=control > table,
+            values={"loss": control, "rise": control - table},
+        )
+
+
+def _training_form(run: RunDirectory) -> InferenceModel | None:
+    return load_model(run.path, experts="ffn", dtype=torch.float32) if run.experts_path.is_file() else None
+
+
+def _is_training_form(model: InferenceModel) -> bool:
+    return _table_precision(model) is None
+
+
+def _table_precision(model: InferenceModel) -> str | None:
+    store = getattr(model.experts, "store", None)
+    return store.manifest.precision if isinstance(store, LutStore) else None
+
+
+def _absent(name: str, reason: str) -> Check:
+    return Check(name=name, found=reason, expected="", holds=None, values={})

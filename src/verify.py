@@ -1,0 +1,52 @@
+"""`python -m src.verify`: prove that a run's table is intact and gives the answers of its training form."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from src.cli import parser, progress_bar, run_verb, stderr_console
+from src.config import load_run_config
+from src.evaluation.held_out import held_out_of_run
+from src.evaluation.proof import Check, prove
+from src.files import write_text
+from src.run_directory import RunDirectory
+
+FAILED = 1
+
+
+def print_checks(checks: Sequence[Check], title: str, console: Console) -> None:
+    """Print the chain as a table."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "check", "found", "expected"):
+        table.add_column(heading)
+    marks = {True: "[green]ok[/]", False: "[bold red]FAILS[/]", None: "[dim]-[/]"}
+    for check in checks:
+        table.add_row(marks[check.holds], check.name, check.found, check.expected)
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and prove; exit code 1 when a check fails."""
+    options = parser("verify", __doc__ or "", "python -m src.verify --run runs/quickstart")
+    options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
+    options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
+    options.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
+    given = options.parse_args(arguments)
+    run = RunDirectory(given.run).require()
+    text, warning = held_out_of_run(run, load_run_config(run).data)
+    if warning is not None:
+        stderr_console().print(f"note: {warning}")
+    checks = list(prove(run, text, lut=given.lut, progress=progress_bar))
+    print_checks(checks, f"{run.path} / {given.lut}", Console())
+    if given.json is not None:
+        write_text(given.json, json.dumps([check.to_dict() for check in checks], indent=1) + "\n")
+    if any(check.holds is False for check in checks):
+        sys.exit(FAILED)
+
+
+if __name__ == "__main__":
+    run_verb(main)

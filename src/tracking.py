@@ -1,5 +1,9 @@
 """Where metrics go: a CSV in the run directory, always, and Weights & Biases."""
 
+import netrc
+import os
+from urllib.parse import urlparse
+
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from src.config import RunConfig, WandbConfig
@@ -21,9 +25,14 @@ def wandb_mode(config: WandbConfig) -> str:
 
 
 def _has_api_key() -> bool:
-    import wandb  # seconds to import, and not needed when disabled
-
-    return wandb.login(prompt=False)
+    """Look where W&B looks, without importing it (seconds) or logging in."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _wandb_logger(config: RunConfig, run: RunDirectory, mode: str) -> WandbLogger:

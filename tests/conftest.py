@@ -1,0 +1,64 @@
+"""Shared fixtures: a small real corpus and a small model trained on it, once per test session."""
+
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from src.config import RunConfig, load_config
+from src.train import RunResult, train
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+STDLIB = Path(sysconfig.get_path("stdlib"))
+
+SMALL = (
+    "model.vocab_size=512",
+    "model.hidden_size=64",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.intermediate_size=128",
+    "model.expert_intermediate_size=128",
+    "model.max_sequence_length=128",
+    "data.sequence_length=64",
+    "data.global_batch_size=8",
+    "data.micro_batch_size=4",
+    "data.validation_fraction=0.1",
+    "data.validation_windows=64",
+    "optimizer.warmup_steps=5",
+    "trainer.accelerator=cpu",
+    "trainer.devices=1",
+    "trainer.enable_progress_bar=false",
+    "trainer.log_every_n_steps=5",
+    "trainer.val_check_interval=30",
+    "evaluation.sample_tokens=16",
+    "wandb.mode=disabled",
+)
+"""Overrides that shrink the quick start to seconds."""
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of tokenized corpora for the whole session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def small_overrides(cache_dir: Path) -> Sequence[str]:
+    """The quick start, shrunk, on two packages of the standard library."""
+    files = f"data.files=[{STDLIB}/json/*.py,{STDLIB}/email/*.py,{STDLIB}/http/*.py]"
+    return (*SMALL, files, f"data.cache_dir={cache_dir}")
+
+
+def small_config(overrides: Sequence[str], output_dir: Path, *more: str) -> RunConfig:
+    """Load the shrunk quick start, with its runs under `output_dir`."""
+    return load_config(CONFIGS / "quickstart.yaml", [*overrides, f"output_dir={output_dir}", *more])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, small_overrides: Sequence[str]) -> RunResult:
+    """A small MoLE trained in float32 for long enough that its table matters; treat its directory as read-only."""
+    config = small_config(
+        small_overrides, tmp_path_factory.mktemp("runs"), "trainer.precision=32-true", "trainer.max_steps=120"
+    )
+    return train(config)

@@ -39,10 +39,13 @@ class KeyValueCache:
         self.length += num_tokens
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine, each (..., T, K) float32, for integer `positions` (..., T); halves, not pairs, rotate."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float().unsqueeze(-1) * theta**-exponents  # (..., T, K/2)
+def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine, each (..., T, K) in `dtype`, for integer `positions` (..., T); halves, not pairs, rotate.
+
+    `dtype` is at least float32: bfloat16 cannot count to a thousand.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
+    angles = positions.to(dtype).unsqueeze(-1) * theta**-exponents  # (..., T, K/2)
     angles = torch.cat((angles, angles), dim=-1)  # (..., T, K)
     return angles.cos(), angles.sin()
 

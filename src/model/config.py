@@ -13,8 +13,9 @@ Architecture = Literal["dense", "moe", "mole"]
 class ModelConfig:
     """Sizes and switches of a `Transformer`.
 
-    Dense: `num_experts` 0. MoLE: a shared expert plus experts that read the token embedding.
-    MoE: no shared expert (`intermediate_size` 0) and experts that read hidden states, `top_k` of them.
+    Dense: `num_experts` 0. MoLE: a shared expert plus experts that read the token embedding, all of them active.
+    MoE: experts that read hidden states, `top_k` of them; in the paper without a shared expert (`intermediate_size` 0).
+    Every mixture of these settings is a model too: the paper's ablations walk from MoE to MoLE.
     """
 
     vocab_size: int
@@ -34,7 +35,9 @@ class ModelConfig:
     expert_input: Literal["embedding", "hidden"] = "embedding"
     """What routed experts read: `embedding` (MoLE; can become a table) or `hidden` (MoE; cannot)."""
     top_k: int | None = None
-    """Routed experts per token, softmax after the choice; null activates all of them (MoLE)."""
+    """Routed experts per token, softmax after the choice; null activates all of them (MoLE).
+
+    With 1 the weight is always 1, so that only a load-balance loss or z-loss trains the router."""
     max_sequence_length: int = 2048
     """Longest sequence, in tokens, that training, evaluation and generation may use."""
     rope_theta: float = 10000.0

@@ -87,22 +87,29 @@ class EmbeddingExperts(nn.ModuleList):
 def mix(expert_rows: Tensor, routing: Routing, inverse: Tensor) -> Tensor:
     """Return sum_j g_j * v_j[token] as (B, T, D): h' - h - FFN_shared(h) of arXiv:2503.15798, section 3.
 
-    `expert_rows` is (U, E, D), `inverse` (B, T) says which of the U ids each position holds. One `embedding_bag`
-    is the whole mixture: no (B, T, E, D) tensor exists in either direction. Rows are cast up to at least float32
-    first, because a frequent token's row gradient sums hundreds of positions and bfloat16 would lose them.
+    `expert_rows` is (U, E, D), `inverse` (B, T) says which of the U ids each position holds.
     """
     num_ids, num_experts, hidden_size = expert_rows.shape
-    dtype = torch.promote_types(expert_rows.dtype, torch.float32)
     experts = torch.arange(num_experts, device=inverse.device) if routing.experts is None else routing.experts
     by_expert = expert_rows.transpose(0, 1)
     if by_expert.is_contiguous():  # as `StackedExperts` returns them: number rows expert-major and copy nothing
         table, index = by_expert.reshape(-1, hidden_size), experts * num_ids + inverse.unsqueeze(-1)
     else:
         table, index = expert_rows.reshape(-1, hidden_size), inverse.unsqueeze(-1) * num_experts + experts
-    mixed = F.embedding_bag(
-        index.flatten(0, 1),  # (B*T, K)
-        table.to(dtype),  # (U*E, D)
-        per_sample_weights=routing.weights.flatten(0, 1).to(dtype),  # (B*T, K)
+    return weighted_sum(table, index, routing.weights)  # (B, T, D)
+
+
+def weighted_sum(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Return sum_k weights[..., k] * table[index[..., k]] as (..., D); `table` is (R, D), the others are (..., K).
+
+    One `embedding_bag` is the whole sum: no (..., K, D) tensor exists in either direction. Rows are cast up to at
+    least float32 first, because a frequent row's gradient sums hundreds of positions and bfloat16 would lose them.
+    """
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    summed = F.embedding_bag(
+        index.flatten(0, -2),
+        table.to(dtype),
+        per_sample_weights=weights.flatten(0, -2).to(dtype),
         mode="sum",
     )
-    return mixed.view(*inverse.shape, hidden_size)  # (B, T, D)
+    return summed.unflatten(0, index.shape[:-1])  # (..., D)

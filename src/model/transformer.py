@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from src.model.attention import KeyValueCache, causal_mask, rotary_table
 from src.model.block import Block
 from src.model.config import ModelConfig
-from src.model.experts import EmbeddingExperts, ExpertSource
+from src.model.experts import EmbeddingExperts, ExpertSource, LayerRows
 
 
 class TrunkOutput(NamedTuple):
@@ -29,7 +29,7 @@ class Transformer(nn.Module):
     """Decoder-only language model: Dense, MoE or MoLE, as its config says.
 
     `experts` is the source of expert rows: `EmbeddingExperts` in the training form, a disk-backed module in the
-    lookup form, None in models without embedding experts. Everything else is the *backbone*.
+    lookup form, None in models without embedding experts. Everything else is the *backbone*, MoE's experts included.
     """
 
     experts: ExpertSource | None
@@ -82,10 +82,10 @@ class Transformer(nn.Module):
     ) -> TrunkOutput:
         """Return hidden states and router logits of `token_ids` (B, T); arguments as in `forward`."""
         positions, mask = self._positions_and_mask(token_ids, cache, attention_mask)
-        rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
-        unique_ids, inverse = self._distinct(token_ids)
+        dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
+        rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype)
         hidden_states = self.embedding(token_ids)  # (B, T, D)
-        layer_rows = self.experts.rows(unique_ids, self.embedding(unique_ids)) if self.experts is not None else None
+        layer_rows, inverse = self._expert_rows(token_ids)
         router_logits: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             rows = layer_rows(layer) if layer_rows is not None else None  # (U, E, D)
@@ -99,6 +99,13 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(token_ids.shape[1])
         return TrunkOutput(self.norm(hidden_states), router_logits)
+
+    def _expert_rows(self, token_ids: Tensor) -> tuple[LayerRows | None, Tensor | None]:
+        """Return the source of rows and, per position, which row it wants (B, T); None where nothing is looked up."""
+        if self.experts is None:
+            return None, None
+        ids, inverse = self._distinct(token_ids)
+        return self.experts.rows(ids, self.embedding(ids)), inverse
 
     def _distinct(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids (U,) whose rows are needed and, per position, which of them it holds (B, T)."""

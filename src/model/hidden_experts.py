@@ -1,0 +1,54 @@
+"""Routed experts that read hidden states: the MoE baseline, and the steps between it and MoLE.
+
+What they return depends on the context, so it cannot become a table; they belong to the backbone.
+
+B batch, T tokens, N = B*T, D hidden, F intermediate, E experts, K experts mixed per token.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from src.model.experts import StackedExperts, weighted_sum
+from src.model.router import Routing
+
+
+class HiddenExperts(StackedExperts):
+    """E two-matrix FFNs on hidden states, mixed by what the router decided; no token is ever dropped."""
+
+    def mixture(self, hidden_states: Tensor, routing: Routing) -> Tensor:
+        """Return sum_j g_j * FFN_j(h) over the chosen experts as (B, T, D), of normed hidden states (B, T, D)."""
+        inputs = hidden_states.flatten(0, 1)  # (N, D)
+        if routing.experts is None:
+            mixed = self._mix_all(inputs, routing.weights.flatten(0, 1))
+        else:
+            mixed = self._mix_chosen(inputs, routing.weights.flatten(0, 1), routing.experts.flatten(0, 1))
+        return mixed.view(hidden_states.shape)  # (B, T, D)
+
+    def _mix_all(self, inputs: Tensor, weights: Tensor) -> Tensor:
+        """Mix every expert: together they are one FFN of width E*F whose activations are scaled by `weights` (N, E).
+
+        The sum over experts happens inside the last matrix product, so no (N, E, D) tensor exists.
+        """
+        wide_up = self.up.transpose(0, 1).flatten(1)  # (D, E*F)
+        inner = F.gelu(inputs @ wide_up).unflatten(-1, (len(self.up), -1))  # (N, E, F)
+        inner = inner * weights.unsqueeze(-1).to(inner.dtype)  # (N, E, F)
+        return inner.flatten(1) @ self.down.flatten(0, 1)  # (N, D)
+
+    def _mix_chosen(self, inputs: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Mix the `experts` (N, K) of each token: sort the N*K assignments by expert, so each runs once on its tokens.
+
+        Nothing here adds in an order that may change, so recomputing it in the backward pass routes alike.
+        """
+        top_k = experts.shape[1]
+        order = experts.flatten().argsort(stable=True)  # (N*K,) assignments, expert by expert
+        counts = torch.bincount(experts.flatten(), minlength=len(self.up)).tolist()
+        grouped = inputs.index_select(0, order // top_k).split(counts)  # E times (tokens of that expert, D)
+        # `unbind` gives the stacked weight one gradient; indexing would give it a full-size one per expert.
+        outputs = [
+            F.gelu(tokens @ up) @ down
+            for tokens, up, down in zip(grouped, self.up.unbind(0), self.down.unbind(0), strict=True)
+            if len(tokens)
+        ]
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))  # (N*K,)
+        return weighted_sum(torch.cat(outputs), place.view(-1, top_k), weights)  # (N, D)

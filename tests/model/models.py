@@ -1,0 +1,44 @@
+"""Small models of every architecture, with random norm weights: all ones would hide a norm in the wrong place."""
+
+from dataclasses import replace
+
+import torch
+
+from src.model import ModelConfig, Transformer
+
+DENSE = ModelConfig(
+    vocab_size=13, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=12, max_sequence_length=32, init_std=0.3
+)
+MOLE = replace(DENSE, num_experts=3, expert_intermediate_size=10)
+MOE = replace(MOLE, num_experts=4, intermediate_size=0, expert_input="hidden", top_k=2)
+
+CONFIGS: dict[str, ModelConfig] = {
+    "dense": DENSE,
+    "moe": MOE,
+    "moe-top1": replace(MOE, top_k=1),
+    "moe-full": replace(MOE, top_k=None),
+    "moe-shared": replace(MOE, intermediate_size=12),
+    "moe-full-shared": replace(MOE, top_k=None, intermediate_size=12),
+    "mole": MOLE,
+    "mole-per-token": replace(MOLE, expert_execution="per_token"),
+    "mole-no-shared": replace(MOLE, intermediate_size=0),
+    "mole-top2": replace(MOLE, top_k=2),
+}
+ARCHITECTURES = ["dense", "moe", "moe-full", "mole"]
+
+
+def build(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transformer:
+    """Return a model whose weights are all random."""
+    torch.manual_seed(seed)
+    model = Transformer(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+    return model
+
+
+def token_ids(config: ModelConfig, batch_size: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
+    """Return random ids (B, T); in so small a vocabulary some repeat."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch_size, length), generator=generator)

@@ -1,0 +1,165 @@
+"""What must hold of every model: causality, caching, padding, rows without context, a gradient everywhere."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from src.model import KeyValueCache, ModelConfig
+from src.model.experts import mix
+from src.model.hidden_experts import HiddenExperts
+from src.model.router import Router, Routing
+from tests.model.models import ARCHITECTURES, CONFIGS, MOLE, build, token_ids
+
+architectures = pytest.mark.parametrize("config", [CONFIGS[name] for name in ARCHITECTURES], ids=ARCHITECTURES)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def new_cache(config: ModelConfig, batch_size: int, max_tokens: int) -> KeyValueCache:
+    return KeyValueCache(config, batch_size, max_tokens, device=torch.device("cpu"), dtype=torch.float64)
+
+
+@architectures
+def test_logits_ignore_later_tokens(config: ModelConfig) -> None:
+    model, ids = build(config), token_ids(config, length=9)
+    changed = ids.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % config.vocab_size
+    close(model(changed)[:, :5], model(ids)[:, :5])
+    assert (model(changed)[:, 5] - model(ids)[:, 5]).abs().max() > 1e-3
+
+
+@architectures
+@pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [3, 1, 4, 1], [9]], ids=str)
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_forward(config: ModelConfig, chunks: list[int]) -> None:
+    model, ids = build(config), token_ids(config, length=9)
+    cache = new_cache(config, *ids.shape)
+    close(torch.cat([model(chunk, cache=cache) for chunk in ids.split(chunks, dim=1)], dim=1), model(ids))
+    assert cache.length == 9
+
+
+@torch.no_grad()
+def test_a_full_cache_names_its_size() -> None:
+    model, ids = build(MOLE), token_ids(MOLE, length=9)
+    with pytest.raises(ValueError, match="the key-value cache holds 8 tokens, but 9 were fed"):
+        model(ids, cache=new_cache(MOLE, 2, 8))
+
+
+@architectures
+@torch.no_grad()
+def test_left_padding_equals_unpadded(config: ModelConfig) -> None:
+    model, ids = build(config), token_ids(config, batch_size=1, length=6)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), ids], dim=1)
+    attention_mask = torch.tensor([[False] * 3 + [True] * 6])
+    close(model(padded, attention_mask=attention_mask)[:, 3:], model(ids))
+
+
+@architectures
+@torch.no_grad()
+def test_left_padding_holds_in_cached_decoding(config: ModelConfig) -> None:
+    model = build(config)
+    long, short = token_ids(config, batch_size=1, length=8), token_ids(config, batch_size=1, length=5, seed=1)
+    ids = torch.cat([long, torch.cat([torch.zeros(1, 3, dtype=torch.int64), short], dim=1)])
+    attention_mask = torch.ones(2, 8, dtype=torch.bool)
+    attention_mask[1, :3] = False
+    cache = new_cache(config, 2, 8)
+    steps = [model(ids[:, :5], cache=cache, attention_mask=attention_mask[:, :5])]
+    steps += [model(ids[:, t : t + 1], cache=cache, attention_mask=attention_mask[:, : t + 1]) for t in range(5, 8)]
+    logits = torch.cat(steps, dim=1)
+    close(logits[:1], model(long))
+    close(logits[1:, 3:], model(short))
+
+
+@torch.no_grad()
+def test_a_mask_of_the_wrong_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 6\), expected .* = \(2, 7\)"):
+        build(MOLE)(token_ids(MOLE), attention_mask=torch.ones(2, 6, dtype=torch.bool))
+
+
+@torch.no_grad()
+def test_rows_depend_on_the_id_alone() -> None:
+    model = build(MOLE)
+    assert model.experts is not None
+    every_id = torch.arange(MOLE.vocab_size)
+    some_ids = torch.tensor([7, 2, 7])
+    whole = model.experts.rows(every_id, model.embedding(every_id))
+    some = model.experts.rows(some_ids, model.embedding(some_ids))
+    for layer in range(MOLE.num_layers):
+        close(some(layer), whole(layer)[some_ids])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_parameter_gets_a_gradient_under_bfloat16_autocast(config: ModelConfig, checkpointing: bool) -> None:
+    model = build(replace(config, gradient_checkpointing=checkpointing), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trunk = model.trunk(token_ids(config))
+        loss = model.head(trunk.hidden_states).float().square().mean()
+    assert trunk.hidden_states.isfinite().all()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        if config.top_k != 1 or "router" not in name:  # the weight of a single choice is always 1
+            assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("name", ["moe", "moe-full", "mole"])
+def test_bfloat16_autocast_stays_near_float32(name: str) -> None:
+    model, ids = build(CONFIGS[name], torch.float32), token_ids(CONFIGS[name])
+    with torch.no_grad():
+        expected = model(ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model(ids)
+    assert (found.float() - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    for name in ARCHITECTURES:
+        plain, recomputed = build(CONFIGS[name]), build(replace(CONFIGS[name], gradient_checkpointing=True))
+        for model in (plain, recomputed):
+            model(token_ids(CONFIGS[name])).square().mean().backward()
+        for (_, a), (_, b) in zip(plain.named_parameters(), recomputed.named_parameters(), strict=True):
+            assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("expert_major", [True, False])
+@pytest.mark.parametrize("experts", [None, torch.tensor([[[1, 0], [2, 1]], [[0, 2], [2, 0]]])], ids=["full", "top2"])
+def test_mix_gradients(expert_major: bool, experts: Tensor | None) -> None:
+    inverse = torch.tensor([[1, 0], [1, 1]])
+    weights = torch.rand(2, 2, 3 if experts is None else 2, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn((3, 2, 5) if expert_major else (2, 3, 5), dtype=torch.float64, requires_grad=True)
+
+    def mixed(rows: Tensor, weights: Tensor) -> Tensor:
+        by_id = rows.transpose(0, 1) if expert_major else rows  # (U, E, D)
+        return mix(by_id, Routing(weights, weights, experts), inverse)
+
+    assert torch.autograd.gradcheck(mixed, (rows, weights))
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_hidden_experts_gradients(top_k: int | None) -> None:
+    torch.manual_seed(0)
+    module, router = HiddenExperts(3, 4, 5).double(), Router(4, 3, top_k).double()
+    for parameter in (*module.parameters(), *router.parameters()):
+        torch.nn.init.normal_(parameter)
+    hidden_states = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def mixture(hidden_states: Tensor) -> Tensor:
+        return module.mixture(hidden_states, router(hidden_states))
+
+    assert torch.autograd.gradcheck(mixture, (hidden_states,))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_output_projections_start_smaller(name: str) -> None:
+    sizes = {"hidden_size": 64, "num_layers": 8, "init_std": 0.02, "vocab_size": 64}
+    config = replace(CONFIGS[name], **sizes)
+    for parameter_name, parameter in build(config, torch.float32).named_parameters():
+        if parameter.dim() > 1:
+            writes_to_stream = parameter_name.endswith(("out.weight", "down.weight", ".down"))
+            expected = 0.02 / (4 if writes_to_stream else 1)
+            assert parameter.std().item() == pytest.approx(expected, rel=0.2), parameter_name

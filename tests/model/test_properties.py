@@ -140,6 +140,19 @@ def test_mix_gradients(expert_major: bool, experts: Tensor | None) -> None:
     assert torch.autograd.gradcheck(mixed, (rows, weights))
 
 
+def test_a_frequent_rows_gradient_survives_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inverse = torch.zeros(2, 1000, dtype=torch.int64)  # one id holds every position
+    weights = torch.rand(2, 1000, 2, generator=generator)
+    outgoing = torch.randn(2, 1000, 8, generator=generator) + 1
+    rows = torch.randn(2, 1, 8, generator=generator).bfloat16().requires_grad_()  # (E, U, D)
+    mix(rows.transpose(0, 1), Routing(weights, weights, None), inverse).backward(outgoing)
+    expected = torch.einsum("bte,btd->ed", weights.double(), outgoing.double())
+    assert rows.grad is not None
+    error = (rows.grad[:, 0].double() - expected).abs() / expected.abs()
+    assert error.max() <= 2**-8, "only the last rounding to bfloat16 may show, not the sum of 2,000 terms"
+
+
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_hidden_experts_gradients(top_k: int | None) -> None:
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import lightning
 from lightning.fabric.utilities.throughput import Throughput
 from torch import Tensor
 
-WINDOW_STEPS = 50
+WINDOW_STEPS = 10
 
 
 class ThroughputCallback(lightning.Callback):
@@ -44,7 +44,7 @@ class ThroughputCallback(lightning.Callback):
         self._tokens += micro_batches * size * (length - 1)
         self._steps += 1
         self._throughput.update(time=self._seconds, batches=self._steps, samples=self._steps, lengths=self._tokens)
-        if self._steps > 1 and self._steps % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
-            rates = self._throughput.compute()
-            rate = rates.get("global/items_per_sec", rates.get("device/items_per_sec", 0.0))
+        rates = self._throughput.compute()  # holds rates once the window is full
+        rate = rates.get("global/items_per_sec", rates.get("device/items_per_sec"))
+        if rate is not None and self._steps % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
             pl_module.log("train/tokens_per_second", float(rate), prog_bar=True)

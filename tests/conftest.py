@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from src.config import RunConfig, load_config
 from src.train import RunResult, train
+
+torch.set_num_threads(1)  # small matrices: threads cost more than they bring, and far more beside a busy neighbour
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 STDLIB = Path(sysconfig.get_path("stdlib"))

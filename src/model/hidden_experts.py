@@ -42,13 +42,17 @@ class HiddenExperts(StackedExperts):
         """
         top_k = experts.shape[1]
         order = experts.flatten().argsort(stable=True)  # (N*K,) assignments, expert by expert
-        counts = torch.bincount(experts.flatten(), minlength=len(self.up)).tolist()
-        grouped = inputs.index_select(0, order // top_k).split(counts)  # E times (tokens of that expert, D)
-        # `unbind` gives the stacked weight one gradient; indexing would give it a full-size one per expert.
-        outputs = [
-            F.gelu(tokens @ up) @ down
-            for tokens, up, down in zip(grouped, self.up.unbind(0), self.down.unbind(0), strict=True)
-            if len(tokens)
-        ]
+        counts = experts.flatten().new_zeros(len(self.up)).scatter_add(0, experts.flatten(), torch.ones_like(order))
+        outputs = _run_grouped(inputs.index_select(0, order // top_k), counts, self.up, self.down)  # (N*K, D)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))  # (N*K,)
-        return weighted_sum(torch.cat(outputs), place.view(-1, top_k), weights)  # (N, D)
+        return weighted_sum(outputs, place.view(-1, top_k), weights)  # (N, D)
+
+
+@torch.compiler.disable(  # pyright: ignore[reportUntypedFunctionDecorator]
+    reason="group sizes change every step, and each would be compiled anew"
+)
+def _run_grouped(grouped: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Run expert e of weights (E, D, F) and (E, F, D) on the next `counts[e]` rows of (N*K, D)."""
+    # `unbind` gives the stacked weight one gradient; indexing would give it a full-size one per expert.
+    groups = zip(grouped.split(counts.tolist()), up.unbind(0), down.unbind(0), strict=True)
+    return torch.cat([F.gelu(tokens @ up) @ down for tokens, up, down in groups if len(tokens)])

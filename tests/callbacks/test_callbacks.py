@@ -1,0 +1,136 @@
+"""What a fit leaves behind, under a real Trainer: when it ends well, when it raises, when it is interrupted."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from callbacks import ReparameterizeCallback
+from src.config import load_run_config
+from src.inference import load_model
+from src.lightning_module import LanguageModel
+from src.lut import LutStore, read_manifest
+from src.run_directory import Identity, RunDirectory, identify
+from src.train import RunResult, train
+from tests.conftest import small_config
+
+
+def test_a_fit_leaves_weights_table_and_report(trained: RunResult) -> None:
+    run = RunDirectory(trained.run_dir)
+    backbone, experts = load_file(run.backbone_path), load_file(run.experts_path)
+    assert experts
+    assert all(name.startswith("experts.") for name in experts)
+    assert not any("expert" in name and "shared_expert" not in name for name in backbone)
+    with LutStore.open(run.lut_path()) as store:
+        assert store.manifest.precision == "float32"
+        assert store.manifest.training_form == identify(backbone, experts).training_form
+        assert store.manifest.token_counts_sha256 is not None
+    report = json.loads(run.report_path.read_text())
+    assert report["lookup_form"]["loss"] == pytest.approx(report["training_form"]["loss"], abs=1e-6)
+    assert report["initial"]["loss"] == pytest.approx(math.log(512), abs=0.1)
+    assert report["training_form"]["loss"] < report["initial"]["loss"] - 1
+    assert report["table"]["bytes_per_token"] == 2 * 4 * 64 * 4
+    assert set(report["corpus"]) >= {"fingerprint", "tokenizer", "train", "validation"}
+
+
+def test_the_table_holds_what_the_experts_compute(trained: RunResult) -> None:
+    with load_model(trained.run_dir, experts="ffn") as model, LutStore.open(trained.run_dir / "lut") as store:
+        assert model.experts is not None
+        ids = torch.tensor([0, 1, 17, 511])
+        layer_rows = model.experts.rows(ids, model.embedding(ids))
+        stored = store.gather(ids)
+        for layer in range(2):
+            torch.testing.assert_close(stored[:, layer], layer_rows(layer), atol=1e-6, rtol=1e-5)
+
+
+class _Raises(lightning.Callback):
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
+        if trainer.global_step == 3:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("lost"), KeyboardInterrupt()])
+def test_a_fit_that_does_not_end_well_leaves_no_table(
+    error: BaseException, tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.train.ThroughputCallback", lambda: _Raises(error))
+    config = small_config(small_overrides, tmp_path, "trainer.precision=32-true", "trainer.max_steps=8")
+    with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
+        train(config)
+    left = {path.name for path in (tmp_path / "quickstart").rglob("*") if path.is_file()}
+    assert left <= {"config.yaml", "tokenizer.json", "report.json", "metrics.csv", "hparams.yaml", "last.ckpt", "best.ckpt"}
+    assert {"config.yaml", "tokenizer.json"} <= left
+
+
+def test_a_failing_build_leaves_no_manifest(
+    tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("the device fell off")
+
+    monkeypatch.setattr("src.lut.sources.ModelRows.layer_rows", broken)
+    config = small_config(small_overrides, tmp_path, "trainer.precision=32-true", "trainer.max_steps=2")
+    with pytest.raises(RuntimeError, match="fell off"):
+        train(config)
+    lut = tmp_path / "quickstart" / "lut"
+    assert not (lut / "manifest.json").exists()
+    assert not list(lut.glob("*.safetensors"))
+
+
+def test_a_second_run_of_a_name_gets_a_number(tmp_path: Path, small_overrides: Sequence[str]) -> None:
+    config = small_config(
+        small_overrides,
+        tmp_path,
+        "trainer.precision=32-true",
+        "trainer.max_steps=1",
+        "lut.at_fit_end=false",
+        "evaluation.at_fit_end=false",
+    )
+    assert [train(config).run_dir.name for _ in range(3)] == ["quickstart", "quickstart-2", "quickstart-3"]
+
+
+def test_evaluation_leaves_training_as_it_was(tmp_path: Path, small_overrides: Sequence[str]) -> None:
+    def final_weights(*more: str) -> Identity:
+        config = small_config(small_overrides, tmp_path, "trainer.precision=32-true", "trainer.max_steps=6", *more)
+        return RunDirectory(train(config).run_dir).identity()
+
+    assert final_weights() == final_weights("evaluation.at_fit_end=false")
+
+
+class _Idle(LanguageModel):
+    """Holds trained weights and trains no further."""
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_two_ranks_build_the_table_of_one(tmp_path: Path, trained: RunResult) -> None:
+    run = RunDirectory(trained.run_dir)
+    config = load_run_config(run)
+    module = _Idle(config.model, config.objective, config.optimizer, torch.ones(512, dtype=torch.int64))
+    module.model.load_state_dict({**load_file(run.backbone_path), **load_file(run.experts_path)})
+    manifest = read_manifest(run.lut_path())
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_fork",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        max_epochs=1,
+        callbacks=[ReparameterizeCallback(tmp_path, dtype="float32", tokenizer=manifest.tokenizer)],
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(2, 1, 1, 2, dtype=torch.int64), batch_size=None))
+    shards = sorted((tmp_path / "lut").glob("rows-*"))
+    assert shards
+    for shard in shards:
+        assert shard.read_bytes() == (run.lut_path() / shard.name).read_bytes()

@@ -1,0 +1,184 @@
+"""The verbs, as a user meets them: what they print, and one clear line with exit code 2 for every mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src import evaluate, generate, reparameterize, train, verify
+from src.errors import UserError
+from src.lut import LutStore
+from src.run_directory import RunDirectory
+from src.train import RunResult
+from tests.conftest import CONFIGS
+
+VERBS = ("train", "evaluate", "generate", "reparameterize", "verify")
+ROOT = CONFIGS.parent
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main: Callable[[Sequence[str]], None] = {
+        "train": train.main,
+        "evaluate": evaluate.main,
+        "generate": generate.main,
+        "reparameterize": reparameterize.main,
+        "verify": verify.main,
+    }[verb]
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    assert f"example:\n  python -m src.{verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["src.train", "trainer.max_step=1"], "unknown key 'trainer.max_step'; did you mean 'trainer.max_steps'?"),
+        (["src.train", "--config", "no.yaml"], "no.yaml: no such config file"),
+        (["src.generate", "--run", "no-run", "--prompt", "x"], "no-run: no such run directory"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_no_traceback(arguments: list[str], message: str) -> None:
+    done = run_python(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_missing_arguments_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for main, arguments in ((generate.main, ["--run", "x"]), (evaluate.main, []), (verify.main, ["--rum", "x"])):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
+    assert "--prompt --prompt-file" in capsys.readouterr().err
+
+
+def test_generate_needs_only_config_tokenizer_backbone_and_table(
+    trained: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("config.yaml", "tokenizer.json", "backbone.safetensors"):
+        shutil.copy(trained.run_dir / name, moved / name)
+    shutil.copytree(trained.run_dir / "lut", moved / "lut")
+    texts: list[str] = []
+    for run, experts in ((trained.run_dir, "ffn"), (moved, "lut"), (moved, "auto")):
+        for sampling in (["--temperature", "0"], ["--temperature", "0.8", "--seed", "3", "--top-p", "0.9"]):
+            arguments = ["--run", str(run), "--experts", experts, "--prompt", "import os", "--max-new-tokens", "40"]
+            generate.main([*arguments, *sampling])
+            texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[2] == texts[4]
+    assert texts[1] == texts[3] == texts[5]
+    assert texts[0].startswith("import os")
+    with pytest.raises(UserError, match=r"experts.safetensors: missing, so this run has no training form"):
+        generate.main(["--run", str(moved), "--experts", "ffn", "--prompt", "x"])
+
+
+def test_a_run_without_a_manifest_or_with_another_models_table_is_refused(trained: RunResult, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run_dir, run)
+    manifest = run / "lut" / "manifest.json"
+    text = manifest.read_text()
+    manifest.unlink()
+    with pytest.raises(UserError, match=r"manifest.json: missing, so the table is unfinished"):
+        generate.main(["--run", str(run), "--experts", "lut", "--prompt", "x"])
+    manifest.write_text(text)
+    weights = RunDirectory(run)
+    state = {**load_file(weights.backbone_path), **load_file(weights.experts_path)}
+    state["norm.weight"] = state["norm.weight"] + 1
+    weights.write_weights(state)
+    with pytest.raises(UserError, match=r"was built for backbone [0-9a-f]+, but this run's is [0-9a-f]+; rebuild"):
+        generate.main(["--run", str(run), "--experts", "lut", "--prompt", "x"])
+
+
+def test_an_empty_prompt_is_refused(trained: RunResult) -> None:
+    with pytest.raises(UserError, match="the prompt is empty"):
+        generate.main(["--run", str(trained.run_dir), "--prompt", ""])
+
+
+def test_evaluate_scores_both_forms_alike(
+    trained: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores: list[float] = []
+    for experts in ("ffn", "lut"):
+        evaluate.main(["--run", str(trained.run_dir), "--experts", experts, "--json", str(tmp_path / "score.json")])
+        scores.append(json.loads((tmp_path / "score.json").read_text())["loss"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert trained.report is not None
+    assert scores[0] == pytest.approx(trained.report.training_form.loss, abs=1e-6)
+    assert "zlib -9" in capsys.readouterr().out
+
+
+def test_verify_holds_and_finds_what_is_wrong(trained: RunResult, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run_dir, run)
+    verify.main(["--run", str(run), "--json", str(tmp_path / "proof.json")])
+    checks = {check["name"]: check for check in json.loads((tmp_path / "proof.json").read_text())}
+    assert all(check["holds"] is not False for check in checks.values())
+    assert checks["logits through memmap"]["values"]["max_abs"] <= 5e-5
+    assert checks["control: rows replaced by zeros"]["values"]["rise"] > 0
+    assert checks["control: rows permuted over ids"]["values"]["rise"] > 0
+    shard = run / "lut" / "rows-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"the row of token id \d+ is damaged"):
+        verify.main(["--run", str(run)])
+
+
+def test_verify_without_a_training_form_proves_what_is_left(trained: RunResult, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run_dir, run)
+    (run / "experts.safetensors").unlink()
+    verify.main(["--run", str(run), "--json", str(tmp_path / "proof.json")])
+    checks = json.loads((tmp_path / "proof.json").read_text())
+    assert any(check["found"] == "the run holds no training form" for check in checks)
+    assert any(check["name"] == "logits through pread" and check["holds"] for check in checks)
+
+
+def test_reparameterize_builds_another_precision(trained: RunResult, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run_dir, run)
+    reparameterize.main(["--run", str(run), "--dtype", "bfloat16", "--lut", "lut-bf16"])
+    verify.main(["--run", str(run), "--lut", "lut-bf16", "--json", str(tmp_path / "proof.json")])
+    with pytest.raises(UserError, match=r"lut-bf16: holds a finished table; choose another --lut name"):
+        reparameterize.main(["--run", str(run), "--dtype", "float16", "--lut", "lut-bf16"])
+    reparameterize.main(["--run", str(run), "--dtype", "float16", "--lut", "lut-bf16", "--overwrite"])
+
+
+def test_a_checkpoint_becomes_a_run(trained: RunResult, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "tokenizer.json"):
+        shutil.copy(trained.run_dir / name, run / name)
+    shutil.copytree(trained.run_dir / "checkpoints", run / "checkpoints")
+    reparameterize.main(["--run", str(run), "--checkpoint", "last", "--dtype", "float32"])
+    assert RunDirectory(run).identity() == RunDirectory(trained.run_dir).identity()
+    shard = "lut/rows-00000.safetensors"
+    assert (run / shard).read_bytes() == (trained.run_dir / shard).read_bytes()
+    with pytest.raises(UserError, match=r"first: no such checkpoint; this run has best, last"):
+        reparameterize.main(["--run", str(run), "--checkpoint", "first"])
+
+
+def test_print_config_prints_and_stops(capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(["--print-config", "seed=7"])
+    assert "seed: 7" in capsys.readouterr().out
+
+
+def test_ids_outside_the_vocabulary_are_refused_by_name(trained: RunResult) -> None:
+    with LutStore.open(trained.run_dir / "lut") as store:
+        for bad in (-1, 512):
+            with pytest.raises(IndexError, match=rf"token id {bad} is outside the table's vocabulary \[0, 512\)"):
+                store.gather(torch.tensor([3, bad]))

@@ -119,7 +119,7 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config
 def parameter_part(name: str) -> Part:
     """Return the part of the model that a parameter's dotted name places it in."""
     components = name.split(".")
-    if "experts" in components:  # MoLE: experts.0.experts.up; MoE: the same component inside a block
+    if "experts" in components or "hidden_experts" in components:  # MoLE beside the blocks, MoE inside them
         return "experts"
     return "embedding" if "embedding" in components else "backbone"
 

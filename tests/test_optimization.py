@@ -7,7 +7,14 @@ import torch
 
 from src.errors import ConfigError
 from src.model import ModelConfig, Transformer
-from src.optimization import Multipliers, OptimizerConfig, build_optimizer, build_schedule, learning_rate_factor
+from src.optimization import (
+    Multipliers,
+    OptimizerConfig,
+    build_optimizer,
+    build_schedule,
+    learning_rate_factor,
+    parameter_part,
+)
 
 DENSE = ModelConfig(vocab_size=11, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=8)
 MOLE = replace(DENSE, num_experts=3, expert_intermediate_size=8)
@@ -50,13 +57,14 @@ def test_multipliers_reach_their_part_and_one_dimension_never_decays(model: Mode
     )
     parameters = dict(Transformer(model).named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
+    assert (model is DENSE) == all(parameter_part(name) != "experts" for name in parameters)
     for group in build_optimizer(parameters.items(), config).param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
             rate, decay = (1.0, 0.5)
             if name == "embedding.weight":
                 rate, decay = 2.0, 0.0
-            elif name.startswith("experts.") or (model is MOE and ".experts." in name):
+            elif name.startswith("experts.") or ".hidden_experts." in name:
                 rate, decay = 3.0, 2.0
             assert (group["lr"], group["weight_decay"]) == (rate, decay if parameter.dim() > 1 else 0.0), name
 

@@ -1,0 +1,114 @@
+"""Shows an `Account` on the terminal."""
+
+from dataclasses import fields
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from src.accounting.account import Account
+from src.accounting.flops import Flops
+
+_OFFLOADED = {"mole": "the lookup table", "moe": "the experts", "dense": "nothing"}
+
+
+def print_account(account: Account, console: Console) -> None:
+    """Print parameters, offloaded part, FLOPs and memory, each with what it assumes."""
+    console.print(_parameters(account))
+    if account.offload:
+        console.print(_offload(account))
+    console.print(_flops(account))
+    console.print(_assumptions(account), style="dim", highlight=False)
+    console.print(_memory(account))
+
+
+def _parameters(account: Account) -> Table:
+    count = account.parameters
+    worst = " (worst case)" if account.architecture == "moe" else ""
+    rows = {
+        "trained": count.trained,
+        "  of them routed experts and their norms": count.experts,
+        "resident at inference, experts offloaded": count.resident,
+        f"offloaded: {_OFFLOADED[account.architecture]}": count.offloaded,
+        f"loaded per token{worst}": count.loaded_per_token,
+    }
+    table = _table(f"{account.architecture}: parameters", "values", "in 16 bit")
+    for name, values in rows.items():
+        table.add_row(name, _count(values), _bytes(2 * values))
+    return table
+
+
+def _offload(account: Account) -> Table:
+    table = _table(f"{_OFFLOADED[account.architecture]}, by precision", "size", "read per token")
+    for row in account.offload:
+        table.add_row(row.precision, _bytes(row.total_bytes), _bytes(row.bytes_per_token))
+    for precision, reason in account.skipped_precisions.items():
+        table.add_row(f"{precision}: {reason}", "-", "-")
+    return table
+
+
+def _flops(account: Account) -> Table:
+    columns = {"training, per token": account.training_per_token}
+    if account.training_unique is not None:
+        columns["per unique id"] = account.training_unique
+    columns["inference"] = account.inference
+    table = _table("FLOPs per token", *columns)
+    for item in fields(Flops):
+        values = [getattr(flops, item.name) for flops in columns.values()]
+        if any(values):
+            table.add_row(item.name.replace("_", " "), *(_count(value) for value in values))
+    table.add_section()
+    table.add_row("total", *(_count(flops.total) for flops in columns.values()), style="bold")
+    return table
+
+
+def _assumptions(account: Account) -> str:
+    lines = [
+        f"Two per multiply-add; attention over the mean causal context of {account.sequence_length:,} tokens; "
+        "training is forward and twice that backward."
+    ]
+    if account.training_unique is not None:
+        ratio = account.micro_batch_tokens / account.unique_ids
+        origin = "an estimate; --unique-ids N states it" if account.unique_ids_estimated else "as stated"
+        lines += [
+            f"Per token: experts at every position. Per unique id: once for each of the {account.unique_ids:,} "
+            f"distinct ids among a micro-batch's {account.micro_batch_tokens:,} tokens, {ratio:.1f}x fewer ({origin}).",
+            f"This config trains in the form model.expert_execution={account.expert_execution}; "
+            "inference reads the table.",
+        ]
+    return "\n".join(lines)
+
+
+def _memory(account: Account) -> Table:
+    memory = account.memory
+    table = _table("training memory per device, without activations", "size")
+    table.add_row("weights", _bytes(memory.weights))
+    table.add_row("gradients", _bytes(memory.gradients))
+    table.add_row("AdamW's two moments", _bytes(memory.optimizer_states))
+    table.add_section()
+    table.add_row("total", _bytes(memory.total), style="bold")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(title, min_width=len(title), header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _count(value: float) -> str:
+    """Return a number with four digits and a decimal prefix, such as 389.1 M."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.4g} {prefix}"
+    return f"{value:.4g}"
+
+
+def _bytes(value: float) -> str:
+    """Return bytes with a binary prefix, such as 72.00 KiB."""
+    for prefix, power in (("TiB", 4), ("GiB", 3), ("MiB", 2), ("KiB", 1)):
+        if value >= 1024**power:
+            return f"{value / 1024**power:.2f} {prefix}"
+    return f"{value:.0f} B"

@@ -2,6 +2,7 @@
 
 import netrc
 import os
+from collections.abc import Iterable
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -38,7 +39,7 @@ def _has_api_key() -> bool:
 def _wandb_logger(config: RunConfig, run: RunDirectory, mode: str) -> WandbLogger:
     import wandb
 
-    return WandbLogger(
+    logger = WandbLogger(
         name=run.path.name,
         save_dir=run.path,
         project=config.wandb.project,
@@ -49,3 +50,12 @@ def _wandb_logger(config: RunConfig, run: RunDirectory, mode: str) -> WandbLogge
         # no console output, no host name, no command line, no paths: metrics and config are all that is recorded
         settings=wandb.Settings(console="off", silent=True, x_disable_meta=True, x_disable_stats=True),
     )
+    logger._wandb_init.pop("anonymous")  # Lightning passes it always, and W&B warns that it means nothing any more
+    return logger
+
+
+def close_loggers(loggers: Iterable[Logger], *, failed: bool) -> None:
+    """Finish the W&B run, so that its record is whole when `train` returns."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger._experiment is not None:
+            logger.experiment.finish(exit_code=int(failed))

@@ -1,25 +1,25 @@
 """`python -m src.train`: train, write weights and table, evaluate both forms."""
 
-import ctypes
 import importlib.metadata
+import json
+import logging
 import platform
-import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer
+from rich.console import Console
 
-from callbacks import EvaluationCallback, ReparameterizeCallback, StepProgressBar, ThroughputCallback
+from callbacks import EvaluationCallback
+from src.accounting import account, print_account
 from src.cli import parser, run_verb, stderr_console
-from src.config import RunConfig, TrainerConfig, describe, load_config
+from src.config import RunConfig, describe, load_config
 from src.data.datamodule import PackedDataModule
 from src.data.packed_tokens import PackedCorpus, prepare_corpus
-from src.data.tokenizer import fingerprint, vocabulary_size
+from src.data.tokenizer import vocabulary_size
 from src.errors import DataError
 from src.evaluation.held_out import held_out
 from src.evaluation.report import Report, update_report
@@ -27,9 +27,9 @@ from src.files import write_text
 from src.initialization import start_from_run
 from src.lightning_module import LanguageModel
 from src.run_directory import RunDirectory
-from src.tracking import build_loggers
+from src.tracking import build_loggers, close_loggers
+from src.trainer import build_trainer, keep_freed_memory, progress_callbacks, result_callbacks
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 DEFAULT_CONFIG = "configs/quickstart.yaml"
 
 
@@ -65,11 +65,14 @@ def train(config: RunConfig) -> RunResult:
         tokens_per_step=config.data.global_batch_size * config.data.sequence_length,
         console=console,
     )
-    callbacks = [*_progress_callbacks(config, run), *_result_callbacks(config, run, corpus, evaluation)]
-    trainer = lightning.Trainer(
-        **trainer_arguments(config.trainer), callbacks=callbacks, logger=build_loggers(config, run)
-    )
-    trainer.fit(module, PackedDataModule(corpus, config.data, text.windows))
+    callbacks = [*progress_callbacks(config, run), *result_callbacks(config, run, corpus, evaluation)]
+    loggers, failed = build_loggers(config, run), True
+    try:
+        trainer = build_trainer(config.trainer, callbacks, loggers)
+        trainer.fit(module, PackedDataModule(corpus, config.data, text.windows))
+        failed = False
+    finally:
+        close_loggers(loggers, failed=failed)
     return RunResult(run.path, evaluation.report)
 
 
@@ -100,48 +103,6 @@ def software_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def trainer_arguments(config: TrainerConfig) -> dict[str, Any]:
-    """Translate the config section into arguments of Lightning's Trainer."""
-    return {
-        "accelerator": config.accelerator,
-        "devices": config.devices,
-        "num_nodes": config.num_nodes,
-        "strategy": config.strategy,
-        "precision": native_precision() if config.precision == "auto" else config.precision,
-        "max_steps": config.max_steps,
-        "max_epochs": -1,
-        "val_check_interval": config.val_check_interval,
-        "check_val_every_n_epoch": None,
-        "limit_val_batches": config.limit_val_batches,
-        "num_sanity_val_steps": config.num_sanity_val_steps,
-        "log_every_n_steps": config.log_every_n_steps,
-        "deterministic": config.deterministic,
-        "fast_dev_run": config.fast_dev_run,
-        "enable_progress_bar": config.enable_progress_bar,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-    }
-
-
-def native_precision() -> str:
-    """Return bf16-mixed where the accelerator or the processor computes in bfloat16, else 32-true."""
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if native else "32-true"
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse large freed blocks instead of returning them to the system (elsewhere: do nothing).
-
-    Activations come and go every step; mapping and zeroing their pages anew took a quarter of the quick start's step.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
-
-
 def _require_room_for_tokenizer(corpus: PackedCorpus, config: RunConfig) -> None:
     size = vocabulary_size(corpus.tokenizer)
     if size > config.model.vocab_size:
@@ -151,42 +112,18 @@ def _require_room_for_tokenizer(corpus: PackedCorpus, config: RunConfig) -> None
         )
 
 
-def _progress_callbacks(config: RunConfig, run: RunDirectory) -> list[lightning.Callback]:
-    callbacks: list[lightning.Callback] = [ThroughputCallback(), LearningRateMonitor(logging_interval="step")]
-    if not config.trainer.fast_dev_run:
-        callbacks.append(
-            ModelCheckpoint(
-                dirpath=run.checkpoints_path,
-                monitor="val/loss",
-                filename="best",
-                save_last=True,
-                enable_version_counter=False,
-            )
-        )
-    if config.trainer.enable_progress_bar:
-        callbacks.append(StepProgressBar(refresh_rate=5))
-    if config.trainer.max_time is not None:
-        callbacks.append(Timer(config.trainer.max_time))
-    return callbacks
-
-
-def _result_callbacks(
-    config: RunConfig, run: RunDirectory, corpus: PackedCorpus, evaluation: EvaluationCallback
-) -> list[lightning.Callback]:
-    callbacks: list[lightning.Callback] = []
-    if config.lut.at_fit_end:
-        callbacks.append(
-            ReparameterizeCallback(
-                run.path,
-                dtype=config.lut.dtype,
-                chunk_tokens=config.lut.chunk_tokens,
-                tokenizer=fingerprint(corpus.tokenizer),
-                token_counts=corpus.token_counts(config.model.vocab_size),
-            )
-        )
-    if config.evaluation.at_fit_end:
-        callbacks.append(evaluation)
-    return callbacks
+def dry_run(config: RunConfig, unique_ids: int | None = None, json_path: Path | None = None) -> None:
+    """Print what a run of `config` costs, and write it to `json_path`; reads no corpus and allocates no model."""
+    costs = account(
+        config.model,
+        sequence_length=config.data.sequence_length,
+        micro_batch_size=config.data.micro_batch_size,
+        precision=config.trainer.precision,
+        unique_ids=unique_ids,
+    )
+    print_account(costs, Console())
+    if json_path is not None:
+        write_text(json_path, json.dumps(costs.to_dict(), indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -194,13 +131,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser("train", (__doc__ or ""), "python -m src.train trainer.max_steps=100 name=try")
     options.add_argument("--config", default=DEFAULT_CONFIG, help=f"YAML config (default: {DEFAULT_CONFIG})")
     options.add_argument("--print-config", action="store_true", help="print every key, its value and meaning, and stop")
+    options.add_argument(
+        "--dry-run", action="store_true", help="print what the run costs, allocating none of it, and stop"
+    )
+    options.add_argument("--unique-ids", type=int, metavar="N", help="dry run: distinct ids per micro-batch to assume")
+    options.add_argument("--json", type=Path, metavar="PATH", help="dry run: also write the figures there")
     options.add_argument("overrides", nargs="*", metavar="key=value", help="override a config key, such as seed=1")
     given = options.parse_args(arguments)
+    if not given.dry_run and (given.unique_ids is not None or given.json is not None):
+        options.error("--unique-ids and --json belong to --dry-run")
     config = load_config(given.config, given.overrides)
     if given.print_config:
         print(describe(config))
         return
+    if given.dry_run:
+        dry_run(config, given.unique_ids, given.json)
+        return
     keep_freed_memory()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
     train(config)
 
 

@@ -32,7 +32,7 @@ def test_an_offline_run_holds_config_and_metrics(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("SECRET_OF_THE_USER", "do-not-record-me")
     config = small_config(
-        small_overrides, tmp_path, "trainer.precision=32-true", "trainer.max_steps=6", "wandb.mode=offline"
+        small_overrides, tmp_path, "trainer.precision=32-true", "trainer.max_steps=12", "wandb.mode=offline"
     )
     run = train(config).run_dir
     (record,) = run.glob("wandb/offline-run-*")

@@ -1,0 +1,104 @@
+"""Lightning's Trainer for a run: arguments and callbacks, in the order in which they act."""
+
+import ctypes
+import sys
+from typing import Literal
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer
+from lightning.pytorch.loggers import Logger
+
+from callbacks import EvaluationCallback, ReparameterizeCallback, StepProgressBar, ThroughputCallback
+from src.config import RunConfig, TrainerConfig
+from src.data.packed_tokens import PackedCorpus
+from src.data.tokenizer import fingerprint
+from src.run_directory import RunDirectory
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+
+def build_trainer(
+    config: TrainerConfig, callbacks: list[lightning.Callback], loggers: list[Logger]
+) -> lightning.Trainer:
+    """Translate the config section into Lightning's Trainer."""
+    return lightning.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision=native_precision() if config.precision == "auto" else config.precision,
+        max_steps=config.max_steps,
+        max_epochs=-1,
+        val_check_interval=config.val_check_interval,
+        check_val_every_n_epoch=None,
+        limit_val_batches=config.limit_val_batches,
+        num_sanity_val_steps=config.num_sanity_val_steps,
+        log_every_n_steps=config.log_every_n_steps,
+        deterministic=config.deterministic,
+        fast_dev_run=config.fast_dev_run,
+        enable_progress_bar=config.enable_progress_bar,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # `StepWindows` already gives each rank its own
+        callbacks=callbacks,
+        logger=loggers,
+    )
+
+
+def progress_callbacks(config: RunConfig, run: RunDirectory) -> list[lightning.Callback]:
+    """Return what watches and saves a fit."""
+    callbacks: list[lightning.Callback] = [ThroughputCallback(), LearningRateMonitor(logging_interval="step")]
+    if not config.trainer.fast_dev_run:
+        callbacks.append(
+            ModelCheckpoint(
+                dirpath=run.checkpoints_path,
+                monitor="val/loss",
+                filename="best",
+                save_last=True,
+                enable_version_counter=False,
+            )
+        )
+    if config.trainer.enable_progress_bar:
+        callbacks.append(StepProgressBar(refresh_rate=5))
+    if config.trainer.max_time is not None:
+        callbacks.append(Timer(config.trainer.max_time))
+    return callbacks
+
+
+def result_callbacks(
+    config: RunConfig, run: RunDirectory, corpus: PackedCorpus, evaluation: EvaluationCallback
+) -> list[lightning.Callback]:
+    """Return what a fit leaves behind: weights and table first, then the evaluation that reads them."""
+    callbacks: list[lightning.Callback] = []
+    if config.lut.at_fit_end:
+        callbacks.append(
+            ReparameterizeCallback(
+                run.path,
+                dtype=config.lut.dtype,
+                chunk_tokens=config.lut.chunk_tokens,
+                tokenizer=fingerprint(corpus.tokenizer),
+                token_counts=corpus.token_counts(config.model.vocab_size),
+            )
+        )
+    if config.evaluation.at_fit_end:
+        callbacks.append(evaluation)
+    return callbacks
+
+
+def native_precision() -> Literal["bf16-mixed", "32-true"]:
+    """Return bf16-mixed where the accelerator or the processor computes in bfloat16, else 32-true."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large freed blocks instead of returning them to the system (elsewhere: do nothing).
+
+    Activations come and go every step; mapping and zeroing their pages anew took a quarter of the quick start's step.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)

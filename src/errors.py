@@ -31,3 +31,7 @@ class LutFormatError(LutError):
 
 class LutMismatchError(LutError):
     """A whole lookup table that belongs to another model."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint of the authors' code that cannot be read, or a run that cannot be written as one."""

@@ -1,0 +1,138 @@
+"""Makes a run directory of one of the authors' checkpoints, whole or not at all.
+
+A re-parameterised checkpoint becomes a run with a table and no `experts.safetensors`. Its training form is unknown;
+the identity that stands for it covers the backbone and no experts, so that comparing and recomputing both work.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from src.data.config import DataConfig
+from src.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
+from src.errors import CheckpointError, DataError
+from src.files import atomic_directory, write_text
+from src.interop.names import TABLE_NAME, correspondences, official_shapes
+from src.interop.official_config import read_model_config
+from src.interop.reader import CheckpointTensors, read_json
+from src.interop.table import Progress, TableRows, import_table, no_progress
+from src.model import ModelConfig
+from src.run_directory import RunDirectory
+
+NAMES_SHOWN = 5
+
+
+def import_official(
+    checkpoint_dir: Path | str,
+    run_dir: Path | str,
+    *,
+    top_k: int = 2,
+    tokenizer: Path | str | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Read one of the authors' checkpoints (Dense, MoE, MoLE or MoLE re-parameterised) into a new run directory.
+
+    Args:
+        checkpoint_dir: holds config.json and safetensors (whole or in shards) or pytorch_model.bin.
+        run_dir: must not exist yet.
+        top_k: experts per token of an MoE, which their config does not say.
+        tokenizer: a tokenizer.json; by default the checkpoint's own, if it has one.
+        progress: shows the table being written.
+
+    Raises:
+        CheckpointError: the directory is not a whole checkpoint of theirs, or `run_dir` exists.
+        DataError: the tokenizer cannot be read or has more ids than the model.
+    """
+    source, target = Path(checkpoint_dir), Path(run_dir)
+    require_new(target)
+    config_path = source / "config.json"
+    values, checkpoint = read_json(config_path), CheckpointTensors(source)
+    config = read_model_config(values, checkpoint.shapes, top_k, str(config_path))
+    with_table = TABLE_NAME in checkpoint.shapes
+    _require_shapes(checkpoint.shapes, official_shapes(config, with_table=with_table), source)
+    vocabulary = _load_tokenizer(tokenizer, source, config)
+    with atomic_directory(target) as directory:
+        run = RunDirectory(directory)
+        run.write_config(_run_config(config, target))
+        if vocabulary is not None:
+            write_text(run.tokenizer_path, vocabulary.to_str(pretty=True))
+        identity = run.write_weights(_read_weights(checkpoint, config, with_experts=not with_table, where=source))
+        if with_table:
+            known = None if vocabulary is None else fingerprint(vocabulary)
+            import_table(TableRows(config, identity, checkpoint), run.lut_path(), known, source, progress)
+
+
+def require_new(path: Path) -> None:
+    """Raise CheckpointError when something is at `path` already."""
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already; choose another --output, or remove it")
+
+
+def _read_weights(
+    checkpoint: CheckpointTensors, config: ModelConfig, *, with_experts: bool, where: Path
+) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for entry in correspondences(config, with_experts=with_experts):
+        parts = [checkpoint.tensor(name) for name in entry.theirs]
+        for name, part in zip(entry.theirs, parts, strict=True):
+            if not part.is_floating_point():
+                raise CheckpointError(f"{where}: {name} is {part.dtype}, but weights must be floating-point numbers")
+            if part.dtype != parts[0].dtype:
+                raise CheckpointError(
+                    f"{where}: {name} is {part.dtype}, but {entry.theirs[0]} is {parts[0].dtype}; "
+                    "save the checkpoint in one precision"
+                )
+        weights[entry.ours] = entry.join(parts)
+    return weights
+
+
+def _require_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Raise CheckpointError naming missing, surplus and misshapen tensors, all three at once."""
+    missing = [name for name in expected if name not in found]
+    surplus = [name for name in found if name not in expected]
+    misshapen = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems = [
+        f"{title} {_shorten(names)}"
+        for title, names in (("missing:", missing), ("surplus:", surplus), ("misshapen:", misshapen))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{where}: its tensors are not those of its config.json; {'; '.join(problems)}")
+
+
+def _shorten(names: list[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
+
+
+def _load_tokenizer(given: Path | str | None, source: Path, config: ModelConfig) -> Tokenizer | None:
+    """Load the tokenizer that was given or lies in the checkpoint; a model may have more ids than it, as padding."""
+    path = Path(given) if given is not None else source / "tokenizer.json"
+    if given is None and not path.is_file():
+        return None
+    tokenizer = load_tokenizer(path)
+    if (size := vocabulary_size(tokenizer)) > config.vocab_size:
+        raise DataError(
+            f"{path}: has {size} ids, but the model's vocabulary has {config.vocab_size}; "
+            "pass the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def _run_config(config: ModelConfig, run_dir: Path) -> dict[str, object]:
+    """Return the least that a run's config.yaml must say; everything else is the defaults'."""
+    return {
+        "name": run_dir.name,
+        "model": config.to_dict(),
+        "data": {
+            "sequence_length": min(DataConfig().sequence_length, config.max_sequence_length),
+            "tokenizer": {"path": str(run_dir / "tokenizer.json")},
+        },
+        "trainer": {"max_steps": 1},
+    }

@@ -1,0 +1,125 @@
+"""Reads the tensors of a Hugging Face directory by name: safetensors, whole or in shards, or a torch pickle.
+
+Knows files, not models. Shapes are known without reading a tensor, and a large one can be read block by block.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from src.errors import CheckpointError
+
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+"""In the order in which they are preferred; each may instead come in shards, listed by NAME.index.json."""
+
+
+class _TensorFile(Protocol):
+    shapes: dict[str, tuple[int, ...]]
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def block(self, name: str, rows: slice, columns: slice) -> Tensor: ...
+
+
+class CheckpointTensors:
+    """The tensors of one checkpoint directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Find and open the files; raises CheckpointError naming one that is missing or unreadable."""
+        self._files: dict[str, _TensorFile] = {}
+        for path in _weight_files(directory):
+            opened = _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
+            for name in opened.shapes:
+                if name in self._files:
+                    raise CheckpointError(f"{path}: holds {name}, and so does another shard; copy the checkpoint again")
+                self._files[name] = opened
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by name."""
+        return {name: opened.shapes[name] for name, opened in self._files.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """Read a whole tensor."""
+        return self._files[name].tensor(name)
+
+    def block(self, name: str, rows: slice, columns: slice) -> Tensor:
+        """Read a block of a matrix, and no more."""
+        return self._files[name].block(name, rows, columns)
+
+
+class _SafetensorsFile:
+    def __init__(self, path: Path) -> None:
+        try:
+            self._handle: Any = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
+        self.shapes = {name: tuple(self._handle.get_slice(name).get_shape()) for name in self._handle.keys()}  # noqa: SIM118
+
+    def tensor(self, name: str) -> Tensor:
+        return self._handle.get_tensor(name)
+
+    def block(self, name: str, rows: slice, columns: slice) -> Tensor:
+        return self._handle.get_slice(name)[rows, columns]
+
+
+class _PickleFile:
+    def __init__(self, path: Path) -> None:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+            raise CheckpointError(
+                f"{path}: not a plain state dict that torch.load reads with weights_only=True "
+                f"({str(error).splitlines()[0]}); save it as safetensors"
+            ) from error
+        if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+            raise CheckpointError(f"{path}: holds more than tensors by name; save the bare state dict")
+        self._weights: Mapping[str, Tensor] = found
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self._weights[name]
+
+    def block(self, name: str, rows: slice, columns: slice) -> Tensor:
+        return self._weights[name][rows, columns]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    for name in SINGLE_FILES:
+        if (directory / name).is_file():
+            return [directory / name]
+        if (directory / f"{name}.index.json").is_file():
+            return _shards(directory / f"{name}.index.json")
+    raise CheckpointError(
+        f"{directory}: holds no weights; expected {', '.join(SINGLE_FILES)} or one of them in shards with an index"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set[object]()
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise CheckpointError(f"{index}: its weight_map does not name files beside it; copy the checkpoint again")
+    paths = [index.parent / str(name) for name in sorted(names, key=str)]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise CheckpointError(f"{missing[0]}: missing, but {index.name} lists it; copy the checkpoint again")
+    return paths
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object; raises CheckpointError naming the file when there is none."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; give a Hugging Face checkpoint directory of the authors' code")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy the checkpoint again") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: holds a {type(document).__name__}, expected an object")
+    return document

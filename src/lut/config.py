@@ -13,7 +13,7 @@ class LutConfig:
     at_fit_end: bool = True
     """Write weights and table when training is done; models without embedding experts write weights only."""
     dtype: str = "bfloat16"
-    """Precision of the rows: float32, bfloat16 or float16."""
+    """Precision of the rows: float32, bfloat16, float16, int8, nf4 (even hidden sizes) or nf3 (multiples of 128)."""
     chunk_tokens: int | None = None
     """Rows computed and written at a time; null takes about 128 MiB of float32 rows."""
 

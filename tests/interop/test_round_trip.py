@@ -15,7 +15,7 @@ from src.errors import CheckpointError, DataError, LutError, LutMismatchError, R
 from src.inference import load_model
 from src.interop import export_official, import_official
 from src.interop.names import official_shapes, to_official
-from src.lut import build_lut, read_manifest
+from src.lut import LutStore, build_lut, read_manifest
 from src.model import ModelConfig, Transformer
 from src.run_directory import RunDirectory
 from tests.interop.checkpoints import (
@@ -93,6 +93,18 @@ def test_a_table_of_another_name_is_exported(tmp_path: Path) -> None:
         main(arguments)
     main([*arguments, "--lut", "other"])
     same_tensors(read_checkpoint(tmp_path / "back"), golden_tensors("mole_rep"))
+
+
+def test_a_packed_table_is_exported_as_the_numbers_it_decodes_to(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    import_official(GOLDEN / "mole", run)
+    build_lut(run, run / "lut", dtype="int8")
+    (run / "experts.safetensors").unlink()
+    export_official(run, tmp_path / "back")
+    import_official(tmp_path / "back", tmp_path / "again")
+    every_id = torch.arange(97)
+    with LutStore.open(run / "lut") as packed, LutStore.open(tmp_path / "again" / "lut") as plain:
+        assert torch.equal(packed.gather(every_id), plain.gather(every_id))
 
 
 @pytest.mark.parametrize("name", NAMES)

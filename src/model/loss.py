@@ -1,23 +1,102 @@
 """The language-model loss. One place, so that training, validation and scoring mean the same number.
 
-B batch, T tokens, D hidden, V vocabulary.
+Logits over the vocabulary are the largest tensor of a small model. They are made for a few tokens at a time and
+never kept: in training each chunk's gradient is computed as soon as its loss is, so the backward pass has nothing to
+recompute and nothing to store.
+
+N tokens, C tokens of a chunk, D hidden, V vocabulary.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+CHUNK_BYTES = 128 * 2**20
+"""Float32 logits that exist at a time; smaller chunks would pass over the head's gradient more often."""
 
 
 def token_losses(hidden_states: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """Return the cross-entropy in nats of each target (B, T), computed in at least float32.
+    """Return the cross-entropy in nats of each target (B, T), computed in at least float32; for scoring.
 
-    `hidden_states` is (B, T, D), `head` maps to (B, T, V).
+    `hidden_states` is (B, T, D), `head` maps to V logits.
     """
-    logits = head(hidden_states)  # (B, T, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    chunk = _chunk_tokens(len(head.weight))
+    hidden_chunks, target_chunks = hidden_states.flatten(0, 1).split(chunk), targets.flatten().split(chunk)
+    losses = [
+        F.cross_entropy(_widened(head(hidden)), wanted, reduction="none")
+        for hidden, wanted in zip(hidden_chunks, target_chunks, strict=True)
+    ]
+    return torch.cat(losses).view_as(targets)
 
 
 def next_token_loss(hidden_states: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """Return the mean of `token_losses`: the paper's whole objective for MoLE."""
-    return token_losses(hidden_states, head, targets).mean()
+    """Return the mean of `token_losses`, with gradients for `hidden_states` and `head`: the paper's whole objective.
+
+    It has no double backward. Under autocast the matrix products run in its dtype; the head's gradient is summed over
+    chunks in at least float32.
+    """
+    hidden = hidden_states.flatten(0, -2)  # (N, D)
+    return _MeanLoss.apply(hidden, head.weight, targets.flatten(), _matmul_dtype(hidden))
+
+
+class _MeanLoss(torch.autograd.Function):
+    """Mean cross-entropy of `hidden @ weight.T`; computes the gradients together with the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the mean loss of hidden (N, D) against targets (N,) for a head of weight (V, D)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            wide = torch.promote_types(dtype, torch.float32)
+            projection = weight.to(dtype)
+            wants_hidden, wants_weight, *_ = ctx.needs_input_grad
+            hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
+            weight_gradient = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
+            total = torch.zeros((), dtype=wide, device=hidden.device)
+            step = _chunk_tokens(len(weight))
+            for start in range(0, len(hidden), step):
+                part = slice(start, start + step)
+                inputs = hidden[part].to(dtype)  # (C, D)
+                loss, gradient = _loss_and_gradient(inputs @ projection.T, targets[part], wide)
+                total += loss
+                if hidden_gradient is not None:
+                    hidden_gradient[part] = gradient @ projection
+                if weight_gradient is not None:
+                    weight_gradient.add_(gradient.T @ inputs)
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.num_tokens = len(hidden)
+        return total / len(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub forbids every override
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Scale what `forward` computed for the sum over tokens to the mean's incoming gradient."""
+        scale = gradients[0] / ctx.num_tokens
+        scaled = (None if computed is None else computed * scale for computed in ctx.saved_tensors)
+        return (*scaled, None, None)
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of logits (C, V) and its gradient (C, V) in the dtype of the logits."""
+    log_probs = logits.log_softmax(dim=-1, dtype=wide)
+    index = targets.unsqueeze(-1)
+    loss = -log_probs.gather(-1, index).sum()
+    probs = torch.exp(log_probs, out=log_probs)
+    return loss, probs.scatter_add_(-1, index, probs.new_full((len(targets), 1), -1.0)).to(logits.dtype)
+
+
+def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _chunk_tokens(vocab_size: int) -> int:
+    return max(1, CHUNK_BYTES // (4 * vocab_size))

@@ -49,6 +49,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     reader: str = "auto",
+    cache_mb: float = 0,
 ) -> InferenceModel:
     """Load a run directory.
 
@@ -58,7 +59,8 @@ def load_model(
         lut: name of the table's directory inside the run.
         device: where the model computes.
         dtype: what it computes in; None keeps what was saved.
-        reader: how the table is read (see `LutStore.open`).
+        reader: how the table is read (see `LutStore.open`); `memory` keeps it on `device`.
+        cache_mb: MiB of rows kept in memory.
 
     Raises:
         RunError: the run is incomplete, or its files do not belong together.
@@ -73,7 +75,7 @@ def load_model(
         require_lookup_form(config)
     model = _backbone(run, config)
     if use_lut:
-        model.experts = DiskExperts(_open_store(run, lut, reader))
+        model.experts = DiskExperts(_open_store(run, lut, reader, cache_mb, device))
     elif config.architecture == "mole":
         model.experts = _experts(run, config)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -103,8 +105,8 @@ def _experts(run: RunDirectory, config: ModelConfig) -> EmbeddingExperts:
     return experts
 
 
-def _open_store(run: RunDirectory, lut: str, reader: str) -> LutStore:
-    store = LutStore.open(run.lut_path(lut), reader=reader)
+def _open_store(run: RunDirectory, lut: str, reader: str, cache_mb: float, device: torch.device | str) -> LutStore:
+    store = LutStore.open(run.lut_path(lut), reader=reader, cache_mb=cache_mb, device=device)
     expected = run.identity().backbone
     if store.manifest.backbone != expected:
         store.close()

@@ -3,8 +3,9 @@
 U token ids, L layers, E experts, D hidden.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import threading
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -12,104 +13,108 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.errors import LutError, LutFormatError
-from src.lut.integrity import check_rows, sha256
-from src.lut.layout import plan_shards
-from src.lut.manifest import Manifest, ShardRecord, read_manifest
-from src.lut.quantization import codec
-from src.lut.readers import READERS
+from src.errors import LutError
+from src.lut.cache import Ids, Positions, RowCache
+from src.lut.gate import Gate
+from src.lut.integrity import check_rows, row_checksum
+from src.lut.layout import TableLayout, plan_shards
+from src.lut.manifest import Manifest, read_manifest
+from src.lut.opening import check_shard, read_checksums, read_token_counts
+from src.lut.readers import READERS, Fetch, open_reader
+from src.lut.readers.aligned import BufferPool
+from src.lut.readers.memory import MemoryReader
+from src.lut.readers.reader import Bytes, Done
+from src.lut.readers.workers import after_fork_in_child
+from src.lut.request import ReadStats, RowRequest, decode
 
-
-@dataclass
-class ReadStats:
-    """What a store has done since it was opened."""
-
-    requests: int = 0
-    rows: int = 0
-    bytes: int = 0
-
-
-class RowRequest:
-    """Rows on their way; `wait` once, as late as possible."""
-
-    def __init__(self, store: "LutStore", future: "Future[Tensor]") -> None:
-        """Wrap the read that is under way."""
-        self._store, self._future = store, future
-
-    def wait(self) -> Tensor:
-        """Return the rows (U, L, E, D) in the codec's dtype, checked; raises what the read raised."""
-        return self._store.decode(self._future.result())
+SEED_ROWS = 256
+"""Rows read at a time when the cache is seeded."""
 
 
 class LutStore:
-    """A finished table. Thread-safe; close it or use it as a context manager."""
+    """A finished table. Share it between threads and with forked children; close it or use it as a context manager."""
 
-    def __init__(self, lut_dir: Path, manifest: Manifest, *, reader: str, verify_rows: bool) -> None:
+    def __init__(
+        self,
+        lut_dir: Path,
+        manifest: Manifest,
+        *,
+        reader: str = "auto",
+        cache_mb: float = 0,
+        verify_rows: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Use `LutStore.open`, which checks the directory first."""
         self.lut_dir, self.manifest, self.layout = lut_dir, manifest, manifest.layout
-        self.stats = ReadStats()
-        self._codec = codec(manifest.precision)
-        self._verify_rows = verify_rows
-        self._checksums = np.concatenate([_read_checksums(lut_dir, record) for record in manifest.shards])
-        self._reader = READERS[reader](lut_dir, self.layout, plan_shards(self.layout))
-        self._executor: ThreadPoolExecutor | None = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lut")
+        self._verify_rows, self._stats, self._buffers = verify_rows, ReadStats(), BufferPool()
+        self._checksums = read_checksums(lut_dir, manifest) if verify_rows else np.empty(0, dtype=np.uint32)
+        self._reader = open_reader(reader, lut_dir, self.layout, plan_shards(self.layout), device)
+        self._gate = Gate(f"{lut_dir}: the store is closed; open it again to read")
+        self._reset_lock()
+        after_fork_in_child(self._reset_lock)
+        if isinstance(self._reader, MemoryReader) and verify_rows:
+            self._verify_table(self._reader.table)
+        self._cache = None if isinstance(self._reader, MemoryReader) else self._seeded_cache(cache_mb)
 
     @classmethod
-    def open(cls, lut_dir: Path | str, *, reader: str = "auto", verify_rows: bool = True) -> "LutStore":
+    def open(
+        cls,
+        lut_dir: Path | str,
+        *,
+        reader: str = "auto",
+        cache_mb: float = 0,
+        verify_rows: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> "LutStore":
         """Open the table in `lut_dir`.
 
         Args:
             lut_dir: a directory with a manifest.
-            reader: `auto` or a name of `src.lut.readers.READERS`.
+            reader: one of `src.lut.readers.READERS`; `auto` tries what this disk does best.
+            cache_mb: MiB of rows kept in memory, at first those that training saw most; `memory` needs none.
             verify_rows: check the CRC-32 of every row that is read.
+            device: where `memory` keeps the table; the other readers deliver to the CPU.
 
         Raises:
             LutError: there is no finished table here, or the reader is unknown.
             LutFormatError: files are missing, resized or damaged.
         """
-        lut_dir = Path(lut_dir)
-        if reader != "auto" and reader not in READERS:
-            raise LutError(f"reader {reader!r} is unknown; choose auto or one of {', '.join(READERS)}")
-        manifest = read_manifest(lut_dir)
+        if reader not in READERS:
+            raise LutError(f"reader {reader!r} is unknown; choose one of {', '.join(READERS)}")
+        if cache_mb < 0:
+            raise LutError(f"cache_mb {cache_mb}, but it must not be negative")
+        manifest = read_manifest(Path(lut_dir))
         for record in manifest.shards:
-            _check_shard(lut_dir, record)
-        return cls(lut_dir, manifest, reader="pread" if reader == "auto" else reader, verify_rows=verify_rows)
+            check_shard(Path(lut_dir), record)
+        return cls(Path(lut_dir), manifest, reader=reader, cache_mb=cache_mb, verify_rows=verify_rows, device=device)
+
+    @property
+    def stats(self) -> ReadStats:
+        """What was read since the table was opened; seeding the cache is not counted."""
+        with self._lock:
+            return replace(self._stats)
 
     def request(self, token_ids: Tensor, out: Tensor | None = None) -> RowRequest:
         """Start reading the rows of `token_ids` (U,) int64 and return at once.
 
-        `out` is an optional (U, row_bytes) uint8 buffer to read into. IndexError names an id outside [0, V).
+        `out` is an optional contiguous (U, row_bytes) uint8 CPU buffer to read into; without it one is reused that
+        nobody refers to any more. Raises IndexError naming an id outside [0, V), LutError after `close`.
         """
-        if self._executor is None:
-            raise LutError(f"{self.lut_dir}: the store is closed; open it again to read")
-        ids = token_ids.detach().cpu().numpy()
-        if ids.ndim != 1 or ids.dtype != np.int64:
-            raise ValueError(f"token_ids must be one-dimensional int64, found shape {ids.shape} and {ids.dtype}")
-        if ids.size and (ids.min() < 0 or ids.max() >= self.manifest.vocab_size):
-            bad = next(token_id for token_id in ids.tolist() if not 0 <= token_id < self.manifest.vocab_size)
-            raise IndexError(f"token id {bad} is outside the table's vocabulary [0, {self.manifest.vocab_size})")
-        buffer = torch.empty(len(ids), self.layout.row_bytes, dtype=torch.uint8) if out is None else out
-        self.stats.requests += 1
-        self.stats.rows += len(ids)
-        self.stats.bytes += len(ids) * self.layout.row_bytes
-        return RowRequest(self, self._executor.submit(self._read, ids, buffer))
+        return self._request(token_ids, out, background=True)
 
     def gather(self, token_ids: Tensor) -> Tensor:
         """Return the rows (U, L, E, D) of `token_ids` (U,) int64."""
-        return self.request(token_ids).wait()
+        return self._request(token_ids, None, background=False).wait()
 
     def decode(self, codes: Tensor) -> Tensor:
         """Turn (U, row_bytes) stored bytes into (U, L, E, D) rows."""
-        layout = self.layout
-        vectors = codes.view(len(codes), layout.num_layers, layout.num_experts, layout.vector_bytes)
-        return self._codec.decode(vectors, layout.hidden_size)
+        return decode(codes, self.layout)
 
     def close(self) -> None:
-        """Let go of files and threads; further requests raise LutError."""
-        if self._executor is not None:
-            self._executor.shutdown()
-            self._executor = None
+        """Wait for reads in hand, then let go of files and threads; further requests raise LutError."""
+        if self._gate.close():
             self._reader.close()
+            self._cache = None
 
     def __enter__(self) -> "LutStore":
         """Return the store itself."""
@@ -121,31 +126,93 @@ class LutStore:
         """Close the store."""
         self.close()
 
-    def _read(self, ids: np.ndarray, buffer: Tensor) -> Tensor:
-        rows = buffer.numpy()
-        self._reader.read(ids, rows)
-        if self._verify_rows:
-            check_rows(ids, rows, self._checksums[ids], str(self.lut_dir))
-        return buffer
+    def _reset_lock(self) -> None:
+        self._lock = threading.Lock()
+
+    def _request(self, token_ids: Tensor, out: Tensor | None, *, background: bool) -> RowRequest:
+        ids = _checked_ids(token_ids, self.layout)
+        with self._gate:
+            if isinstance(self._reader, MemoryReader):
+                self._count(len(ids), hits=0, misses=0)
+                return RowRequest(self.layout, _select(self._reader.table, token_ids, out), None)
+            codes = self._buffers.take(len(ids), self.layout.row_bytes) if out is None else out
+            rows = codes.numpy()
+            cache, missing = self._cache, None
+            if cache is not None:
+                missing = cache.copy_hits(ids, rows)
+                self._count(len(ids), hits=len(ids) - len(missing), misses=len(missing))
+            else:
+                self._count(len(ids), hits=0, misses=0)
+            fetch = self._start(ids, rows, missing, background=background)
+        if isinstance(fetch, Done) and missing is None:
+            return RowRequest(self.layout, codes, None)
+        return RowRequest(self.layout, codes, partial(self._finish, fetch, cache, ids, rows, missing))
+
+    def _start(self, ids: Ids, rows: Bytes, missing: Positions | None, *, background: bool) -> Fetch:
+        if missing is None:
+            wanted = [(token_id, position) for position, token_id in enumerate(ids.tolist())]
+        else:
+            wanted = list(zip(ids[missing].tolist(), missing.tolist(), strict=True))
+        if not wanted:
+            return Done()
+        return self._reader.start(wanted, rows, partial(self._arrived, rows), background=background)
+
+    def _finish(self, fetch: Fetch, cache: RowCache | None, ids: Ids, rows: Bytes, missing: Positions | None) -> None:
+        with self._gate:
+            fetch.finish()
+            if cache is not None and missing is not None and len(missing):
+                cache.insert(ids, rows, missing)
+
+    def _arrived(self, rows: Bytes, token_id: int, position: int) -> None:
+        """Check a row as soon as it is there, on the thread that brought it; a damaged one raises LutFormatError."""
+        if self._verify_rows and row_checksum(token_id, rows[position]) != self._checksums[token_id]:
+            ids = np.array([token_id], dtype=np.int64)
+            check_rows(ids, rows[position : position + 1], self._checksums[ids], str(self.lut_dir))
+
+    def _count(self, rows: int, *, hits: int, misses: int) -> None:
+        with self._lock:
+            stats = self._stats
+            stats.requests += 1
+            stats.rows += rows
+            stats.bytes += (rows - hits) * self.layout.row_bytes
+            stats.cache_hits += hits
+            stats.cache_misses += misses
+
+    def _seeded_cache(self, cache_mb: float) -> RowCache | None:
+        num_slots = int(cache_mb * 2**20) // self.layout.row_bytes
+        if not num_slots:
+            return None
+        counts = read_token_counts(self.lut_dir, self.manifest)
+        cache = RowCache(num_slots, self.layout.vocab_size, self.layout.row_bytes, counts)
+        if counts is not None:
+            frequent = np.argsort(-counts, kind="stable")[: cache.num_slots]
+            frequent = frequent[counts[frequent] > 0].astype(np.int64)
+            for start in range(0, len(frequent), SEED_ROWS):
+                ids = np.sort(frequent[start : start + SEED_ROWS])
+                rows = self._buffers.take(len(ids), self.layout.row_bytes).numpy()
+                self._start(ids, rows, None, background=False).finish()
+                cache.insert(ids, rows, np.arange(len(ids)))
+        return cache
+
+    def _verify_table(self, table: Tensor) -> None:
+        step = max(1, 2**26 // self.layout.row_bytes)
+        for part, ids in zip(table.split(step), torch.arange(len(table)).split(step), strict=True):
+            rows = part.cpu().numpy()
+            check_rows(ids.numpy(), rows, self._checksums[ids.numpy()], str(self.lut_dir))
 
 
-def _check_shard(lut_dir: Path, record: ShardRecord) -> None:
-    path = lut_dir / record.file
-    if not path.is_file():
-        raise LutFormatError(f"{path}: missing, but the manifest lists it; copy the table again or rebuild it")
-    if (found := path.stat().st_size) != record.file_bytes:
-        raise LutFormatError(
-            f"{path}: {found:,} bytes, expected {record.file_bytes:,}; copy the table again or rebuild it"
-        )
-    with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        handle.seek(0)
-        header = handle.read(min(8 + length, record.file_bytes))
-    if sha256(header) != record.header_sha256:
-        raise LutFormatError(f"{path}: its header is damaged or of another shard; copy the table again or rebuild it")
+def _checked_ids(token_ids: Tensor, layout: TableLayout) -> Ids:
+    ids = token_ids.detach().cpu().numpy()
+    if ids.ndim != 1 or ids.dtype != np.int64:
+        raise ValueError(f"token_ids must be one-dimensional int64, found shape {ids.shape} and {ids.dtype}")
+    vocab_size = layout.vocab_size
+    if any(not 0 <= token_id < vocab_size for token_id in ids.tolist()):
+        bad = next(token_id for token_id in ids.tolist() if not 0 <= token_id < vocab_size)
+        raise IndexError(f"token id {bad} is outside the table's vocabulary [0, {vocab_size})")
+    return ids
 
 
-def _read_checksums(lut_dir: Path, record: ShardRecord) -> np.ndarray:
-    with (lut_dir / record.file).open("rb") as handle:
-        handle.seek(record.file_bytes - 4 * record.num_tokens)
-        return np.frombuffer(handle.read(), dtype="<u4").astype(np.uint32)
+def _select(table: Tensor, token_ids: Tensor, out: Tensor | None) -> Tensor:
+    """Copy rows (U, row_bytes) out of a table in memory, on its device."""
+    ids = token_ids.to(table.device)
+    return table.index_select(0, ids) if out is None else torch.index_select(table, 0, ids, out=out)

@@ -1,0 +1,131 @@
+"""Which reader a table gets: by name, or by trying what its disk and file system do best."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from src.errors import LutError
+from src.lut.layout import Shard, TableLayout
+from src.lut.readers.aligned import BufferPool
+from src.lut.readers.direct import DirectReader, open_direct
+from src.lut.readers.memory import MemmapReader, MemoryReader
+from src.lut.readers.pread import PreadReader
+from src.lut.readers.reader import Arrived, Bytes, Fetch, Reader, Wanted
+from src.lut.readers.shard_files import ShardFiles
+
+ReaderName = Literal["auto", "memory", "memmap", "pread", "direct"]
+READERS: tuple[ReaderName, ...] = get_args(ReaderName)
+PROBE_ROUNDS = 3
+PROBE_BATCH = 8
+DIRECT_ADVANTAGE = 0.87
+"""Unbuffered reads must take less than this share of buffered ones, because they leave nothing in the page cache."""
+
+
+def open_reader(
+    name: str, lut_dir: Path, layout: TableLayout, shards: Sequence[Shard], device: torch.device | str = "cpu"
+) -> Reader:
+    """Return the reader called `name`; LutError names the known ones. `device` is where `memory` keeps the table."""
+    if name == "memory":
+        return MemoryReader(lut_dir, layout, shards, torch.device(device))
+    if name == "memmap":
+        return MemmapReader(lut_dir, layout, shards)
+    if name == "pread":
+        return PreadReader(lut_dir, layout, shards)
+    if name == "direct":
+        return open_direct(lut_dir, layout, shards) or PreadReader(lut_dir, layout, shards)
+    if name == "auto":
+        return choose_reader(lut_dir, layout, shards)
+    raise LutError(f"reader {name!r} is unknown; choose one of {', '.join(READERS)}")
+
+
+class MixedReader:
+    """Resident rows from the page cache; cold ones past it where that was faster when the table was opened."""
+
+    def __init__(self, buffered: PreadReader, direct: DirectReader, *, single: bool, batch: bool) -> None:
+        """Read cold rows with `direct` when one row is awaited (`single`), or when there are several (`batch`)."""
+        self._buffered, self._direct = buffered, direct
+        self._single, self._batch = single, batch
+
+    def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived, *, background: bool) -> Fetch:
+        """Begin to read with the reader that suits the number of rows."""
+        use_direct = self._batch if len(wanted) > 1 else self._single and not background
+        if not use_direct:
+            return self._buffered.start(wanted, rows, arrived, background=background)
+        cold, resident = self._buffered.start_resident(wanted, rows, arrived)
+        if not cold:
+            return resident
+        return _Both(self._direct.start(cold, rows, arrived, background=background), resident)
+
+    def close(self) -> None:
+        """Close both."""
+        self._buffered.close()
+        self._direct.close()
+
+
+class _Both:
+    def __init__(self, first: Fetch, second: Fetch) -> None:
+        self._first, self._second = first, second
+
+    def finish(self) -> None:
+        """Finish both."""
+        self._first.finish()
+        self._second.finish()
+
+
+def choose_reader(lut_dir: Path, layout: TableLayout, shards: Sequence[Shard]) -> Reader:
+    """Time a few cold rows, one and several at a time, buffered and unbuffered (some milliseconds)."""
+    buffered = PreadReader(lut_dir, layout, shards)
+    enough = layout.vocab_size >= 2 * PROBE_ROUNDS * (1 + PROBE_BATCH)
+    if not enough or not hasattr(os, "posix_fadvise") or not hasattr(os, "O_DIRECT"):
+        return buffered
+    try:
+        direct = DirectReader(lut_dir, layout, shards)
+    except OSError:  # nobody asked for unbuffered reads, so there is nothing to warn of
+        return buffered
+    single = _direct_is_faster(buffered, direct, 1, lut_dir, layout, shards)
+    batch = _direct_is_faster(buffered, direct, PROBE_BATCH, lut_dir, layout, shards)
+    if single or batch:
+        return MixedReader(buffered, direct, single=single, batch=batch)
+    direct.close()
+    return buffered
+
+
+def _direct_is_faster(
+    buffered: Reader, direct: Reader, count: int, lut_dir: Path, layout: TableLayout, shards: Sequence[Shard]
+) -> bool:
+    """Compare the best of some rounds on rows spread over the table, taken out of the page cache first."""
+    files = ShardFiles(lut_dir, layout, shards)
+    rows = BufferPool().take(count, layout.row_bytes).numpy()
+    rows.fill(0)  # touch the pages
+    spread = iter(range(0, layout.vocab_size, max(1, layout.vocab_size // (2 * PROBE_ROUNDS * count))))
+    best: dict[Reader, float] = {buffered: float("inf"), direct: float("inf")}
+    try:
+        for _ in range(PROBE_ROUNDS):
+            for reader in best:
+                wanted = [(next(spread), position) for position in range(count)]
+                for token_id, _ in wanted:
+                    shard, offset = files.locate(token_id)
+                    os.posix_fadvise(files.descriptor(shard), offset, layout.row_bytes, os.POSIX_FADV_DONTNEED)
+                best[reader] = min(best[reader], _seconds(partial(_read, reader, wanted, rows)))
+    finally:
+        files.close()
+    return best[direct] < DIRECT_ADVANTAGE * best[buffered]
+
+
+def _read(reader: Reader, wanted: Wanted, rows: Bytes) -> None:
+    reader.start(wanted, rows, _unchecked, background=False).finish()
+
+
+def _unchecked(*_: int) -> None:
+    """Accept any row: a probe looks at the clock alone."""
+
+
+def _seconds(action: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start

@@ -38,7 +38,8 @@ class Multipliers:
     learning_rate: float = 1.0
     """Factor on `optimizer.learning_rate`, at least 0; 0 freezes the group."""
     weight_decay: float = 1.0
-    """Factor on `optimizer.weight_decay`, at least 0; 0 leaves the group without decay."""
+    """Factor on `optimizer.weight_decay`, at least 0; 0 leaves the group without decay. AdamW takes decay times
+    learning rate, so the other factor scales it too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,8 +42,8 @@ def _offload(account: Account) -> Table:
     table = _table(f"{_OFFLOADED[account.architecture]}, by precision", "size", "read per token")
     for row in account.offload:
         table.add_row(row.precision, _bytes(row.total_bytes), _bytes(row.bytes_per_token))
-    for precision, reason in account.skipped_precisions.items():
-        table.add_row(f"{precision}: {reason}", "-", "-")
+    for reason in account.skipped_precisions.values():
+        table.add_row(reason, "-", "-")
     return table
 
 

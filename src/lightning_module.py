@@ -19,8 +19,10 @@ from torchmetrics import MeanMetric
 
 from src.evaluation.routing import RoutingMetrics
 from src.model import ModelConfig, Transformer
+from src.model.experts import ExpertRows
 from src.model.loss import next_token_loss, token_losses
 from src.model.router import load_balance_loss, z_loss
+from src.model.step_rows import StepRows
 from src.optimization import ObjectiveConfig, OptimizerConfig, build_optimizer, build_schedule, clip_gradients
 
 
@@ -54,9 +56,13 @@ class LanguageModel(lightning.LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
         loss_sum = torch.zeros((), device=self.device)
+        shared = StepRows(self.model, batch[..., :-1]) if self._shares_rows else None
         for index, windows in enumerate(batch):
-            with self._gradient_sync(last=index + 1 == len(batch)):
-                loss, objective = self._losses(windows)
+            last = index + 1 == len(batch)
+            with self._gradient_sync(last=last):
+                loss, objective = self._losses(windows, shared.micro_batch(index) if shared is not None else None)
+                if last and shared is not None:
+                    objective = objective + len(batch) * shared.carried()  # whose share is already its whole
                 self.manual_backward(objective / len(batch))
             loss_sum += loss.detach()
         gradient_norm = clip_gradients(self.model.parameters(), self.optimizer_config.gradient_clip_norm)
@@ -83,9 +89,9 @@ class LanguageModel(lightning.LightningModule):
         for metric in (self.validation_loss, self.validation_bytes, self.validation_routing):
             metric.reset()
 
-    def _losses(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, windows: Tensor, expert_rows: ExpertRows | None) -> tuple[Tensor, Tensor]:
         """Return the language-model loss of (B, T+1) windows and the objective, which may add router losses."""
-        trunk = self.model.trunk(windows[:, :-1])
+        trunk = self.model.trunk(windows[:, :-1], expert_rows=expert_rows)
         loss = next_token_loss(trunk.hidden_states, self.model.head, windows[:, 1:])
         objective = loss
         if trunk.router_logits and self.objective.load_balance_weight:
@@ -109,6 +115,11 @@ class LanguageModel(lightning.LightningModule):
         self.log("train/gradient_norm", gradient_norm)
         self.log_dict({f"train/{name}": value for name, value in self.routing.compute().items()})
         self.routing.reset()
+
+    @property
+    def _shares_rows(self) -> bool:
+        config = self.model.config
+        return config.expert_execution == "unique_per_step" and config.architecture == "mole"
 
     @property
     def _logs_this_step(self) -> bool:

@@ -57,7 +57,9 @@ def test_every_named_metric_is_logged(trained: RunResult) -> None:
     seen = {name for row in read_metrics(trained.run_dir) for name, value in row.items() if value}
     scalars = {"loss", "perplexity", "gradient_norm", "tokens_per_second"}
     routing = {f"router/{name}" for name in ("entropy", "load_balance_loss", "z_loss", "max_share")}
-    per_layer = {f"router/{name}/layer_{layer}" for name in ("entropy", "z_loss", "load_balance_loss") for layer in (0, 1)}
+    per_layer = {
+        f"router/{name}/layer_{layer}" for name in ("entropy", "z_loss", "load_balance_loss") for layer in (0, 1)
+    }
     shares = {f"router/share/layer_{layer}/expert_{expert}" for layer in (0, 1) for expert in range(4)}
     for split, names in (
         ("train", scalars | routing | per_layer | shares),
@@ -68,7 +70,9 @@ def test_every_named_metric_is_logged(trained: RunResult) -> None:
 
 
 def test_logged_values_are_what_the_model_gives(tmp_path: Path, small_overrides: Sequence[str]) -> None:
-    config = small_config(small_overrides, tmp_path, *ONLY_TRAIN, "trainer.max_steps=4", "optimizer.learning_rate=1e-12")
+    config = small_config(
+        small_overrides, tmp_path, *ONLY_TRAIN, "trainer.max_steps=4", "optimizer.learning_rate=1e-12"
+    )
     row = next(row for row in read_metrics(train(config).run_dir) if row.get("val/loss"))
     corpus = prepare_corpus(config.data)
     torch.manual_seed(config.seed)
@@ -89,12 +93,31 @@ def test_logged_values_are_what_the_model_gives(tmp_path: Path, small_overrides:
 
 def test_max_time_ends_training_and_the_rest_still_runs(tmp_path: Path, small_overrides: Sequence[str]) -> None:
     config = small_config(
-        small_overrides, tmp_path, "trainer.precision=32-true", "trainer.max_steps=100000", 'trainer.max_time="00:00:00:02"'
+        small_overrides,
+        tmp_path,
+        "trainer.precision=32-true",
+        "trainer.max_steps=100000",
+        'trainer.max_time="00:00:00:02"',
     )
     result = train(config)
     assert result.report is not None
     assert 0 < result.report.steps < 100000
     assert (result.run_dir / "lut" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 8])
+def test_executions_train_alike(tmp_path: Path, small_overrides: Sequence[str], micro_batch_size: int) -> None:
+    def run(execution: str) -> list[float]:
+        more = (
+            f"model.expert_execution={execution}",
+            f"data.micro_batch_size={micro_batch_size}",
+            "trainer.max_steps=6",
+        )
+        return losses(small_config(small_overrides, tmp_path, *ONLY_TRAIN, *more))
+
+    per_token = run("per_token")
+    assert run("unique") == pytest.approx(per_token, abs=2e-6)
+    assert run("unique_per_step") == pytest.approx(per_token, abs=2e-6)
 
 
 @pytest.mark.slow

@@ -48,8 +48,10 @@ class ModelConfig:
     """Standard deviation of initial weights (norms start at 1)."""
     scale_output_init: bool = True
     """Divide `init_std` by sqrt(2 * num_layers) for projections that write to the residual stream."""
-    expert_execution: Literal["unique", "per_token"] = "unique"
-    """Run embedding experts once per distinct token id of a micro-batch, or once per position (the paper's form)."""
+    expert_execution: Literal["unique", "per_token", "unique_per_step"] = "unique"
+    """How often embedding experts run in training; the gradients are the same. `unique`: once per distinct token id of
+    a micro-batch. `per_token`: at every position, the paper's form. `unique_per_step`: once per distinct id of all
+    micro-batches of an optimiser step, whose rows are kept for it."""
     gradient_checkpointing: bool = False
     """Recompute blocks and experts in the backward pass instead of keeping their activations."""
 

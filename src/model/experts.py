@@ -7,7 +7,7 @@ B batch, T tokens, D hidden, F intermediate, E experts, K experts mixed per toke
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,14 @@ from src.model.router import Routing
 
 LayerRows = Callable[[int], Tensor]
 """Layer index -> expert rows (U, E, D) of the ids it was made for."""
+
+
+class ExpertRows(NamedTuple):
+    """The rows that some positions mix."""
+
+    layer_rows: LayerRows
+    inverse: Tensor
+    """(B, T) int64: which of the U ids each position holds."""
 
 
 class ExpertSource(Protocol):

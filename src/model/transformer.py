@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from src.model.attention import KeyValueCache, causal_mask, rotary_table
 from src.model.block import Block
 from src.model.config import ModelConfig
-from src.model.experts import EmbeddingExperts, ExpertSource, LayerRows
+from src.model.experts import EmbeddingExperts, ExpertRows, ExpertSource
 
 
 class TrunkOutput(NamedTuple):
@@ -78,17 +78,26 @@ class Transformer(nn.Module):
         return self.trunk(token_ids, cache=cache, attention_mask=attention_mask).hidden_states
 
     def trunk(
-        self, token_ids: Tensor, *, cache: KeyValueCache | None = None, attention_mask: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        cache: KeyValueCache | None = None,
+        attention_mask: Tensor | None = None,
+        expert_rows: ExpertRows | None = None,
     ) -> TrunkOutput:
-        """Return hidden states and router logits of `token_ids` (B, T); arguments as in `forward`."""
+        """Return hidden states and router logits of `token_ids` (B, T).
+
+        `expert_rows` are rows made earlier for a superset of these ids; by default `experts` is asked for them. The
+        other arguments are those of `forward`.
+        """
         positions, mask = self._positions_and_mask(token_ids, cache, attention_mask)
         dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
         rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype)
         hidden_states = self.embedding(token_ids)  # (B, T, D)
-        layer_rows, inverse = self._expert_rows(token_ids)
+        expert_rows = expert_rows or self._expert_rows(token_ids)
         router_logits: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
-            rows = layer_rows(layer) if layer_rows is not None else None  # (U, E, D)
+            rows, inverse = (expert_rows.layer_rows(layer), expert_rows.inverse) if expert_rows else (None, None)
             arguments = (hidden_states, rotary, mask, cache, layer, rows, inverse)
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states, logits = checkpoint(block, *arguments, use_reentrant=False)
@@ -100,12 +109,12 @@ class Transformer(nn.Module):
             cache.advance(token_ids.shape[1])
         return TrunkOutput(self.norm(hidden_states), router_logits)
 
-    def _expert_rows(self, token_ids: Tensor) -> tuple[LayerRows | None, Tensor | None]:
-        """Return the source of rows and, per position, which row it wants (B, T); None where nothing is looked up."""
+    def _expert_rows(self, token_ids: Tensor) -> ExpertRows | None:
+        """Ask `experts` for the rows of `token_ids` (B, T); None where nothing is looked up."""
         if self.experts is None:
-            return None, None
+            return None
         ids, inverse = self._distinct(token_ids)
-        return self.experts.rows(ids, self.embedding(ids)), inverse
+        return ExpertRows(self.experts.rows(ids, self.embedding(ids)), inverse)
 
     def _distinct(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids (U,) whose rows are needed and, per position, which of them it holds (B, T)."""

@@ -1,9 +1,7 @@
-"""Checksums of rows and seals of documents: how a table shows that it is what was written."""
+"""Checksums of rows: how a table shows that each of them is what was written, and whose."""
 
 import hashlib
-import json
 import zlib
-from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +33,3 @@ def check_rows(token_ids: NDArray[np.int64], rows: NDArray[np.uint8], expected: 
 def sha256(data: bytes) -> str:
     """SHA-256 as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
-
-
-def seal(document: Mapping[str, object]) -> dict[str, object]:
-    """Return the JSON document with the SHA-256 of its own canonical text under `sha256`."""
-    body = {key: value for key, value in document.items() if key != "sha256"}
-    return {**body, "sha256": sha256(json.dumps(body, sort_keys=True).encode())}

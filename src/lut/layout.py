@@ -1,8 +1,8 @@
 """Where every byte of a table lies. Pure arithmetic: no tensors, no files.
 
 A table is a list of safetensors shards. Each holds `rows`, the token rows in order of id, and `checksums`, one
-CRC-32 per row. The plan depends on the vocabulary and the row size alone, so any number of writers and any
-interruption yields the same bytes.
+CRC-32 per row. The plan depends on the vocabulary, the row size and the shard size alone, so any number of writers
+and any interruption yields the same bytes.
 """
 
 import json
@@ -26,6 +26,8 @@ class TableLayout:
     num_experts: int
     hidden_size: int
     precision: str
+    shard_bytes: int = SHARD_BYTES
+    """Rows of a shard fit in this many bytes, unless a single row is larger."""
 
     @property
     def vector_bytes(self) -> int:
@@ -92,13 +94,13 @@ class Shard:
         return self.checksums_offset(layout) + self.num_tokens * CHECKSUM_BYTES
 
 
-def tokens_per_shard(layout: TableLayout, shard_bytes: int = SHARD_BYTES) -> int:
+def tokens_per_shard(layout: TableLayout) -> int:
     """Rows in every shard but the last: as many as fit `shard_bytes`, at least one."""
-    return max(1, shard_bytes // layout.row_bytes)
+    return max(1, layout.shard_bytes // layout.row_bytes)
 
 
-def plan_shards(layout: TableLayout, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
+def plan_shards(layout: TableLayout) -> list[Shard]:
     """Cut [0, V) into shards."""
-    step = tokens_per_shard(layout, shard_bytes)
+    step = tokens_per_shard(layout)
     starts = range(0, layout.vocab_size, step)
     return [Shard(index, first, min(step, layout.vocab_size - first)) for index, first in enumerate(starts)]

@@ -1,5 +1,10 @@
-"""What tables are built from: anything that computes one layer's expert rows for a run of token ids."""
+"""What tables are built from: anything that gives one layer's expert rows for a run of token ids.
 
+U token ids, L layers, E experts, D hidden, F intermediate.
+"""
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -7,21 +12,83 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn import functional as F
 
 from src.errors import LutError
+from src.lut.manifest import MANIFEST_NAME
+from src.lut.table_rows import TableRows
 from src.model import ModelConfig, Transformer
-from src.model.experts import EmbeddingExperts, LayerExperts
-from src.run_directory import EXPERTS_PREFIX, Identity, RunDirectory, identify
+from src.model.experts import EmbeddingExperts, LayerExperts, StackedExperts
+from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ACTIVATION_BYTES = 32 * 2**20
+"""What the activations of one expert may take; more tokens are computed in turns."""
+
+
+class TableSizes(Protocol):
+    """The sizes that a table takes over from its source."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        ...
+
+
+class TableIdentity(Protocol):
+    """The weights that rows stand for; None where they are not known."""
+
+    @property
+    def backbone(self) -> str | None:
+        """SHA-256 of the backbone."""
+        ...
+
+    @property
+    def training_form(self) -> str | None:
+        """SHA-256 of backbone and experts."""
+        ...
 
 
 class RowSource(Protocol):
-    """Computes expert rows; `config` gives the table's sizes, `identity` the weights it stands for."""
+    """Gives expert rows. A builder asks for the layers of a run of ids in order, then for the next run of ids."""
 
-    config: ModelConfig
-    identity: Identity
+    @property
+    def config(self) -> TableSizes:
+        """The table's sizes."""
+        ...
+
+    @property
+    def identity(self) -> TableIdentity:
+        """The weights that the rows stand for."""
+        ...
+
+    @property
+    def rows_from(self) -> str:
+        """What makes the rows, in words, for the manifest; an interrupted build goes on with the same alone."""
+        ...
+
+    @property
+    def held_row_bytes(self) -> int:
+        """Bytes that the source keeps in memory for each id of the run that was asked for last."""
+        ...
 
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
-        """Return (num_tokens, E, D) rows of consecutive ids, computed in at least float32."""
+        """Return the rows (num_tokens, E, D) float32 of consecutive ids."""
         ...
 
 
@@ -38,58 +105,114 @@ def require_lookup_form(config: ModelConfig) -> None:
 class ModelRows:
     """Rows of a model in memory, on whatever device it lies."""
 
-    def __init__(self, model: Transformer) -> None:
+    held_row_bytes = 0
+
+    def __init__(self, model: Transformer, compute_dtype: str = "float32") -> None:
         """Take the model as it is now; its identity is computed from its weights."""
         require_lookup_form(model.config)
         if not isinstance(model.experts, EmbeddingExperts):
             raise LutError("this model is already in its lookup form; build from its training form or from its table")
-        self.config, self._model, self._experts = model.config, model, model.experts
+        self.config, self._embedding, self._experts = model.config, model.embedding.weight, model.experts
+        self._dtype, self.rows_from = _compute_dtype(compute_dtype), f"experts in {compute_dtype}"
         weights = model.state_dict()
         experts = {name: tensor for name, tensor in weights.items() if name.startswith(EXPERTS_PREFIX)}
         self.identity = identify({name: weights[name] for name in weights if name not in experts}, experts)
 
+    @torch.no_grad()
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
         """Run one layer's experts on the embedding rows of consecutive ids."""
-        embeddings = self._model.embedding.weight[first_token : first_token + num_tokens]
-        return _compute(self._experts[layer], embeddings)
+        part = self._experts[layer]
+        assert isinstance(part, LayerExperts)
+        experts = part.experts
+        embeddings = self._embedding[first_token : first_token + num_tokens]
+        inputs = _normed(embeddings, part.norm.weight, self.config.norm_eps).to(self._dtype)
+        weights = ((experts.up[index : index + 1], experts.down[index : index + 1]) for index in range(len(experts.up)))
+        return _run_experts(inputs, weights, self.config.num_experts)
 
 
 @dataclass
 class RunRows:
-    """Rows of a run directory, reading one layer's experts at a time instead of loading the model."""
+    """Rows of a run directory, reading one expert at a time instead of loading the model."""
 
     run: RunDirectory
+    compute_dtype: str = "float32"
+    held_row_bytes = 0
 
     def __post_init__(self) -> None:
         """Check the run's parts; nothing is loaded yet."""
         self.config, self.identity = self.run.model_config(), self.run.identity()
+        self._dtype, self.rows_from = _compute_dtype(self.compute_dtype), f"experts in {self.compute_dtype}"
         require_lookup_form(self.config)
         if not self.run.experts_path.is_file():
             raise LutError(
                 f"{self.run.experts_path}: missing, so this run holds no training form to build a table from"
             )
 
+    @torch.no_grad()
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
-        """Read one layer's experts and the embedding rows of consecutive ids, and run them."""
+        """Read the embedding rows of consecutive ids and one expert after another, and run them."""
         with safe_open(self.run.backbone_path, framework="pt") as handle:
             embeddings = handle.get_slice("embedding.weight")[first_token : first_token + num_tokens]
-        with torch.device("meta"):
-            experts = LayerExperts(self.config)
         prefix = f"{EXPERTS_PREFIX}{layer}."
         with safe_open(self.run.experts_path, framework="pt") as handle:
-            weights = {name: handle.get_tensor(prefix + name) for name in experts.state_dict()}
-        experts.load_state_dict(weights, assign=True)
-        return _compute(experts, embeddings)
+            norm = handle.get_tensor(f"{prefix}norm.weight")
+            inputs = _normed(embeddings, norm, self.config.norm_eps).to(self._dtype)
+            up, down = handle.get_slice(f"{prefix}experts.up"), handle.get_slice(f"{prefix}experts.down")
+            weights = ((up[index : index + 1], down[index : index + 1]) for index in range(self.config.num_experts))
+            return _run_experts(inputs, weights, self.config.num_experts)
 
 
-def open_source(source: Transformer | RunDirectory | Path | str) -> RowSource:
-    """Return the row source of a model or of a run directory."""
+def open_source(
+    source: RowSource | Transformer | RunDirectory | Path | str, compute_dtype: str = "float32"
+) -> RowSource:
+    """Return the row source of a model, of a run directory, or of another table's directory.
+
+    Args:
+        source: a path is a table when it holds a manifest, a run directory otherwise.
+        compute_dtype: what experts compute in, a name of `COMPUTE_DTYPES`; a table's rows are taken as they are.
+    """
     if isinstance(source, Transformer):
-        return ModelRows(source)
-    return RunRows(source if isinstance(source, RunDirectory) else RunDirectory(Path(source)))
+        return ModelRows(source, compute_dtype)
+    if isinstance(source, RunDirectory):
+        return RunRows(source, compute_dtype)
+    if isinstance(source, (Path, str)):
+        path = Path(source)
+        return TableRows(path) if (path / MANIFEST_NAME).is_file() else RunRows(RunDirectory(path), compute_dtype)
+    return source
 
 
-@torch.no_grad()
-def _compute(experts: torch.nn.Module, embeddings: Tensor) -> Tensor:
-    with torch.autocast(embeddings.device.type, enabled=False):
-        return experts(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))
+def _compute_dtype(name: str) -> torch.dtype:
+    if name not in COMPUTE_DTYPES:
+        raise LutError(f"compute_dtype {name!r} is unknown; choose one of {', '.join(COMPUTE_DTYPES)}")
+    return COMPUTE_DTYPES[name]
+
+
+def _normed(embeddings: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Norm (U, D) embeddings in float32, whatever they are stored in."""
+    return F.rms_norm(embeddings.float(), weight.shape, weight.float(), eps)
+
+
+def _run_experts(inputs: Tensor, weights: Iterable[tuple[Tensor, Tensor]], num_experts: int) -> Tensor:
+    """Return (U, E, D) float32: every expert, with weights (1, D, F) and (1, F, D), on the same (U, D) inputs."""
+    rows = torch.empty(len(inputs), num_experts, inputs.shape[1], device=inputs.device)
+    with _full_precision(inputs.device):
+        for index, (up, down) in enumerate(weights):
+            with torch.device("meta"):
+                expert = StackedExperts(1, inputs.shape[1], up.shape[-1])
+            expert.load_state_dict({"up": up.to(inputs.dtype), "down": down.to(inputs.dtype)}, assign=True)
+            turn_tokens = max(1, ACTIVATION_BYTES // (up.shape[-1] * inputs.itemsize))
+            for target, turn in zip(rows[:, index].split(turn_tokens), inputs.split(turn_tokens), strict=True):
+                target.copy_(expert(turn)[:, 0])
+    return rows
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Generator[None]:
+    """Forbid TF32 and autocast for the block: a table is written once and read for ever."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)

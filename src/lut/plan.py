@@ -1,0 +1,140 @@
+"""What a build will do, decided before it touches the disk: everything that its writers must agree on."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from src.lut.integrity import sha256
+from src.lut.layout import SHARD_BYTES, Shard, TableLayout, plan_shards, tokens_per_shard
+from src.lut.manifest import FORMAT_VERSION, Manifest, shard_record
+from src.lut.sources import RowSource
+from src.lut.table_rows import TableRows
+
+PLAN_NAME = "plan.json"
+MEMORY_BYTES = 512 * 2**20
+"""What a builder's buffers take by default; weights that its source reads come on top."""
+_FLOAT_BYTES = 4
+_LAYER_COPIES = 3
+"""Rows of one layer as they are computed, encoded and compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildPlan:
+    """A build, decided."""
+
+    source: RowSource
+    lut_dir: Path
+    layout: TableLayout
+    shards: tuple[Shard, ...]
+    chunk_tokens: int
+    tokenizer: str | None
+    token_counts: Tensor | None
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest that `publish` will write; it follows from the plan alone."""
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            **asdict(self.layout),
+            row_bytes=self.layout.row_bytes,
+            shards=tuple(shard_record(shard, self.layout) for shard in self.shards),
+            rows_from=self.source.rows_from,
+            training_form=self.source.identity.training_form,
+            backbone=self.source.identity.backbone,
+            tokenizer=self.tokenizer,
+            token_counts_sha256=None if self.token_counts is None else sha256(self.counts_file()),
+        )
+
+    @property
+    def text(self) -> str:
+        """The plan as JSON: two builds of the same text write the same rows, and one can finish the other's."""
+        document = {
+            "format_version": FORMAT_VERSION,
+            **asdict(self.layout),
+            "chunk_tokens": self.chunk_tokens,
+            "rows_from": self.source.rows_from,
+            "training_form": self.source.identity.training_form,
+            "backbone": self.source.identity.backbone,
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all shards together."""
+        return sum(shard.file_bytes(self.layout) for shard in self.shards)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that one writer needs beside its source's weights."""
+        return self.chunk_tokens * _bytes_per_token(self.layout, self.source)
+
+    def counts_file(self) -> bytes:
+        """The content of `token_counts.safetensors`."""
+        assert self.token_counts is not None
+        return save({"token_counts": self.token_counts.to(torch.int64).contiguous()})
+
+
+def plan(
+    source: RowSource,
+    lut_dir: Path,
+    *,
+    dtype: str = "bfloat16",
+    chunk_tokens: int | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+    shard_bytes: int = SHARD_BYTES,
+    tokenizer: str | None = None,
+    token_counts: Tensor | None = None,
+) -> BuildPlan:
+    """Decide layout, shards and chunks; touches nothing on disk.
+
+    Args:
+        source: gives the rows.
+        lut_dir: the table's directory.
+        dtype: a precision of `src.lut.quantization`.
+        chunk_tokens: rows computed and written at a time; by default as many as `memory_bytes` allows.
+        memory_bytes: what one writer's buffers may take.
+        shard_bytes: what the rows of a shard fit in.
+        tokenizer: fingerprint of the tokenizer whose ids these are; a source table's by default.
+        token_counts: (V,) int64, how often training saw each id; a source table's by default.
+
+    Raises:
+        LutError: the precision is unknown, or cannot pack this hidden size.
+    """
+    sizes = source.config
+    layout = TableLayout(
+        vocab_size=sizes.vocab_size,
+        num_layers=sizes.num_layers,
+        num_experts=sizes.num_experts,
+        hidden_size=sizes.hidden_size,
+        precision=dtype,
+        shard_bytes=shard_bytes,
+    )
+    if isinstance(source, TableRows):
+        tokenizer = source.tokenizer if tokenizer is None else tokenizer
+        token_counts = source.token_counts if token_counts is None else token_counts
+    return BuildPlan(
+        source=source,
+        lut_dir=lut_dir,
+        layout=layout,
+        shards=tuple(plan_shards(layout)),
+        chunk_tokens=chunk_tokens or _chunk_tokens(layout, source, memory_bytes),
+        tokenizer=tokenizer,
+        token_counts=token_counts,
+    )
+
+
+def _bytes_per_token(layout: TableLayout, source: RowSource) -> int:
+    layer_floats = _FLOAT_BYTES * layout.num_experts * layout.hidden_size
+    encoded = 2 * layout.row_bytes  # one chunk is written while the next is computed
+    return encoded + _LAYER_COPIES * layer_floats + source.held_row_bytes
+
+
+def _chunk_tokens(layout: TableLayout, source: RowSource, memory_bytes: int) -> int:
+    """Cut shards into as few equal chunks as the memory allows."""
+    most = max(1, memory_bytes // _bytes_per_token(layout, source))
+    in_shard = min(tokens_per_shard(layout), layout.vocab_size)
+    return -(-in_shard // -(-in_shard // most))

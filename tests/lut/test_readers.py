@@ -1,0 +1,259 @@
+"""Every reader returns the bytes of the files, whatever the kernel does in between."""
+
+import os
+import random
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from src.errors import LutError, LutFormatError
+from src.lut.layout import plan_shards
+from src.lut.manifest import read_manifest
+from src.lut.readers import READERS, Reader, open_reader
+from src.lut.readers import pread as pread_module
+from src.lut.readers.aligned import BufferPool, aligned_bytes
+from src.lut.readers.choice import MixedReader
+from src.lut.readers.direct import DirectReader
+from src.lut.readers.pread import PreadReader
+from src.lut.readers.reader import Bytes
+from src.lut.readers.workers import WorkerPool
+from tests.lut.tables import shard_path, write_table
+
+VOCAB = 300
+NAMES = (*READERS, "mixed")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="O_DIRECT and RWF_NOWAIT exist on Linux alone")
+Opener = Callable[[str], Reader]
+
+
+@pytest.fixture(params=["bfloat16", "int8"])
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Bytes]:
+    """A table of several shards: 1,536-byte rows, and packed ones of 780 bytes that straddle blocks."""
+    return tmp_path, write_table(tmp_path, vocab_size=VOCAB, dtype=request.param, shard_bytes=100_000)
+
+
+@pytest.fixture(params=NAMES)
+def reader(request: pytest.FixtureRequest, table: tuple[Path, Bytes]) -> Reader:
+    return open_named(request.param, table[0])
+
+
+def open_named(name: str, lut_dir: Path) -> Reader:
+    layout = read_manifest(lut_dir).layout
+    shards = plan_shards(layout)
+    if name == "mixed":
+        return MixedReader(
+            PreadReader(lut_dir, layout, shards), DirectReader(lut_dir, layout, shards), single=True, batch=True
+        )
+    return open_reader(name, lut_dir, layout, shards)
+
+
+def read(reader: Reader, ids: Sequence[int], row_bytes: int, *, background: bool = False) -> Bytes:
+    rows = BufferPool().take(len(ids), row_bytes).numpy()
+    rows.fill(0)
+    arrived: list[int] = []
+    checked = reader.start(
+        [(token_id, position) for position, token_id in enumerate(ids)],
+        rows,
+        lambda token_id, position: arrived.append(position),  # noqa: ARG005
+        background=background,
+    )
+    checked.finish()
+    assert not arrived or sorted(arrived) == list(range(len(ids)))
+    return rows
+
+
+def unchecked(*_: int) -> None:
+    pass
+
+
+def open_files() -> int:
+    return psutil.Process().num_fds()
+
+
+def drop_page_cache(lut_dir: Path) -> None:
+    for path in lut_dir.glob("rows-*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_rows_are_the_bytes_of_the_files(reader: Reader, table: tuple[Path, Bytes], background: bool) -> None:
+    lut_dir, expected = table
+    for ids in ([0], [VOCAB - 1], list(range(VOCAB)), [5, 4, 3, 4, 299, 5], random.Random(0).sample(range(VOCAB), 77)):
+        drop_page_cache(lut_dir)
+        for _ in range(2):  # cold, then warm
+            assert np.array_equal(read(reader, ids, expected.shape[1], background=background), expected[ids])
+    reader.close()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ids=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40), cold=st.booleans())
+def test_any_ids_in_any_order(table: tuple[Path, Bytes], ids: list[int], cold: bool) -> None:
+    lut_dir, expected = table
+    for name in NAMES:
+        if cold:
+            drop_page_cache(lut_dir)
+        reader = open_named(name, lut_dir)
+        assert np.array_equal(read(reader, ids, expected.shape[1]), expected[ids])
+        reader.close()
+
+
+def test_aligned_rows_are_read_in_place(tmp_path: Path) -> None:
+    expected = write_table(tmp_path, num_layers=4, num_experts=4, hidden_size=128)
+    assert expected.shape[1] == 4096
+    ids = [7, 8, 9, 200, 3]
+    for name in ("direct", "mixed"):
+        drop_page_cache(tmp_path)
+        assert np.array_equal(read(open_named(name, tmp_path), ids, 4096), expected[ids])
+
+
+@pytest.mark.parametrize("name", ["pread", "direct", "mixed"])
+def test_short_reads_are_continued(
+    name: str, table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch, reads: list[int]
+) -> None:
+    lut_dir, expected = table
+    reader = open_named(name, lut_dir)
+    whole = os.preadv
+
+    def short(descriptor: int, targets: Sequence[memoryview], offset: int, flags: int = 0) -> int:
+        first = memoryview(targets[0])
+        reads.append(len(first))
+        if len(first) > 512:  # O_DIRECT stops at sectors
+            first = first[:512]
+        return whole(descriptor, [first], offset, flags)
+
+    monkeypatch.setattr(os, "preadv", short)
+    assert np.array_equal(read(reader, [1, 250, 40], expected.shape[1]), expected[[1, 250, 40]])
+    assert len(reads) > 6
+
+
+@pytest.fixture
+def reads() -> list[int]:
+    return []
+
+
+@pytest.mark.parametrize("name", ["memmap", "pread", "direct", "mixed"])
+def test_a_file_truncated_after_opening_is_named(name: str, table: tuple[Path, Bytes]) -> None:
+    lut_dir, expected = table
+    reader, path = open_named(name, lut_dir), shard_path(lut_dir, read_manifest(lut_dir).layout)
+    os.truncate(path, 5000)
+    with pytest.raises(LutFormatError, match=rf"{path.name}: 5,000 bytes long while .* truncated"):
+        read(reader, [20, 21], expected.shape[1])
+
+
+def test_use_after_close_is_an_error(reader: Reader, table: tuple[Path, Bytes]) -> None:
+    reader.close()
+    reader.close()
+    with pytest.raises(LutError, match="closed; open it again"):
+        read(reader, [0], table[1].shape[1])
+
+
+def test_a_fetch_outlived_by_its_reader_is_an_error_or_whole(table: tuple[Path, Bytes]) -> None:
+    lut_dir, expected = table
+    for name in ("pread", "direct"):
+        drop_page_cache(lut_dir)
+        reader, rows = open_named(name, lut_dir), np.zeros((VOCAB, expected.shape[1]), dtype=np.uint8)
+        fetch = reader.start(
+            [(i, i) for i in range(VOCAB)],
+            rows,
+            unchecked,
+            background=True,
+        )
+        reader.close()
+        try:
+            fetch.finish()
+        except LutError as error:
+            assert "closed" in str(error)
+        else:
+            assert np.array_equal(rows, expected)
+
+
+def test_a_read_only_folder_is_enough(table: tuple[Path, Bytes]) -> None:
+    lut_dir, expected = table
+    for path in lut_dir.iterdir():
+        path.chmod(0o444)
+    lut_dir.chmod(0o555)
+    try:
+        for name in NAMES:
+            assert np.array_equal(read(open_named(name, lut_dir), [2, 1], expected.shape[1]), expected[[2, 1]])
+    finally:
+        lut_dir.chmod(0o755)
+
+
+@linux
+def test_refused_unbuffered_reads_are_said_once(table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    lut_dir, expected = table
+    whole = os.open
+
+    def refuse(path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return whole(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.warns(UserWarning, match="refuses O_DIRECT") as warned:
+        reader = open_named("direct", lut_dir)
+    assert len(warned) == 1
+    assert np.array_equal(read(reader, [3], expected.shape[1]), expected[[3]])
+    assert isinstance(open_named("auto", lut_dir), PreadReader)  # without a word
+
+
+def test_systems_without_linux_calls_read_too(table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    lut_dir, expected = table
+    for name in ("O_DIRECT", "posix_fadvise", "RWF_NOWAIT"):
+        monkeypatch.delattr(os, name, raising=False)
+    for name in ("auto", "pread"):
+        reader = open_named(name, lut_dir)
+        assert np.array_equal(read(reader, [3, 299, 0], expected.shape[1], background=True), expected[[3, 299, 0]])
+        reader.close()
+
+
+def test_a_window_of_reads_is_started_ahead(table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    lut_dir, expected = table
+    monkeypatch.setattr(pread_module, "IN_FLIGHT_BYTES", 1)
+    reader, ids = open_named("pread", lut_dir), random.Random(1).sample(range(VOCAB), 100)
+    drop_page_cache(lut_dir)
+    assert np.array_equal(read(reader, ids, expected.shape[1]), expected[ids])
+
+
+def test_threads_end_with_the_reader(table: tuple[Path, Bytes]) -> None:
+    before, files = threading.active_count(), open_files()
+    for name in NAMES:
+        reader = open_named(name, table[0])
+        read(reader, list(range(VOCAB)), table[1].shape[1], background=True)
+        reader.close()
+    assert threading.active_count() == before
+    assert open_files() == files
+
+
+def test_workers_pass_errors_on_and_stop() -> None:
+    pool = WorkerPool(4)
+
+    def fail(item: int) -> None:
+        raise LutFormatError(f"item {item}")
+
+    with pytest.raises(LutFormatError, match="item"):
+        pool.start(fail, range(20), background=True).finish()
+    pool.close()
+    with pytest.raises(LutError, match="closed"):
+        pool.start(fail, range(20), background=True)
+
+
+def test_buffers_are_reused_only_when_nobody_sees_them() -> None:
+    pool = BufferPool()
+    kept = pool.take(4, 100)[1]  # a view is enough to keep it
+    kept.fill_(7)
+    other = pool.take(4, 100)
+    other.fill_(1)
+    assert kept.eq(7).all()
+    address = other.data_ptr()
+    del other
+    assert pool.take(2, 100).data_ptr() == address
+    assert aligned_bytes(10).ctypes.data % 4096 == 0

@@ -62,7 +62,7 @@ def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: 
     LutError when the disk is full (what is written stays), or when another process builds here.
     """
     report = progress or _silent
-    with building(plan.lut_dir, shared=world_size > 1), _Background(report) as disk, ExitStack() as opened:
+    with building(plan.lut_dir, shared=world_size > 1), ExitStack() as opened, _Background(report) as disk:
         if not _is_recorded(plan):
             raise LutError(
                 f"{plan.lut_dir}: is not prepared for this build; prepare it, and build in one place at a time"

@@ -2,6 +2,7 @@
 
 import hashlib
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +23,17 @@ def row_checksum(token_id: int, row: NDArray[np.uint8]) -> int:
 
 def check_rows(token_ids: NDArray[np.int64], rows: NDArray[np.uint8], expected: NDArray[np.uint32], where: str) -> None:
     """Raise LutFormatError naming the first id whose row (U, row_bytes) does not match its checksum (U,)."""
+    for problem in damaged_rows(token_ids, rows, expected):
+        raise LutFormatError(f"{where}: {problem}")
+
+
+def damaged_rows(token_ids: NDArray[np.int64], rows: NDArray[np.uint8], expected: NDArray[np.uint32]) -> Iterator[str]:
+    """Yield a sentence for each id whose row (U, row_bytes) does not match its checksum (U,)."""
     for token_id, row, checksum in zip(token_ids.tolist(), rows, expected.tolist(), strict=True):
         if (found := row_checksum(token_id, row)) != checksum:
-            raise LutFormatError(
-                f"{where}: the row of token id {token_id} is damaged: its CRC-32 is {found:08x}, expected "
-                f"{checksum:08x}; copy the table again or rebuild it with `python -m src.reparameterize`"
+            yield (
+                f"the row of token id {token_id} is damaged: its CRC-32 is {found:08x}, expected {checksum:08x}; "
+                "copy the table again or rebuild it with `python -m src.reparameterize`"
             )
 
 

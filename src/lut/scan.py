@@ -6,17 +6,14 @@ U token ids in a run.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from src.errors import LutFormatError
-from src.lut.integrity import check_rows
+from src.lut.integrity import check_rows, damaged_rows
 from src.lut.layout import CHECKSUM_BYTES, Shard, TableLayout, plan_shards, tokens_per_shard
-
-RUN_BYTES = 16 * 2**20
 
 
 class TableScan:
@@ -27,8 +24,18 @@ class TableScan:
         self._lut_dir, self.layout = lut_dir, layout
         self._shards = plan_shards(layout)
 
-    def read(self, first_token: int, num_tokens: int, *, check: bool = True) -> NDArray[np.uint8]:
+    def read(self, first_token: int, num_tokens: int) -> NDArray[np.uint8]:
         """Return rows (num_tokens, row_bytes) of consecutive ids; LutFormatError names the first damaged one."""
+        rows, checksums = self._read(first_token, num_tokens)
+        check_rows(np.arange(first_token, first_token + num_tokens), rows, checksums, str(self._lut_dir))
+        return rows
+
+    def damaged(self, first_token: int, num_tokens: int) -> list[str]:
+        """Return a sentence for each of some consecutive ids whose row does not match its checksum."""
+        rows, checksums = self._read(first_token, num_tokens)
+        return list(damaged_rows(np.arange(first_token, first_token + num_tokens), rows, checksums))
+
+    def _read(self, first_token: int, num_tokens: int) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
         rows = np.empty((num_tokens, self.layout.row_bytes), dtype=np.uint8)
         checksums = np.empty(num_tokens, dtype="<u4")
         done = 0
@@ -38,15 +45,7 @@ class TableScan:
             count = min(num_tokens - done, shard.num_tokens - row)
             self._read_shard(shard, row, rows[done : done + count], checksums[done : done + count])
             done += count
-        if check:
-            check_rows(np.arange(first_token, first_token + num_tokens), rows, checksums, str(self._lut_dir))
-        return rows
-
-    def runs(self, run_bytes: int = RUN_BYTES) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield every row once, as (first token id, rows (U, row_bytes)) of at most about `run_bytes`."""
-        step = max(1, run_bytes // self.layout.row_bytes)
-        for first_token in range(0, self.layout.vocab_size, step):
-            yield first_token, self.read(first_token, min(step, self.layout.vocab_size - first_token))
+        return rows, checksums
 
     def _read_shard(self, shard: Shard, row: int, rows: NDArray[np.uint8], checksums: NDArray[np.uint32]) -> None:
         layout, path = self.layout, self._lut_dir / shard.file_name

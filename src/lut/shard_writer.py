@@ -89,11 +89,12 @@ class ShardFile:
         with disk_errors(self._partial):
             self._descriptor = lock_file(self._partial)
             self._open = True
-            self._journal = Journal.read(self._journal_path, plan.layout.num_layers)
-            if not self._holds(self._journal.num_tokens):
-                self._journal = Journal.empty(plan.layout.num_layers)
-                os.ftruncate(self._descriptor, 0)
-            _write_all(self._descriptor, memoryview(shard.header(plan.layout)), 0)
+            try:
+                self._journal = self._resume()
+                _write_all(self._descriptor, memoryview(shard.header(plan.layout)), 0)
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def written(self) -> int:
@@ -130,6 +131,14 @@ class ShardFile:
         if self._open:
             self._open = False
             os.close(self._descriptor)
+
+    def _resume(self) -> Journal:
+        """Return the journal if the file can hold what it counts; otherwise begin anew."""
+        journal = Journal.read(self._journal_path, self._plan.layout.num_layers)
+        if self._holds(journal.num_tokens):
+            return journal
+        os.ftruncate(self._descriptor, 0)
+        return Journal.empty(self._plan.layout.num_layers)
 
     def _holds(self, num_tokens: int) -> bool:
         """Whether the file can hold what the journal counts: the last of its checksums lies inside the file."""

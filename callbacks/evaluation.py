@@ -2,7 +2,9 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -18,6 +20,7 @@ from src.inference.disk_experts import DiskExperts
 from src.lightning_module import LanguageModel
 from src.model import Transformer
 from src.run_directory import RunDirectory
+from src.sharding import is_sharded
 
 
 class EvaluationCallback(lightning.Callback):
@@ -44,23 +47,32 @@ class EvaluationCallback(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Score the model as it is before its first step; a resumed run has been scored already."""
         assert isinstance(pl_module, LanguageModel)
-        if trainer.is_global_zero and trainer.global_step == 0:
-            self.initial = self._score("scoring the untrained model", pl_module.model)
+        if trainer.global_step == 0:
+            self.initial = self._score_training_form("scoring the untrained model", trainer, pl_module.model)
         trainer.strategy.barrier("initial score")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Score both forms, write the report, print it."""
         assert isinstance(pl_module, LanguageModel)
-        if trainer.is_global_zero:
-            self.report = self._evaluate(trainer, pl_module.model)
+        training_form = self._score_training_form("scoring the training form", trainer, pl_module.model)
+        if training_form is not None:
+            self.report = self._evaluate(trainer, pl_module.model, training_form)
             update_report(self.run.report_path, self.report.to_dict())
             for logger in trainer.loggers:
                 logger.log_metrics(self.report.metrics(), step=trainer.global_step)
             print_report(self.report, self.console, self.run.path)
         trainer.strategy.barrier("evaluated")
 
-    def _evaluate(self, trainer: lightning.Trainer, model: Transformer) -> Report:
-        training_form = self._score("scoring the training form", model)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the first score, which a resumed run cannot measure again."""
+        return {"initial": None if self.initial is None else asdict(self.initial)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the first score over."""
+        initial = state_dict["initial"]
+        self.initial = None if initial is None else Score(**initial)
+
+    def _evaluate(self, trainer: lightning.Trainer, model: Transformer, training_form: Score) -> Report:
         device = model.embedding.weight.device
         with load_model(self.run.path, device=device) as written:  # what was written, not what is in memory
             lookup = isinstance(written.experts, DiskExperts)
@@ -77,6 +89,11 @@ class EvaluationCallback(lightning.Callback):
                 lookup_form_bytes=_weight_bytes(written) if lookup else None,
                 sample=self._sample(written),
             )
+
+    def _score_training_form(self, description: str, trainer: lightning.Trainer, model: Transformer) -> Score | None:
+        """Score on rank 0 alone, or where ranks hold parts of the model on all of them; None on ranks above 0."""
+        score = self._score(description, model) if trainer.is_global_zero or is_sharded(model) else None
+        return score if trainer.is_global_zero else None
 
     def _score(self, description: str, model: Transformer) -> Score:
         windows, lengths = self.text.windows, self.text.byte_lengths

@@ -8,8 +8,9 @@ from torch import Tensor
 from src.cli import progress_bar
 from src.lightning_module import LanguageModel
 from src.lut import builder
-from src.lut.sources import ModelRows
+from src.lut.sources import ModelRows, RunRows
 from src.run_directory import RunDirectory
+from src.sharding import is_sharded, whole_weights
 
 
 class ReparameterizeCallback(lightning.Callback):
@@ -37,12 +38,15 @@ class ReparameterizeCallback(lightning.Callback):
         assert isinstance(pl_module, LanguageModel)
         run = RunDirectory(trainer.strategy.broadcast(self.run_dir))
         model, rank = pl_module.model, trainer.global_rank
+        weights = whole_weights(model, keep=rank == 0)
         if rank == 0:
-            run.write_weights(model.state_dict())
+            run.write_weights(weights)
+        del weights
+        trainer.strategy.barrier("weights written")
         if model.config.architecture != "mole":
             return
         plan = builder.plan(
-            ModelRows(model),
+            RunRows(run) if is_sharded(model) else ModelRows(model),
             run.lut_path(),
             dtype=self.dtype,
             chunk_tokens=self.chunk_tokens,

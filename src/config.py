@@ -17,6 +17,7 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from src.checkpointing.config import CheckpointConfig
 from src.data.config import DataConfig
 from src.errors import ConfigError
 from src.evaluation.config import EvaluationConfig
@@ -43,7 +44,7 @@ class TrainerConfig:
     num_nodes: int = 1
     """Machines."""
     strategy: str = "auto"
-    """auto, ddp, ddp_spawn, ...: how devices work together."""
+    """How devices work together: auto, ddp (each holds the model), fsdp2 (each holds a part), ddp_spawn, ddp_fork."""
     precision: Precision = "auto"
     """auto is bf16-mixed where the processor computes in bfloat16, else 32-true."""
     val_check_interval: int = 200
@@ -54,6 +55,8 @@ class TrainerConfig:
     """Validation batches before training starts, to find errors early."""
     log_every_n_steps: int = 10
     """Optimiser steps between log entries."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is not finite: stop the run, or skip the step and count it as train/skipped_steps."""
     deterministic: bool = False
     """Refuse operations that are not repeatable."""
     fast_dev_run: bool = False
@@ -101,6 +104,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     lut: LutConfig = field(default_factory=LutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -117,8 +121,27 @@ class RunConfig:
                 f"data.tokenizer.vocab_size: {self.data.tokenizer.vocab_size} exceeds model.vocab_size "
                 f"({self.model.vocab_size}); enlarge the model's vocabulary or shrink the tokenizer's"
             )
+        self._check_sharding()
         if not self.name or "/" in self.name:
             raise ConfigError(f"name: {self.name!r}, but it must be a directory name without '/'")
+
+    def _check_sharding(self) -> None:
+        if self.trainer.strategy != "fsdp2":
+            if self.checkpoint.sharded:
+                raise ConfigError(
+                    f"checkpoint.sharded: true, but trainer.strategy {self.trainer.strategy} shards nothing; "
+                    "set it to false, or trainer.strategy=fsdp2"
+                )
+            return
+        if self.checkpoint.ema_decay is not None:
+            raise ConfigError(
+                "checkpoint.ema_decay: not possible with trainer.strategy fsdp2; set it to null, or use ddp"
+            )
+        if self.model.expert_execution == "unique_per_step":
+            raise ConfigError(
+                "model.expert_execution: unique_per_step keeps rows of a whole step, which trainer.strategy fsdp2 does "
+                "not; set it to unique"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as plain nested dictionaries."""
@@ -135,10 +158,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _compose(layers, Path(path))
 
 
-def load_run_config(run: RunDirectory) -> RunConfig:
-    """Read the resolved config of a run directory."""
+def load_run_config(run: RunDirectory, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the resolved config of a run directory, and `key=value` overrides."""
     values = OmegaConf.create(cast(dict[str, Any], run.config_values()))
-    return _compose([(str(run.config_path), values)], run.config_path)
+    layers = [(str(run.config_path), values), *(_override_layer(override) for override in overrides)]
+    return _compose(layers, run.config_path)
 
 
 def describe(config: RunConfig) -> str:

@@ -33,5 +33,9 @@ class LutMismatchError(LutError):
     """A whole lookup table that belongs to another model."""
 
 
+class TrainingError(UserError):
+    """Training that cannot go on: numbers that are not finite, a disk that is full."""
+
+
 class CheckpointError(UserError):
     """A checkpoint of the authors' code that cannot be read, or a run that cannot be written as one."""

@@ -8,7 +8,7 @@ A micro-batches, B batch, T tokens, V vocabulary.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning
 import torch
@@ -24,6 +24,18 @@ from src.model.loss import next_token_loss, token_losses
 from src.model.router import load_balance_loss, z_loss
 from src.model.step_rows import StepRows
 from src.optimization import ObjectiveConfig, OptimizerConfig, build_optimizer, build_schedule, clip_gradients
+from src.sharding import shard_model, whole
+
+
+class StepOutput(TypedDict):
+    """What `training_step` tells callbacks."""
+
+    losses: Tensor
+    """(A,) this rank's loss per micro-batch."""
+    gradient_norm: Tensor
+    """Global norm before clipping."""
+    finite: bool
+    """Whether all of it was finite on every rank; if not, no weight was changed."""
 
 
 class LanguageModel(lightning.LightningModule):
@@ -44,18 +56,39 @@ class LanguageModel(lightning.LightningModule):
         self.validation_loss, self.validation_bytes = MeanMetric(), MeanMetric()
         self.validation_routing = self.routing.clone()
 
+    def configure_model(self) -> None:
+        """Shard the model where the strategy has a device mesh."""
+        mesh = self.device_mesh
+        if mesh is not None:
+            shard_model(self.model, mesh["data_parallel"])
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and its schedule over `trainer.max_steps`."""
         optimizer = build_optimizer(self.model.named_parameters(), self.optimizer_config)
         schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "name": "train/learning_rate"}}
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Take one optimiser step on all micro-batches of `batch` (A, B, T+1)."""
+    def training_step(self, batch: Tensor, batch_idx: int) -> StepOutput:  # type: ignore[override]
+        """Take one optimiser step on all micro-batches of `batch` (A, B, T+1).
+
+        Where a loss or a gradient is not finite the step counts, and the schedule goes on, but no weight changes.
+        """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        loss_sum = torch.zeros((), device=self.device)
+        losses = self._backward(batch)
+        gradient_norm = whole(clip_gradients(self.model.parameters(), self.optimizer_config.gradient_clip_norm))
+        finite = self._finite_everywhere(losses, gradient_norm)
+        if not finite:
+            optimizer.zero_grad()  # AdamW leaves alone what has no gradient
+        optimizer.step()
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self._log_step(losses.mean(), gradient_norm)
+        return {"losses": losses, "gradient_norm": gradient_norm, "finite": finite}
+
+    def _backward(self, batch: Tensor) -> Tensor:
+        """Accumulate the gradient of `batch` (A, B, T+1) and return the loss of each micro-batch (A,)."""
+        losses: list[Tensor] = []
         shared = StepRows(self.model, batch[..., :-1]) if self._shares_rows else None
         for index, windows in enumerate(batch):
             last = index + 1 == len(batch)
@@ -64,11 +97,8 @@ class LanguageModel(lightning.LightningModule):
                 if last and shared is not None:
                     objective = objective + len(batch) * shared.carried()  # whose share is already its whole
                 self.manual_backward(objective / len(batch))
-            loss_sum += loss.detach()
-        gradient_norm = clip_gradients(self.model.parameters(), self.optimizer_config.gradient_clip_norm)
-        optimizer.step()
-        self.lr_schedulers().step()  # type: ignore[union-attr]
-        self._log_step(loss_sum / len(batch), gradient_norm)
+            losses.append(loss.detach())
+        return torch.stack(losses)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Score one batch of held-out windows (B, T+1)."""
@@ -115,6 +145,12 @@ class LanguageModel(lightning.LightningModule):
         self.log("train/gradient_norm", gradient_norm)
         self.log_dict({f"train/{name}": value for name, value in self.routing.compute().items()})
         self.routing.reset()
+
+    def _finite_everywhere(self, losses: Tensor, gradient_norm: Tensor) -> bool:
+        """Whether no rank saw anything but finite numbers; a gradient scaler deals with its own overflows."""
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        finite = losses.isfinite().all() & (gradient_norm.isfinite() | scaled)
+        return self.trainer.strategy.reduce_boolean_decision(bool(finite))
 
     @property
     def _shares_rows(self) -> bool:

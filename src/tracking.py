@@ -1,19 +1,34 @@
-"""Where metrics go: a CSV in the run directory, always, and Weights & Biases."""
+"""Where metrics go: a CSV in the run directory, always, and Weights & Biases.
 
+A resumed run continues both: the CSV from its checkpoint's step on, the W&B run under its recorded id.
+"""
+
+import csv
+import io
+import json
 import netrc
 import os
+import secrets
 from collections.abc import Iterable
+from pathlib import Path
 from urllib.parse import urlparse
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from src.config import RunConfig, WandbConfig
+from src.evaluation.report import update_report
+from src.files import write_text
+from src.ranks import global_rank
 from src.run_directory import RunDirectory
 
+_WANDB_ID = "wandb_id"
 
-def build_loggers(config: RunConfig, run: RunDirectory) -> list[Logger]:
-    """Return the loggers of a run; only `online` sends anything anywhere."""
-    loggers: list[Logger] = [CSVLogger(save_dir=run.path, name="", version="")]
+
+def build_loggers(config: RunConfig, run: RunDirectory, first_step: int = 0) -> list[Logger]:
+    """Return the loggers of a run that begins or goes on at `first_step`; only `online` sends anything anywhere."""
+    loggers: list[Logger] = [ContinuedCSVLogger(run.path, first_step)]
     mode = wandb_mode(config.wandb)
     if mode != "disabled":
         loggers.append(_wandb_logger(config, run, mode))
@@ -40,6 +55,8 @@ def _wandb_logger(config: RunConfig, run: RunDirectory, mode: str) -> WandbLogge
     import wandb
 
     logger = WandbLogger(
+        id=_wandb_id(run),
+        resume="allow",
         name=run.path.name,
         save_dir=run.path,
         project=config.wandb.project,
@@ -52,6 +69,57 @@ def _wandb_logger(config: RunConfig, run: RunDirectory, mode: str) -> WandbLogge
     )
     logger._wandb_init.pop("anonymous")  # Lightning passes it always, and W&B warns that it means nothing any more
     return logger
+
+
+def _wandb_id(run: RunDirectory) -> str:
+    """Return the id that this run has at W&B, a new one when it has none yet."""
+    recorded = json.loads(run.report_path.read_text(encoding="utf-8")) if run.report_path.is_file() else {}
+    if _WANDB_ID in recorded:
+        return recorded[_WANDB_ID]
+    new = secrets.token_hex(4)
+    if global_rank() == 0:
+        update_report(run.report_path, {_WANDB_ID: new})
+    return new
+
+
+class ContinuedCSVLogger(CSVLogger):
+    """`metrics.csv` in a directory, whose rows before `first_step` stay."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        """Keep what was logged before `first_step`; what was logged after it will be logged again."""
+        super().__init__(save_dir=directory, name="", version="")
+        self._first_step = first_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer, made when it is first needed."""
+        if self._experiment is None:
+            self._experiment = _ContinuedWriter(self.log_dir, self._first_step)
+        assert isinstance(self._experiment, ExperimentWriter)
+        return self._experiment
+
+
+class _ContinuedWriter(ExperimentWriter):
+    """Lightning's writer, which deletes an existing file, on a file that was cut at a step."""
+
+    def __init__(self, log_dir: str, first_step: int) -> None:
+        super().__init__(log_dir)
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return
+        with path.open(newline="", encoding="utf-8") as handle:
+            reader = csv.DictReader(handle)
+            kept = [row for row in reader if int(row["step"]) < first_step]
+            self.metrics_keys = list(reader.fieldnames or [])
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(kept)
+        write_text(path, text.getvalue())
+
+    def _check_log_dir_exists(self) -> None:
+        """Delete nothing."""
 
 
 def close_loggers(loggers: Iterable[Logger], *, failed: bool) -> None:

@@ -4,19 +4,21 @@ import importlib.metadata
 import json
 import logging
 import platform
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from callbacks import EvaluationCallback
+from callbacks import EvaluationCallback, RankFailureCallback
 from src.accounting import account, print_account
+from src.checkpointing.resume import Resumption, compare_configs
+from src.checkpointing.signals import Preempted
 from src.cli import parser, run_verb, stderr_console
-from src.config import RunConfig, describe, load_config
+from src.config import RunConfig, describe, load_config, load_run_config
 from src.data.datamodule import PackedDataModule
 from src.data.packed_tokens import PackedCorpus, prepare_corpus
 from src.data.tokenizer import vocabulary_size
@@ -26,6 +28,7 @@ from src.evaluation.report import Report, update_report
 from src.files import write_text
 from src.initialization import start_from_run
 from src.lightning_module import LanguageModel
+from src.ranks import FAILED, ReportedFailureError, global_rank, leave
 from src.run_directory import RunDirectory
 from src.tracking import build_loggers, close_loggers
 from src.trainer import build_trainer, keep_freed_memory, progress_callbacks, result_callbacks
@@ -42,11 +45,17 @@ class RunResult:
     """None when `evaluation.at_fit_end` is off."""
 
 
-def train(config: RunConfig) -> RunResult:
+def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
     """Train as `config` says, and return where the results lie and what they are.
 
+    Args:
+        config: decides the run.
+        resume: go on with this run, from its newest checkpoint; `config` is then what `resumed_config` returned.
+
     Raises:
-        UserError: the config, corpus or tokenizer cannot be used.
+        UserError: the config, corpus or tokenizer cannot be used, or training cannot go on.
+        Preempted: the process was told to stop; a checkpoint has all that was done.
+        ReportedFailureError: a rank failed, and said why.
     """
     console = stderr_console()
     lightning.seed_everything(config.seed, workers=True, verbose=False)
@@ -55,9 +64,10 @@ def train(config: RunConfig) -> RunResult:
     _require_room_for_tokenizer(corpus, config)
     text = held_out(corpus, config.data, config.model.vocab_size)
     module = LanguageModel(config.model, config.objective, config.optimizer, text.byte_lengths)
-    if config.init_from is not None:
+    start = None if resume is None else Resumption.plan(resume, config.trainer.max_steps, corpus.fingerprint)
+    if config.init_from is not None and start is None:
         start_from_run(module.model, RunDirectory(Path(config.init_from)), corpus.tokenizer)
-    run = create_run(config, corpus)
+    run = create_run(config, corpus) if start is None else continue_run(config, start.run)
     evaluation = EvaluationCallback(
         run.path,
         config.evaluation,
@@ -65,21 +75,47 @@ def train(config: RunConfig) -> RunResult:
         tokens_per_step=config.data.global_batch_size * config.data.sequence_length,
         console=console,
     )
-    callbacks = [*progress_callbacks(config, run), *result_callbacks(config, run, corpus, evaluation)]
-    loggers, failed = build_loggers(config, run), True
+    failure = RankFailureCallback(run)
+    callbacks = [failure, *progress_callbacks(config, run), *result_callbacks(config, run, corpus, evaluation)]
+    loggers, failed = build_loggers(config, run, 0 if start is None else start.step), True
     try:
-        trainer = build_trainer(config.trainer, callbacks, loggers)
-        trainer.fit(module, PackedDataModule(corpus, config.data, text.windows))
+        trainer = build_trainer(config, callbacks, loggers)
+        checkpoint = None if start is None else start.checkpoint
+        trainer.fit(module, PackedDataModule(corpus, config.data, text.windows), ckpt_path=checkpoint)
         failed = False
+    except Exception as error:
+        if failure.reported:
+            raise ReportedFailureError from error
+        raise
     finally:
         close_loggers(loggers, failed=failed)
     return RunResult(run.path, evaluation.report)
 
 
+def resumed_config(run: RunDirectory, path: str | None, overrides: Sequence[str]) -> RunConfig:
+    """Return the config that `run` goes on with, and print in what it differs.
+
+    `path` is a config to go on with instead of the run's own. ConfigError names keys that cannot change.
+    """
+    before = load_run_config(run.require())
+    now = load_run_config(run, overrides) if path is None else load_config(path, overrides)
+    differences = compare_configs(run, before.to_dict(), now.to_dict())
+    for difference in differences:
+        stderr_console().print(f"{run.path} goes on with {difference}", markup=False, highlight=False, soft_wrap=True)
+    return now
+
+
+def continue_run(config: RunConfig, run: RunDirectory) -> RunDirectory:
+    """Record the config that a run goes on with; on rank 0 only."""
+    if global_rank() == 0:
+        run.write_config(config.to_dict())
+    return run
+
+
 def create_run(config: RunConfig, corpus: PackedCorpus) -> RunDirectory:
     """Claim a new run directory, numbered if the name is taken, and write config and tokenizer; on rank 0 only."""
     root = Path(config.output_dir)
-    if rank_zero_only.rank != 0:  # pyright: ignore[reportFunctionMemberAccess]
+    if global_rank() != 0:
         return RunDirectory(root / config.name)  # callbacks learn the claimed one from rank 0
     root.mkdir(parents=True, exist_ok=True)
     number, path = 1, root / config.name
@@ -129,7 +165,8 @@ def dry_run(config: RunConfig, unique_ids: int | None = None, json_path: Path | 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     options = parser("train", (__doc__ or ""), "python -m src.train trainer.max_steps=100 name=try")
-    options.add_argument("--config", default=DEFAULT_CONFIG, help=f"YAML config (default: {DEFAULT_CONFIG})")
+    options.add_argument("--config", help=f"YAML config (default: {DEFAULT_CONFIG}; with --resume the run's own)")
+    options.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run from its newest checkpoint")
     options.add_argument("--print-config", action="store_true", help="print every key, its value and meaning, and stop")
     options.add_argument(
         "--dry-run", action="store_true", help="print what the run costs, allocating none of it, and stop"
@@ -140,7 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = options.parse_args(arguments)
     if not given.dry_run and (given.unique_ids is not None or given.json is not None):
         options.error("--unique-ids and --json belong to --dry-run")
-    config = load_config(given.config, given.overrides)
+    resume = None if given.resume is None else RunDirectory(given.resume)
+    if resume is None:
+        config = load_config(given.config or DEFAULT_CONFIG, given.overrides)
+    else:
+        config = resumed_config(resume, given.config, given.overrides)
     if given.print_config:
         print(describe(config))
         return
@@ -150,7 +191,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    train(config)
+    _train_as_process(config, resume)
+
+
+def _train_as_process(config: RunConfig, resume: RunDirectory | None) -> None:
+    """Train, and end this process as its rank should.
+
+    Ranks above 0 end well when the run is preempted: a launcher would kill rank 0 before it is done otherwise.
+    """
+    try:
+        train(config, resume)
+    except Preempted as stop:
+        stderr_console().print(str(stop), markup=False, highlight=False)
+        sys.exit(stop.exit_code if global_rank() == 0 else 0)
+    except ReportedFailureError:
+        leave(FAILED)
 
 
 if __name__ == "__main__":

@@ -6,27 +6,40 @@ from typing import Literal
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
 
-from callbacks import EvaluationCallback, ReparameterizeCallback, StepProgressBar, ThroughputCallback
-from src.config import RunConfig, TrainerConfig
+from callbacks import (
+    BestWeightsCallback,
+    CheckpointCallback,
+    EvaluationCallback,
+    NonFiniteCallback,
+    RandomStateCallback,
+    ReparameterizeCallback,
+    StepProgressBar,
+    ThroughputCallback,
+)
+from src.checkpointing.streaming import StreamingCheckpointIO
+from src.config import RunConfig
 from src.data.packed_tokens import PackedCorpus
 from src.data.tokenizer import fingerprint
 from src.run_directory import RunDirectory
+from src.sharding import ShardedStrategy
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def build_trainer(
-    config: TrainerConfig, callbacks: list[lightning.Callback], loggers: list[Logger]
+    run_config: RunConfig, callbacks: list[lightning.Callback], loggers: list[Logger]
 ) -> lightning.Trainer:
-    """Translate the config section into Lightning's Trainer."""
+    """Translate the config into Lightning's Trainer."""
+    config = run_config.trainer
     return lightning.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=config.strategy,
+        strategy=_strategy(run_config),
         precision=native_precision() if config.precision == "auto" else config.precision,
         max_steps=config.max_steps,
         max_epochs=-1,
@@ -39,25 +52,30 @@ def build_trainer(
         fast_dev_run=config.fast_dev_run,
         enable_progress_bar=config.enable_progress_bar,
         enable_model_summary=False,
+        enable_checkpointing=not config.fast_dev_run,
         use_distributed_sampler=False,  # `StepWindows` already gives each rank its own
         callbacks=callbacks,
+        plugins=[StreamingCheckpointIO()],
         logger=loggers,
     )
 
 
+def _strategy(config: RunConfig) -> str | Strategy:
+    if config.trainer.strategy == "fsdp2":
+        return ShardedStrategy(sharded_checkpoints=config.checkpoint.sharded)
+    return config.trainer.strategy
+
+
 def progress_callbacks(config: RunConfig, run: RunDirectory) -> list[lightning.Callback]:
-    """Return what watches and saves a fit."""
-    callbacks: list[lightning.Callback] = [ThroughputCallback(), LearningRateMonitor(logging_interval="step")]
-    if not config.trainer.fast_dev_run:
-        callbacks.append(
-            ModelCheckpoint(
-                dirpath=run.checkpoints_path,
-                monitor="val/loss",
-                filename="best",
-                save_last=True,
-                enable_version_counter=False,
-            )
-        )
+    """Return what watches a fit and acts on its steps."""
+    callbacks: list[lightning.Callback] = [
+        RandomStateCallback(),
+        ThroughputCallback(),
+        LearningRateMonitor(logging_interval="step"),
+        NonFiniteCallback(run, skip=config.trainer.non_finite == "skip"),
+    ]
+    if config.checkpoint.ema_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=config.checkpoint.ema_decay, use_buffers=False))
     if config.trainer.enable_progress_bar:
         callbacks.append(StepProgressBar(refresh_rate=5))
     if config.trainer.max_time is not None:
@@ -68,8 +86,12 @@ def progress_callbacks(config: RunConfig, run: RunDirectory) -> list[lightning.C
 def result_callbacks(
     config: RunConfig, run: RunDirectory, corpus: PackedCorpus, evaluation: EvaluationCallback
 ) -> list[lightning.Callback]:
-    """Return what a fit leaves behind: weights and table first, then the evaluation that reads them."""
+    """Return what a fit leaves behind: checkpoints, weights and table, then the evaluation that reads them."""
     callbacks: list[lightning.Callback] = []
+    if not config.trainer.fast_dev_run:
+        callbacks.append(checkpoints := CheckpointCallback(run, config.checkpoint))  # acts after all others
+        if config.checkpoint.final_weights == "best":
+            callbacks.append(BestWeightsCallback(checkpoints))
     if config.lut.at_fit_end:
         callbacks.append(
             ReparameterizeCallback(

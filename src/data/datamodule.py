@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import lightning
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -38,12 +39,16 @@ class StepWindows(Dataset[Tensor]):
         self.rank, self.world_size = rank, world_size
         self.micro_batches = config.micro_batches_per_step(world_size)
 
-    def __getitem__(self, step: int) -> Tensor:
-        """Return the windows of one step."""
+    def samples(self, step: int) -> NDArray[np.int64]:
+        """Return the sample numbers (A, B) of one step: places in the endless shuffled stream of windows."""
         size = self.config.micro_batch_size
         first = step * self.config.global_batch_size + self.rank * size
         starts = first + np.arange(self.micro_batches, dtype=np.int64) * self.world_size * size  # (A,)
-        samples = (starts[:, None] + np.arange(size)).reshape(-1)  # (A*B,)
+        return starts[:, None] + np.arange(size)
+
+    def __getitem__(self, step: int) -> Tensor:
+        """Return the windows of one step."""
+        size, samples = self.config.micro_batch_size, self.samples(step).reshape(-1)  # (A*B,)
         windows = training_windows(self.tokens, self.config.sequence_length, samples, self.config.seed)
         return windows.view(self.micro_batches, size, -1)  # (A, B, T+1)
 

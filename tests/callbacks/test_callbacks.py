@@ -66,7 +66,15 @@ def test_a_fit_that_does_not_end_well_leaves_no_table(
     with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
         train(config)
     left = {path.name for path in (tmp_path / "quickstart").rglob("*") if path.is_file()}
-    assert left <= {"config.yaml", "tokenizer.json", "report.json", "metrics.csv", "hparams.yaml", "last.ckpt", "best.ckpt"}
+    assert left <= {
+        "config.yaml",
+        "tokenizer.json",
+        "report.json",
+        "metrics.csv",
+        "hparams.yaml",
+        "last.ckpt",
+        "best.ckpt",
+    }
     assert {"config.yaml", "tokenizer.json"} <= left
 
 

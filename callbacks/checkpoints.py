@@ -1,0 +1,124 @@
+"""Checkpoints on schedule, after each validation, after the last step, and when the process is told to stop."""
+
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from src.checkpointing.config import CheckpointConfig
+from src.checkpointing.files import CheckpointFiles, best_steps
+from src.checkpointing.signals import Preempted, StopSignals
+from src.run_directory import RunDirectory
+
+MONITORED = "val/loss"
+
+
+class CheckpointCallback(Checkpoint):
+    """Writes and prunes the checkpoints of a run; `last.ckpt` and `best.ckpt` name two of them.
+
+    A checkpoint due together with a validation is written after it, so that it knows its own loss.
+    """
+
+    def __init__(self, run: RunDirectory, config: CheckpointConfig) -> None:
+        """Write into `run`, as ranks learn it from rank 0."""
+        self.run, self.config = run, config
+        self.files = CheckpointFiles(run.checkpoints_path)
+        self.losses: dict[int, float] = {}
+        """Validation loss by step, of the checkpoints kept for it."""
+        self.signals = StopSignals()
+        self._saved_step = -1
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Agree on the run directory and clear what a killed writer left."""
+        self.files = CheckpointFiles(trainer.strategy.broadcast(self.run.checkpoints_path))
+        if trainer.is_global_zero:
+            self.files.remove_unfinished()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Listen for signals from here on."""
+        self.signals.listen()
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is due; when told to stop, save and stop."""
+        if _validation_follows(trainer):
+            return
+        signum = self._agreed_signal(trainer)
+        if signum or self._is_due(trainer):
+            self.save(trainer)
+        self._stop(trainer, signum)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save with the loss just measured."""
+        if trainer.sanity_checking:
+            return
+        if MONITORED in trainer.callback_metrics:
+            self._record(trainer.global_step, float(trainer.callback_metrics[MONITORED]))
+        self.save(trainer)
+        self._stop(trainer, self._agreed_signal(trainer))
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Let signals end the process again: what follows training can be repeated."""
+        self.signals.ignore_more()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Let signals end the process again."""
+        self.signals.ignore_more()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which steps were best so far."""
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on comparing with the best steps whose checkpoints are still there."""
+        on_disk = set(self.files.steps())
+        self.losses = {step: loss for step, loss in state_dict["losses"].items() if step in on_disk}
+
+    def save(self, trainer: lightning.Trainer) -> None:
+        """Write the checkpoint of this step, unless it is there; then, and only then, remove older ones."""
+        step = trainer.global_step
+        if step == self._saved_step or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        for logger in trainer.loggers:
+            logger.save()  # what is logged up to a checkpoint survives with it
+        unfinished = self.files.unfinished_path(step)
+        trainer.save_checkpoint(unfinished)
+        if trainer.is_global_zero:
+            unfinished.replace(self.files.path(step))
+            self._link_and_prune(step)
+        trainer.strategy.barrier("checkpoint written")
+        self._saved_step = step
+
+    def _link_and_prune(self, step: int) -> None:
+        self.files.link("last", step)
+        if self.losses:
+            self.files.link("best", best_steps(self.losses, 1)[0])
+        self.files.prune(self.losses, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
+
+    def _record(self, step: int, loss: float) -> None:
+        losses = {**self.losses, step: loss}
+        self.losses = {best: losses[best] for best in best_steps(losses, self.config.keep_best)}
+
+    def _is_due(self, trainer: lightning.Trainer) -> bool:
+        step, every = trainer.global_step, self.config.every_steps
+        return trainer.should_stop or step >= trainer.max_steps or (every is not None and step % every == 0)
+
+    def _agreed_signal(self, trainer: lightning.Trainer) -> int:
+        """Return the signal that any rank received, the same on all of them; 0 when there is none."""
+        received = torch.tensor(float(self.signals.received), device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(received, reduce_op="max"))
+
+    def _stop(self, trainer: lightning.Trainer, signum: int) -> None:
+        if signum:
+            raise Preempted(signum, trainer.global_step)
+
+
+def _validation_follows(trainer: lightning.Trainer) -> bool:
+    """Whether Lightning validates after this step (it asks itself the same question)."""
+    interval = trainer.val_check_batch
+    return isinstance(interval, int) and trainer.enable_validation and trainer.global_step % interval == 0

@@ -1,0 +1,74 @@
+"""Sees to it that when one rank fails all do, and that the reason is printed once."""
+
+import signal
+from subprocess import Popen
+
+import lightning
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from src.checkpointing.signals import Preempted
+from src.ranks import ParentWatch, describe_failure, describe_lost, report_once
+from src.run_directory import RunDirectory
+
+RECORD = "failure.txt"
+_LOST_CONTACT = ("connection", "peer", "socket", "store", "broken pipe", "timed out")
+
+
+class RankFailureCallback(lightning.Callback):
+    """Reports a failure of ranks that are scripts of their own; forked ones raise in the process that forked them.
+
+    List it first: it must speak before anything is taken down that other ranks wait for.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        """Record the reason in `run`, as ranks learn it from rank 0."""
+        self.record = run.path / RECORD
+        self.reported = False
+        """Whether the reason has been printed, here or by another rank: then it must not be printed again."""
+        self._watch: ParentWatch | None = None
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Agree on where to record, and watch the parent where that is what started this rank."""
+        self.record = trainer.strategy.broadcast(self.record)
+        if trainer.is_global_zero:
+            self.record.unlink(missing_ok=True)
+        trainer.strategy.barrier("failure record")
+        if _are_scripts(trainer) and not _children(trainer):
+            self._watch = ParentWatch(self.record)
+            self._watch.start()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Say why, unless another rank did, and end the ranks that this process started."""
+        if isinstance(exception, Preempted | KeyboardInterrupt) or not _are_scripts(trainer):
+            return
+        children = _children(trainer)
+        report_once(self.record, self._reason(exception, trainer.global_rank, children))
+        self.reported = True
+        for child in children:
+            child.send_signal(signal.SIGKILL)
+
+    def _reason(self, exception: BaseException, rank: int, children: list[Popen[bytes]]) -> str:
+        if _is_lost_contact(exception):
+            if self._watch is not None and self._watch.lost():
+                return self._watch.reason()
+            if (lost := describe_lost(children)) is not None:
+                return lost
+        return describe_failure(exception, rank)
+
+
+def _is_lost_contact(exception: BaseException) -> bool:
+    text = str(exception).lower()
+    return isinstance(exception, RuntimeError) and any(word in text for word in _LOST_CONTACT)
+
+
+def _are_scripts(trainer: lightning.Trainer) -> bool:
+    launcher = trainer.strategy.launcher
+    return trainer.world_size > 1 and (launcher is None or isinstance(launcher, _SubprocessScriptLauncher))
+
+
+def _children(trainer: lightning.Trainer) -> list[Popen[bytes]]:
+    """The ranks that this process started: none above rank 0, and none where torchrun or srun starts them."""
+    launcher = trainer.strategy.launcher
+    return list(launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else []

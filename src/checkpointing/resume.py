@@ -1,0 +1,127 @@
+"""Whether a run may go on under another config: what differs, and what must not.
+
+A checkpoint holds a position in a stream of windows, weights of a certain shape, and an optimiser whose settings
+travel with its state. Keys that decide these are fixed when the run begins.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.checkpointing.files import CheckpointFiles
+from src.errors import ConfigError, RunError
+from src.run_directory import RunDirectory
+
+_FIXED = {
+    "name": "names the run's directory",
+    "output_dir": "names the run's directory",
+    "seed": "decided the weights that training began with",
+    "init_from": "decided the weights that training began with",
+    "model": "shapes the weights",
+    "data": "decides which windows each step reads",
+    "optimizer": "is part of the optimiser's state",
+}
+_FREE = {
+    "model.gradient_checkpointing",
+    "model.expert_execution",
+    "data.micro_batch_size",
+    "data.num_workers",
+    "data.cache_dir",
+    "data.validation_windows",
+    "optimizer.gradient_clip_norm",
+    "optimizer.schedule",
+    "optimizer.min_learning_rate_ratio",
+    "optimizer.warmup_steps",
+    "optimizer.decay_steps",
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key whose value is not the one that the run was started with."""
+
+    key: str
+    before: object
+    now: object
+
+    @property
+    def forbidden(self) -> str | None:
+        """Why the key cannot change; None when it can."""
+        if self.key in _FREE:
+            return None
+        parents = [self.key[:end] for end in range(len(self.key) + 1) if self.key[end : end + 1] in (".", "")]
+        return next((_FIXED[parent] for parent in parents if parent in _FIXED), None)
+
+    def __str__(self) -> str:
+        """Describe the change on one line."""
+        return f"{self.key}: {self.before!r} -> {self.now!r}"
+
+
+def compare_configs(run: RunDirectory, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Return what differs between a run's config and the one it shall go on with.
+
+    Raises:
+        ConfigError: naming each key that cannot change, and why.
+    """
+    differences = list(_differences(before, now))
+    refused = [f"{item} ({item.key.split('.')[0]} {item.forbidden})" for item in differences if item.forbidden]
+    if refused:
+        raise ConfigError(
+            f"{run.config_path}: a resumed run cannot change {'; '.join(refused)}; leave these keys as they are, or "
+            "start a new run, with init_from to take over the weights"
+        )
+    return differences
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run goes on."""
+
+    run: RunDirectory
+    checkpoint: Path
+    step: int
+    """Optimiser steps that the checkpoint holds."""
+
+    @classmethod
+    def plan(cls, run: RunDirectory, max_steps: int, corpus: str) -> "Resumption":
+        """Choose the newest checkpoint of `run`, which trains to `max_steps` on the corpus of that fingerprint.
+
+        Raises:
+            RunError: there is no checkpoint, no step is left, or the corpus is not the one that the run began with.
+        """
+        newest = CheckpointFiles(run.checkpoints_path).newest()
+        if newest is None:
+            raise RunError(
+                f"{run.checkpoints_path}: holds no checkpoint, so there is nothing to resume; start the run anew, and "
+                "set checkpoint.every_steps to have one sooner"
+            )
+        step = CheckpointFiles.step(newest)
+        if step >= max_steps:
+            raise RunError(
+                f"{run.path}: has finished its {step} steps; write its weights and table with `python -m "
+                f"src.reparameterize --run {run.path} --checkpoint last`, or train longer with trainer.max_steps "
+                f"above {step}"
+            )
+        _require_same_corpus(run, corpus)
+        return cls(run, newest, step)
+
+
+def _require_same_corpus(run: RunDirectory, found: str) -> None:
+    report: dict[str, Any] = json.loads(run.report_path.read_text(encoding="utf-8"))
+    expected = report["corpus"]["fingerprint"]
+    if found != expected:
+        raise RunError(
+            f"{run.path}: was trained on corpus {expected[:12]}, but data now gives {found[:12]}; restore the files of "
+            "data, or start a new run with init_from"
+        )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[Difference]:
+    for key, value in now.items():
+        earlier = before.get(key)
+        if isinstance(value, Mapping) and isinstance(earlier, Mapping):
+            yield from _differences(earlier, value, f"{prefix}{key}.")
+        elif value != earlier:
+            yield Difference(prefix + key, earlier, value)

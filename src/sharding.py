@@ -1,0 +1,70 @@
+"""FSDP2: every rank keeps a part of each parameter, its gradient and its optimiser state. Knows one model class.
+
+Gradients are reduced after each micro-batch, not once per step: to keep them whole until then would cost every rank
+what sharding saves.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from src.model import Transformer
+from src.model.experts import EmbeddingExperts
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Lightning's `ModelParallelStrategy` with all devices in one data-parallel group."""
+
+    def __init__(self, *, sharded_checkpoints: bool) -> None:
+        """Write checkpoints as one part per rank, or assemble a whole one on rank 0."""
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=sharded_checkpoints)
+
+    def setup_environment(self) -> None:
+        """Size the group by the devices there are."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+def shard_model(model: Transformer, mesh: DeviceMesh) -> None:
+    """Shard `model` in place over `mesh`: a group per block, a group per layer's experts, the rest in one.
+
+    The rest, embedding and head among it, stays whole from a forward pass until its backward pass, so that the loss
+    can read the head. All ranks must hold the same weights before.
+    """
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    if isinstance(model.experts, EmbeddingExperts):
+        for layer_experts in model.experts:
+            fully_shard(layer_experts, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "trunk")
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether ranks must compute together to compute at all."""
+    return isinstance(model, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor; for a sharded one every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(model: torch.nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Gather a sharded model's weights to the CPU of ranks that `keep` them, one parameter at a time.
+
+    Every rank must call it; a rank that does not keep them gets an empty dictionary.
+    """
+    return {name: tensor.cpu() for name, tensor in _gathered(model) if keep}
+
+
+def _gathered(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    state: dict[str, Any] = model.state_dict()
+    for name, tensor in state.items():
+        yield name, whole(tensor.detach())

@@ -45,17 +45,17 @@ class KeyValueCache:
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cosine and sine, each (..., T, K) in `dtype`, for integer `positions` (..., T); halves, not pairs, rotate.
 
-    `dtype` is at least float32: bfloat16 cannot count to a thousand.
+    `dtype` is at least float32: bfloat16 cannot count to a thousand. The sine's first half is negated, as `_rotate`
+    needs it.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
     angles = positions.to(dtype).unsqueeze(-1) * theta**-exponents  # (..., T, K/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (..., T, K)
-    return angles.cos(), angles.sin()
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)  # each (..., T, K)
 
 
 def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosine + torch.cat((-second, first), dim=-1) * sine
+    return heads * cosine + heads.roll(heads.shape[-1] // 2, dims=-1) * sine
 
 
 class Attention(nn.Module):
@@ -82,9 +82,10 @@ class Attention(nn.Module):
         "everything cached" for a single new token.
         """
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, K)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, K)
-        cosine, sine = (table.to(query.dtype) for table in rotary)
-        query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+        heads = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, K)
+        cosine, sine = (table.to(heads.dtype) for table in rotary)
+        query, key = _rotate(heads[:2], cosine, sine)  # each (B, H, T, K)
+        value = heads[2]
         if cache is not None:
             key, value = cache.append(layer, key, value)
         if query.shape[2] == 1 and cache is not None and query.dtype == torch.bfloat16 and query.device.type == "cpu":
@@ -101,16 +102,16 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
     torch's kernel for many queries takes twice to three times as long on a CPU as casting up and multiplying, and
     rounds more. Sequences go in groups, so that the float32 copies stay small.
     """
-    attended = torch.empty_like(query)
     num_heads, num_tokens, head_dim = key.shape[1:]
     group = max(1, FLOAT_COPY_BYTES // (4 * num_heads * num_tokens * head_dim))
-    for start in range(0, len(query), group):
-        part = slice(start, start + group)
-        scores = (query[part].float() * head_dim**-0.5) @ key[part].float().transpose(-1, -2)  # (B, H, 1, S)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[part if len(mask) > 1 else slice(None)], -torch.inf)
-        attended[part] = scores.softmax(dim=-1) @ value[part].float()  # (B, H, 1, K)
-    return attended
+    if len(query) > group:
+        masks = [mask] * len(query) if mask is None or len(mask) == 1 else mask.split(group)
+        groups = zip(query.split(group), key.split(group), value.split(group), masks, strict=False)
+        return torch.cat([_attend_one(*part) for part in groups])
+    scores = (query.float() * head_dim**-0.5) @ key.float().transpose(-1, -2)  # (B, H, 1, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(dim=-1) @ value.float()).to(query.dtype)  # (B, H, 1, K)
 
 
 def causal_mask(num_new: int, num_total: int, device: torch.device) -> Tensor:

@@ -92,7 +92,8 @@ class Transformer(nn.Module):
         """
         positions, mask = self._positions_and_mask(token_ids, cache, attention_mask)
         dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
-        rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype)
+        cosine, sine = rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype)
+        rotary = cosine.to(self.embedding.weight.dtype), sine.to(self.embedding.weight.dtype)  # once for all layers
         hidden_states = self.embedding(token_ids)  # (B, T, D)
         expert_rows = expert_rows or self._expert_rows(token_ids)
         router_logits: list[Tensor] = []

@@ -115,7 +115,8 @@ class LanguageModel(lightning.LightningModule):
         self.log("val/loss", loss, prog_bar=True)
         self.log("val/perplexity", loss.exp())
         self.log("val/bits_per_byte", loss / math.log(2) / bytes_per_token, prog_bar=True)
-        self.log_dict({f"val/{name}": value for name, value in self.validation_routing.compute().items()})
+        if self.model.config.num_experts:
+            self.log_dict({f"val/{name}": value for name, value in self.validation_routing.compute().items()})
         for metric in (self.validation_loss, self.validation_bytes, self.validation_routing):
             metric.reset()
 
@@ -143,8 +144,9 @@ class LanguageModel(lightning.LightningModule):
             return
         self.log("train/perplexity", loss.exp(), sync_dist=True)
         self.log("train/gradient_norm", gradient_norm)
-        self.log_dict({f"train/{name}": value for name, value in self.routing.compute().items()})
-        self.routing.reset()
+        if self.model.config.num_experts:
+            self.log_dict({f"train/{name}": value for name, value in self.routing.compute().items()})
+            self.routing.reset()
 
     def _finite_everywhere(self, losses: Tensor, gradient_norm: Tensor) -> bool:
         """Whether no rank saw anything but finite numbers; a gradient scaler deals with its own overflows."""

@@ -5,11 +5,14 @@ what sharding saves.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -29,6 +32,38 @@ class ShardedStrategy(ModelParallelStrategy):
         """Size the group by the devices there are."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load model and optimiser in place, and return the rest.
+
+        Whole checkpoints of any strategy will do. Lightning takes their optimiser states for numbered in the order of
+        the model's parameters, but an optimiser numbers them group by group.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only=weights_only)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        assert self.model is not None
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            named = _named_optimizer_state(state, optimizer, self.model)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=named, options=options)
+        return checkpoint
+
+
+def _named_optimizer_state(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, model: torch.nn.Module
+) -> dict[str, Any]:
+    """Return an optimiser's saved state with names for numbers; its groups are those of `optimizer`, in order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups: list[dict[str, Any]] = []
+    name_of: dict[int, str] = {}
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        group_names = [names[id(parameter)] for parameter in group["params"]]
+        name_of.update(zip(saved["params"], group_names, strict=True))
+        groups.append({**saved, "params": group_names})
+    return {"state": {name_of[number]: value for number, value in state["state"].items()}, "param_groups": groups}
 
 
 def shard_model(model: Transformer, mesh: DeviceMesh) -> None:

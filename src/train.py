@@ -189,9 +189,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dry_run(config, given.unique_ids, given.json)
         return
     keep_freed_memory()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
+    _quieten_lightning()
     _train_as_process(config, resume)
+
+
+def _quieten_lightning() -> None:
+    """Leave out what Lightning says of itself, but not that it ends ranks because one of them was lost."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # of rows, which are only read
 
 
 def _train_as_process(config: RunConfig, resume: RunDirectory | None) -> None:

@@ -11,8 +11,9 @@ from rich.table import Table
 from src.cli import parser, progress_bar, run_verb, stderr_console
 from src.config import load_run_config
 from src.evaluation.held_out import held_out_of_run
+from src.evaluation.precisions import plot_costs
 from src.evaluation.proof import Check, prove
-from src.files import write_text
+from src.files import atomic_path, write_text
 from src.run_directory import RunDirectory
 
 FAILED = 1
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
     options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
     options.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
+    options.add_argument("--plot", type=Path, metavar="FILE", help="also draw bytes per token against loss into a PNG")
     given = options.parse_args(arguments)
     run = RunDirectory(given.run).require()
     text, warning = held_out_of_run(run, load_run_config(run).data)
@@ -44,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_checks(checks, f"{run.path} / {given.lut}", Console())
     if given.json is not None:
         write_text(given.json, json.dumps([check.to_dict() for check in checks], indent=1) + "\n")
+    costs = [check.cost for check in checks if check.cost is not None]
+    if given.plot is not None and costs:
+        with atomic_path(given.plot) as temporary:
+            plot_costs(costs, f"{run.path.name}: what a table's precision costs", temporary)
     if any(check.holds is False for check in checks):
         sys.exit(FAILED)
 

@@ -124,7 +124,9 @@ def test_evaluate_scores_both_forms_alike(
 def test_verify_holds_and_finds_what_is_wrong(trained: RunResult, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.run_dir, run)
-    verify.main(["--run", str(run), "--json", str(tmp_path / "proof.json")])
+    plot = tmp_path / "precisions.png"
+    verify.main(["--run", str(run), "--json", str(tmp_path / "proof.json"), "--plot", str(plot)])
+    assert plot.read_bytes().startswith(b"\x89PNG")
     checks = {check["name"]: check for check in json.loads((tmp_path / "proof.json").read_text())}
     assert all(check["holds"] is not False for check in checks.values())
     assert checks["logits through memmap"]["values"]["max_abs"] <= 5e-5
@@ -134,8 +136,12 @@ def test_verify_holds_and_finds_what_is_wrong(trained: RunResult, tmp_path: Path
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"the row of token id \d+ is damaged"):
-        verify.main(["--run", str(run)])
+    with pytest.raises(SystemExit) as exit_:
+        verify.main(["--run", str(run), "--json", str(tmp_path / "proof.json")])
+    assert exit_.value.code == 1
+    (check,) = json.loads((tmp_path / "proof.json").read_text())
+    assert check["holds"] is False
+    assert "token id" in check["found"]
 
 
 def test_verify_without_a_training_form_proves_what_is_left(trained: RunResult, tmp_path: Path) -> None:

@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from src.evaluation.controls import PermutedRows, ZeroedRows, experts_replaced
 from src.evaluation.equivalence import compare_greedy, logit_distance
 from src.evaluation.held_out import HeldOut
 from src.evaluation.perplexity import score_windows
+from src.evaluation.precisions import PrecisionCost, precision_costs
 from src.inference import InferenceModel, load_model
 from src.lut.manifest import read_manifest
 from src.lut.readers import READERS
 from src.lut.store import LutStore
+from src.lut.verification import verify_table
 from src.run_directory import RunDirectory, hash_weights, identify
 
 LOGIT_LIMIT = 5e-5
@@ -27,7 +30,6 @@ LOSS_LIMITS = {"float32": 1e-5, "bfloat16": 1e-4, "float16": 1e-4, "int8": 3e-4,
 """Largest rise of the held-out loss, in nats, that a table's precision may cost."""
 COMPARED_TOKENS = 4096
 GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_NEW_TOKENS = 32, 32, 64
-_SCAN_ROWS = 256
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Opens a progress bar with a description and a total."""
@@ -43,10 +45,12 @@ class Check:
     holds: bool | None
     """None where there is nothing to hold: a figure for the reader, or a part that is not there to be checked."""
     values: dict[str, Any]
+    cost: PrecisionCost | None = None
+    """What a precision costs, in the checks of precisions."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "cost"}
 
 
 def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress) -> Iterator[Check]:
@@ -55,8 +59,11 @@ def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress) -> 
     Raises:
         UserError: there is no table, or it cannot be opened at all.
     """
+    sound = check_table(run, lut, progress)
+    yield sound
+    if not sound.holds:
+        return
     yield check_identity(run, lut)
-    yield check_rows_on_disk(run, lut, progress)
     reference = _training_form(run)
     with load_model(run.path, experts="lut", lut=lut, dtype=torch.float32, reader="memmap") as lookup:
         if reference is None:
@@ -65,7 +72,12 @@ def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress) -> 
             yield check_reader(run, text, lut, reader, reference or lookup, progress)
         if reference is not None:
             yield check_greedy(reference, lookup, text)
-        yield from check_losses(reference, lookup, text, read_manifest(run.lut_path(lut)).precision, progress)
+        yield from check_losses(reference, lookup, text, progress)
+        exact = reference or (lookup if _table_precision(lookup) == "float32" else None)
+        if exact is None:
+            yield _absent("other precisions", "there are no float32 rows to compare with")
+        else:
+            yield from check_precisions(exact, text, progress)
 
 
 def check_identity(run: RunDirectory, lut: str) -> Check:
@@ -88,19 +100,19 @@ def check_identity(run: RunDirectory, lut: str) -> Check:
     )
 
 
-def check_rows_on_disk(run: RunDirectory, lut: str, progress: Progress) -> Check:
-    """Read every row of the table and check it; the first damaged one raises, naming its id."""
-    with LutStore.open(run.lut_path(lut)) as store, progress("reading every row", store.layout.vocab_size) as advance:
-        for ids in torch.arange(store.layout.vocab_size).split(_SCAN_ROWS):
-            store.request(ids).wait()
-            advance(len(ids))
-        rows, size = store.layout.vocab_size, store.layout.table_bytes
+def check_table(run: RunDirectory, lut: str, progress: Progress) -> Check:
+    """Read every byte of the table, and count what does not match its manifest."""
+    lut_dir = run.lut_path(lut)
+    rows = read_manifest(lut_dir).vocab_size
+    with progress("reading every row", rows) as advance:
+        problems = verify_table(lut_dir, advance)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return Check(
-        name="every row matches its checksum",
-        found=f"{rows:,} of {rows:,} rows",
-        expected="all",
-        holds=True,
-        values={"rows": rows, "table_bytes": size},
+        name="table is what was written",
+        found=f"{problems[0]}{more}" if problems else f"{rows:,} rows match their checksums",
+        expected="every file, header and row as the manifest says",
+        holds=not problems,
+        values={"rows": rows, "problems": problems},
     )
 
 
@@ -108,8 +120,7 @@ def check_reader(
     run: RunDirectory, text: HeldOut, lut: str, reader: str, reference: InferenceModel, progress: Progress
 ) -> Check:
     """Compare logits of the reference with those through one reader."""
-    windows = text.windows[:, :-1]
-    windows = windows[: max(1, COMPARED_TOKENS // windows.shape[1])]
+    windows = _compared(text)
     precision = read_manifest(run.lut_path(lut)).precision
     with (
         load_model(run.path, experts="lut", lut=lut, dtype=torch.float32, reader=reader) as other,
@@ -145,7 +156,7 @@ def check_greedy(reference: InferenceModel, lookup: InferenceModel, text: HeldOu
 
 
 def check_losses(
-    reference: InferenceModel | None, lookup: InferenceModel, text: HeldOut, precision: str, progress: Progress
+    reference: InferenceModel | None, lookup: InferenceModel, text: HeldOut, progress: Progress
 ) -> Iterator[Check]:
     """Held-out loss of the table against the training form, and of the controls against the table."""
 
@@ -153,7 +164,7 @@ def check_losses(
         with progress(f"scoring: {name}", len(text.windows)) as advance:
             return score_windows(model, text.windows, text.byte_lengths, progress=advance).loss
 
-    table = loss("table", lookup)
+    table, precision = loss("table", lookup), _table_precision(lookup) or ""
     if reference is not None:
         computed, limit = loss("training form", reference), LOSS_LIMITS[precision]
         yield Check(
@@ -177,6 +188,26 @@ def check_losses(
             holds=control > table,
             values={"loss": control, "rise": control - table},
         )
+
+
+def check_precisions(exact: InferenceModel, text: HeldOut, progress: Progress) -> Iterator[Check]:
+    """Distance of every precision from float32 rows; recoded on the way, as a table of it would store them."""
+    for cost in precision_costs(exact, text, _compared(text), progress):
+        limit = LOSS_LIMITS[cost.precision]
+        yield Check(
+            name=f"rows as {cost.precision}, {cost.bytes_per_token:,} bytes a token",
+            found=f"loss {cost.rise:+.1e}, logits max {cost.logits.max_abs:.1e} mean {cost.logits.mean_abs:.1e}, "
+            f"same choice {cost.logits.top1_agreement:.2%}",
+            expected=f"loss within {limit:.1e}",
+            holds=abs(cost.rise) <= limit,
+            values=cost.to_dict(),
+            cost=cost,
+        )
+
+
+def _compared(text: HeldOut) -> Tensor:
+    windows = text.windows[:, :-1]
+    return windows[: max(1, COMPARED_TOKENS // windows.shape[1])]
 
 
 def _training_form(run: RunDirectory) -> InferenceModel | None:

@@ -1,7 +1,9 @@
 """`python -m src.generate`: continue a prompt. Stdout is the text alone; everything else goes to stderr."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,21 +13,54 @@ from tokenizers.decoders import DecodeStream
 from src.cli import add_form_options, parser, run_verb
 from src.data.tokenizer import END_OF_TEXT, load_tokenizer
 from src.errors import UserError
-from src.inference import InferenceModel, load_model
-from src.inference.generation import stream
+from src.inference import InferenceModel, load_model, stream
+from src.inference.sampling import Sampling
 from src.run_directory import RunDirectory
 
 
-def write_text(model: InferenceModel, tokenizer: Tokenizer, prompt: str, **sampling: object) -> None:
+def write_text(
+    model: InferenceModel, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, sampling: Sampling, window: bool
+) -> None:
     """Print `prompt` and its continuation, piece by piece as it is generated."""
     token_ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.embedding.weight.device)
-    decoder = DecodeStream(skip_special_tokens=True)  # holds back bytes of an unfinished character
+    steps = stream(
+        model,
+        token_ids,
+        max_new_tokens=max_new_tokens,
+        stop_ids=[] if (stop := tokenizer.token_to_id(END_OF_TEXT)) is None else [stop],
+        overflow="window" if window else "refuse",
+        **asdict(sampling),
+    )
     print(prompt, end="", flush=True)
-    stop = tokenizer.token_to_id(END_OF_TEXT)
-    for step in stream(model, token_ids, stop_ids=[stop], **sampling):  # type: ignore[arg-type]
-        if (piece := decoder.step(tokenizer, int(step))) is not None:
-            print(piece, end="", flush=True)
+    for piece in pieces(tokenizer, (int(step) for step in steps)):
+        print(piece, end="", flush=True)
     print()
+
+
+def pieces(tokenizer: Tokenizer, token_ids: Iterable[int]) -> Iterator[str]:
+    """Yield text as soon as its characters are whole; what is left unfinished at the end decodes as it can."""
+    decoder, seen, written = DecodeStream(skip_special_tokens=True), list[int](), 0
+    for token_id in token_ids:
+        seen.append(token_id)
+        if piece := decoder.step(tokenizer, token_id):
+            written += len(piece)
+            yield piece
+    if rest := tokenizer.decode(seen, skip_special_tokens=True)[written:]:
+        yield rest
+
+
+def interact(write: Callable[[str], None]) -> None:
+    """Continue each line of standard input until it ends; the prompt sign goes to stderr."""
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            try:
+                write(line.rstrip("\n"))
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
 
 
 def _prompt(text: str | None, file: Path | None) -> str:
@@ -45,31 +80,57 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source = options.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
     source.add_argument("--prompt-file", type=Path, help="UTF-8 file to continue")
+    source.add_argument("--interactive", action="store_true", help="continue each line of standard input")
     options.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most (default: 128)")
     options.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     options.add_argument("--top-k", type=int, help="sample among the k most likely tokens only")
     options.add_argument("--top-p", type=float, help="sample among the most likely tokens that reach this probability")
     options.add_argument("--seed", type=int, default=0, help="makes sampling repeatable (default: 0)")
+    options.add_argument("--window", action="store_true", help="read only the end of a prompt that is too long")
+    options.add_argument("--cache-mb", type=float, default=0, help="MiB of table rows kept in memory (default: 0)")
     given = options.parse_args(arguments)
     run = RunDirectory(given.run).require()
     tokenizer = load_tokenizer(run.tokenizer_path)
-    prompt = _prompt(given.prompt, given.prompt_file)
-    if not prompt:
+    sampling = _sampling(given.temperature, given.top_k, given.top_p, given.seed)
+    prompt = None if given.interactive else _prompt(given.prompt, given.prompt_file)
+    with load_model(
+        run.path,
+        experts=given.experts,
+        lut=given.lut,
+        device=given.device,
+        reader=given.reader,
+        cache_mb=given.cache_mb,
+    ) as model:
+        write = partial(_continue, model, tokenizer, given.max_new_tokens, sampling, given.window)
+        if prompt is None:
+            interact(write)
+        else:
+            write(prompt)
+
+
+def _sampling(temperature: float, top_k: int | None, top_p: float | None, seed: int) -> Sampling:
+    try:
+        return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from error
+
+
+def _continue(
+    model: InferenceModel, tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling, window: bool, prompt: str
+) -> None:
+    """Write the continuation of one prompt, as long as the context allows."""
+    limit, prompt_tokens = model.config.max_sequence_length, len(tokenizer.encode(prompt).ids)
+    if not prompt_tokens:
         raise UserError("the prompt is empty; give at least one character")
-    with load_model(run.path, experts=given.experts, lut=given.lut, device=given.device, reader=given.reader) as model:
-        room = model.config.max_sequence_length - len(tokenizer.encode(prompt).ids)
-        if room < given.max_new_tokens:
-            print(f"note: the context holds {room} more tokens, not {given.max_new_tokens}", file=sys.stderr)
-        write_text(
-            model,
-            tokenizer,
-            prompt,
-            max_new_tokens=max(0, min(given.max_new_tokens, room)),
-            temperature=given.temperature,
-            top_k=given.top_k,
-            top_p=given.top_p,
-            seed=given.seed,
+    room = limit - 1 if window else limit - prompt_tokens
+    if room < 1:
+        raise UserError(
+            f"the prompt has {prompt_tokens} tokens, but the context holds {limit}; "
+            "shorten it, or read only its end with --window"
         )
+    if room < max_new_tokens:
+        print(f"note: the context holds {room} more tokens, not {max_new_tokens}", file=sys.stderr)
+    write_text(model, tokenizer, prompt, max_new_tokens=min(max_new_tokens, room), sampling=sampling, window=window)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,33 @@
 """Autoregressive generation over token ids. Knows no text: a tokenizer is the caller's.
 
-B batch, T prompt tokens, V vocabulary.
+B batch, T prompt tokens, S all tokens so far, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from src.inference.sampling import Sampler, Sampling
 from src.model import KeyValueCache, Transformer
 
 PREFILL_CHUNK_TOKENS = 512
 """Prompt tokens per forward pass, so that the memory of a long prompt stays bounded."""
+PREFILL_CHUNK_POSITIONS = 4096
+"""The same over all sequences of a batch."""
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask, both (B, T), of prompts of different lengths: padding goes on the left."""
+    if not all(prompts):
+        raise ValueError(
+            f"prompt {[bool(prompt) for prompt in prompts].index(False)} is empty; give at least one token"
+        )
+    longest = max(len(prompt) for prompt in prompts)
+    token_ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    return token_ids, torch.arange(longest) >= longest - lengths.unsqueeze(1)
 
 
 def generate(
@@ -24,8 +40,11 @@ def generate(
     top_p: float | None = None,
     stop_ids: Sequence[int] = (),
     seed: int | None = None,
+    attention_mask: Tensor | None = None,
+    overflow: Literal["refuse", "window"] = "refuse",
+    prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
 ) -> Tensor:
-    """Continue `token_ids` (B, T) int64 and return (B, T + new); see `stream` for the arguments."""
+    """Continue `token_ids` (B, T) int64 and return (B, T + new); arguments as in `stream` and `Sampling`."""
     steps = stream(
         model,
         token_ids,
@@ -35,11 +54,13 @@ def generate(
         top_p=top_p,
         stop_ids=stop_ids,
         seed=seed,
+        attention_mask=attention_mask,
+        overflow=overflow,
+        prefill_chunk_tokens=prefill_chunk_tokens,
     )
     return torch.cat([token_ids, *(step.unsqueeze(1) for step in steps)], dim=1)
 
 
-@torch.no_grad()
 def stream(
     model: Transformer,
     token_ids: Tensor,
@@ -50,75 +71,110 @@ def stream(
     top_p: float | None = None,
     stop_ids: Sequence[int] = (),
     seed: int | None = None,
+    attention_mask: Tensor | None = None,
+    overflow: Literal["refuse", "window"] = "refuse",
+    prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
 ) -> Iterator[Tensor]:
     """Yield the next token ids (B,) one step at a time.
 
     Args:
         model: either form, in eval mode.
-        token_ids: prompts of one length, (B, T) int64 with T >= 1.
+        token_ids: prompts, (B, T) int64 with T >= 1; shorter ones are padded on the left (see `left_pad`).
         max_new_tokens: steps at most.
-        temperature: 0 is greedy; otherwise logits are divided by it.
-        top_k: sample among the k most likely ids only.
-        top_p: sample among the most likely ids that together reach this probability.
+        temperature: see `Sampling`, as for `top_k`, `top_p` and `seed`.
+        top_k: see `Sampling`.
+        top_p: see `Sampling`.
         stop_ids: a sequence that produced one of these repeats it; all of them stopped ends the generation.
-        seed: makes sampling repeatable; None draws from torch's global generator.
+        seed: see `Sampling`.
+        attention_mask: booleans (B, T), False where a prompt is padding; None when none is.
+        overflow: what happens to a prompt that leaves no room in the model's context for `max_new_tokens`: it is
+            refused, or only its last tokens are read (`window`).
+        prefill_chunk_tokens: prompt tokens per forward pass; fewer when the batch is large.
 
     Raises:
-        ValueError: the prompt is empty, or prompt and new tokens exceed the model's `max_sequence_length`.
+        ValueError: an argument is out of range, or prompt and new tokens exceed the model's `max_sequence_length`.
     """
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    token_ids, mask = _fit(model, token_ids, attention_mask, max_new_tokens, overflow)
+    if prefill_chunk_tokens < 1:
+        raise ValueError(f"prefill_chunk_tokens is {prefill_chunk_tokens}, but it must be at least 1")
+    chunk_tokens = max(1, min(prefill_chunk_tokens, PREFILL_CHUNK_POSITIONS // len(token_ids)))
+    return _steps(model, token_ids, mask, max_new_tokens, sampling, stop_ids, chunk_tokens)
+
+
+@torch.no_grad()
+def _steps(
+    model: Transformer,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    chunk_tokens: int,
+) -> Iterator[Tensor]:
     batch_size, prompt_tokens = token_ids.shape
-    limit = model.config.max_sequence_length
-    if not prompt_tokens:
-        raise ValueError("the prompt is empty; give at least one token")
-    if prompt_tokens + max_new_tokens > limit:
-        raise ValueError(
-            f"prompt ({prompt_tokens} tokens) and max_new_tokens ({max_new_tokens}) exceed the model's "
-            f"max_sequence_length ({limit}); shorten one of them"
-        )
-    generator = None if seed is None else torch.Generator(token_ids.device).manual_seed(seed)
-    cache = KeyValueCache(
-        model.config,
-        batch_size,
-        prompt_tokens + max_new_tokens,
-        device=token_ids.device,
-        dtype=model.head.weight.dtype,
-    )
-    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=token_ids.device)
-    stopped = torch.zeros(batch_size, dtype=torch.bool, device=token_ids.device)
-    hidden_states = _prefill(model, token_ids, cache)
+    device, dtype = token_ids.device, model.head.weight.dtype
+    cache = KeyValueCache(model.config, batch_size, prompt_tokens + max_new_tokens, device=device, dtype=dtype)
+    if mask is not None:  # new tokens are never padding
+        mask = torch.cat([mask, mask.new_ones(batch_size, max_new_tokens)], dim=1)
+    sampler = Sampler(sampling, batch_size)
+    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
+    stopped = torch.zeros(batch_size, dtype=torch.bool, device=device)
     next_ids = token_ids[:, -1]
+    hidden_states = prefill(model, token_ids, cache, mask, chunk_tokens) if max_new_tokens else None
     for step in range(max_new_tokens):
-        sampled = sample(model.head(hidden_states[:, -1]), temperature, top_k, top_p, generator)  # (B,)
+        assert hidden_states is not None
+        sampled = sampler(model.head(hidden_states[:, -1]))  # (B,)
         next_ids = torch.where(stopped, next_ids, sampled)
         stopped = stopped | torch.isin(next_ids, stops)
-        if model.experts is not None and step + 1 < max_new_tokens and not stopped.all():
-            model.experts.prefetch(next_ids.unique())
+        last = step + 1 == max_new_tokens or bool(stopped.all())
+        if model.experts is not None and not last:
+            model.experts.prefetch(next_ids.unique())  # the disk works while this step is handed out
         yield next_ids
-        if stopped.all() or step + 1 == max_new_tokens:
+        if last:
             return
-        hidden_states = model.hidden_states(next_ids.unsqueeze(1), cache=cache)
+        visible = None if mask is None else mask[:, : cache.length + 1]
+        hidden_states = model.hidden_states(next_ids.unsqueeze(1), cache=cache, attention_mask=visible)
 
 
-def _prefill(model: Transformer, token_ids: Tensor, cache: KeyValueCache) -> Tensor:
-    chunks = token_ids.split(PREFILL_CHUNK_TOKENS, dim=1)
-    for chunk in chunks[:-1]:
-        model.hidden_states(chunk, cache=cache)
-    return model.hidden_states(chunks[-1], cache=cache)
-
-
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+def prefill(
+    model: Transformer, token_ids: Tensor, cache: KeyValueCache, mask: Tensor | None, chunk_tokens: int
 ) -> Tensor:
-    """Draw ids (B,) from logits (B, V); temperature 0 takes the largest."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if top_p is not None:
-        ranked, order = logits.sort(dim=-1, descending=True)
-        probs = ranked.softmax(dim=-1)
-        beyond = probs.cumsum(dim=-1) - probs >= top_p  # the most likely id always stays
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    """Feed prompts (B, T) in chunks; return the last chunk's hidden states. A chunk's rows are read a chunk ahead."""
+    chunks = token_ids.split(chunk_tokens, dim=1)
+    hidden_states = token_ids.new_empty(0)
+    _prefetch(model, chunks[0])
+    for index, chunk in enumerate(chunks):
+        if index + 1 < len(chunks):
+            _prefetch(model, chunks[index + 1])
+        visible = None if mask is None else mask[:, : cache.length + chunk.shape[1]]
+        hidden_states = model.hidden_states(chunk, cache=cache, attention_mask=visible)
+    return hidden_states
+
+
+def _prefetch(model: Transformer, token_ids: Tensor) -> None:
+    if model.experts is not None:
+        model.experts.prefetch(token_ids.unique())
+
+
+def _fit(
+    model: Transformer,
+    token_ids: Tensor,
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
+    overflow: Literal["refuse", "window"],
+) -> tuple[Tensor, Tensor | None]:
+    """Check prompts and mask, and cut what the context cannot hold; a mask that hides nothing becomes None."""
+    prompt_tokens, limit = token_ids.shape[1], model.config.max_sequence_length
+    if not prompt_tokens:
+        raise ValueError("the prompt is empty; give at least one token")
+    if attention_mask is not None and (attention_mask.shape != token_ids.shape or not attention_mask[:, -1].all()):
+        raise ValueError("attention_mask must have the shape of token_ids and be True in its last column: pad left")
+    if prompt_tokens + max_new_tokens > limit and (overflow == "refuse" or max_new_tokens >= limit):
+        raise ValueError(
+            f"prompt ({prompt_tokens} tokens) and max_new_tokens ({max_new_tokens}) exceed the model's "
+            f"max_sequence_length ({limit}); shorten one of them, or read only the prompt's end with overflow='window'"
+        )
+    kept = slice(max(0, prompt_tokens + max_new_tokens - limit), None)
+    mask = None if attention_mask is None else attention_mask[:, kept].bool()
+    return token_ids[:, kept], None if mask is None or bool(mask.all()) else mask

@@ -1,0 +1,160 @@
+"""Generation: the same text from every form, reader, cache, chunk and batch; sampling as it says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.inference import InferenceModel, generate, left_pad, load_model, stream
+from src.inference.sampling import Sampler, Sampling, truncated_probs
+from src.lut.readers import READERS
+from tests.inference.runs import prompts, write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def trained_form(run: Path) -> InferenceModel:
+    return load_model(run, experts="ffn")
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> Iterator[InferenceModel]:
+    with load_model(run, experts="lut") as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("cache_mb", [0, 0.02])
+def test_every_reader_and_cache_writes_the_text_of_the_training_form(
+    run: Path, trained_form: InferenceModel, reader: str, cache_mb: float
+) -> None:
+    token_ids = prompts(3, 20)
+    expected = generate(trained_form, token_ids, max_new_tokens=24)
+    with load_model(run, experts="lut", reader=reader, cache_mb=cache_mb) as model:
+        for chunk in (1, 7, 512):
+            assert torch.equal(generate(model, token_ids, max_new_tokens=24, prefill_chunk_tokens=chunk), expected)
+
+
+def test_cached_decoding_picks_what_the_full_forward_would(model: InferenceModel) -> None:
+    token_ids = generate(model, prompts(4, 9), max_new_tokens=30)
+    with torch.no_grad():
+        best = model(token_ids).argmax(dim=-1)
+    assert torch.equal(best[:, 8:-1], token_ids[:, 9:])
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 15), min_size=1, max_size=5), seed=st.integers(0, 99), chunk=st.integers(1, 16))
+def test_a_batch_of_different_lengths_writes_what_each_prompt_alone_would(
+    model: InferenceModel, lengths: list[int], seed: int, chunk: int
+) -> None:
+    alone = [prompts(1, length, seed + index) for index, length in enumerate(lengths)]
+    token_ids, mask = left_pad([prompt[0].tolist() for prompt in alone])
+    for temperature in (0.0, 1.0):
+        batch = generate(
+            model,
+            token_ids,
+            max_new_tokens=12,
+            temperature=temperature,
+            seed=seed,
+            attention_mask=mask,
+            prefill_chunk_tokens=chunk,
+        )
+        for index, prompt in enumerate(alone):  # row i draws as a batch of its own with seed + i
+            single = generate(model, prompt, max_new_tokens=12, temperature=temperature, seed=seed + index)
+            assert torch.equal(batch[index, -12:], single[0, -12:])
+
+
+def test_bfloat16_decoding_of_padded_prompts_follows_the_mask(run: Path) -> None:
+    with load_model(run, dtype=torch.bfloat16) as model, torch.no_grad():
+        token_ids, mask = left_pad([[5, 6, 7], [8]])
+        assert torch.equal(
+            generate(model, token_ids, max_new_tokens=1, attention_mask=mask)[1:, -1:],
+            generate(model, token_ids[1:, 2:], max_new_tokens=1)[:, -1:],
+        )
+
+
+def test_stop_ids_end_a_sequence_and_are_repeated_until_the_others_end(model: InferenceModel) -> None:
+    token_ids = prompts(2, 6)
+    free = generate(model, token_ids, max_new_tokens=20)
+    stop = int(free[0, 9])
+    stopped = generate(model, token_ids, max_new_tokens=20, stop_ids=[stop])
+    first = int((free[0, 6:] == stop).nonzero()[0]) + 6
+    assert torch.equal(stopped[0, : first + 1], free[0, : first + 1])
+    assert stopped[0, first:].eq(stop).all()
+    alone = generate(model, token_ids[:1], max_new_tokens=20, stop_ids=[stop])
+    assert alone.shape == (1, first + 1)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_or_windowed(model: InferenceModel) -> None:
+    token_ids = prompts(1, 80)
+    with pytest.raises(ValueError, match=r"prompt \(80 tokens\) and max_new_tokens \(10\) exceed .* \(64\)"):
+        generate(model, token_ids, max_new_tokens=10)
+    windowed = generate(model, token_ids, max_new_tokens=10, overflow="window")
+    assert torch.equal(windowed[:, :80], token_ids)
+    assert torch.equal(windowed[:, 80:], generate(model, token_ids[:, -54:], max_new_tokens=10)[:, 54:])
+    with pytest.raises(ValueError, match="exceed"):
+        generate(model, token_ids, max_new_tokens=64, overflow="window")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"prefill_chunk_tokens": 0}, "prefill_chunk_tokens is 0"),
+        ({"attention_mask": torch.tensor([[True, False]])}, "pad left"),
+    ],
+)
+def test_arguments_out_of_range_are_named(model: InferenceModel, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model, torch.tensor([[1, 2]]), max_new_tokens=1, **arguments)  # type: ignore[arg-type]
+
+
+def test_an_empty_prompt_is_refused(model: InferenceModel) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        generate(model, torch.empty(1, 0, dtype=torch.int64), max_new_tokens=1)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        left_pad([[1], []])
+
+
+def test_two_streams_on_one_model_do_not_disturb_each_other(model: InferenceModel) -> None:
+    one, other = prompts(1, 8, 1), prompts(1, 8, 2)
+    together = list(zip(stream(model, one, max_new_tokens=12), stream(model, other, max_new_tokens=12), strict=True))
+    for index, token_ids in enumerate((one, other)):
+        expected = generate(model, token_ids, max_new_tokens=12)[0, 8:]
+        assert torch.equal(torch.cat([pair[index] for pair in together]), expected)
+
+
+def test_samples_are_distributed_as_the_probabilities() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]]).expand(20_000, 5)
+    sampling = Sampling(temperature=0.7, seed=3)
+    drawn = torch.bincount(Sampler(sampling, 20_000)(logits), minlength=5) / 20_000
+    expected = (logits[0] / 0.7).softmax(-1)
+    assert torch.allclose(drawn, expected, atol=0.012)
+    assert drawn[4] == 0
+
+
+@settings(deadline=None)
+@given(
+    logits=st.lists(st.integers(-20, 20).map(lambda quarters: quarters / 4), min_size=3, max_size=12, unique=True),
+    top_k=st.integers(1, 12),
+    top_p=st.floats(0.05, 1.0),
+)
+def test_truncation_keeps_the_most_likely_ids(logits: list[float], top_k: int, top_p: float) -> None:
+    whole = torch.tensor([logits]).softmax(-1)[0]
+    by_k = truncated_probs(torch.tensor([logits]), Sampling(temperature=1.0, top_k=top_k))[0]
+    assert set(by_k.nonzero().flatten().tolist()) == set(whole.topk(min(top_k, len(logits))).indices.tolist())
+    by_p = truncated_probs(torch.tensor([logits]), Sampling(temperature=1.0, top_p=top_p))[0]
+    kept = int(by_p.count_nonzero())
+    ranked = whole.sort(descending=True).values
+    assert ranked[: kept - 1].sum() < top_p + 1e-6
+    assert ranked[:kept].sum() >= top_p - 1e-5

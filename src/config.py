@@ -116,7 +116,7 @@ class RunConfig:
                 f"data.sequence_length: {self.data.sequence_length} exceeds model.max_sequence_length "
                 f"({self.model.max_sequence_length}); change one of them"
             )
-        if self.data.tokenizer.path is None and self.data.tokenizer.vocab_size > self.model.vocab_size:
+        if self.data.tokenizer.is_trained_here and self.data.tokenizer.vocab_size > self.model.vocab_size:
             raise ConfigError(
                 f"data.tokenizer.vocab_size: {self.data.tokenizer.vocab_size} exceeds model.vocab_size "
                 f"({self.model.vocab_size}); enlarge the model's vocabulary or shrink the tokenizer's"

@@ -21,8 +21,7 @@ from src.cli import parser, run_verb, stderr_console
 from src.config import RunConfig, describe, load_config, load_run_config
 from src.data.datamodule import PackedDataModule
 from src.data.packed_tokens import PackedCorpus, prepare_corpus
-from src.data.tokenizer import vocabulary_size
-from src.errors import DataError
+from src.data.progress import progress_report
 from src.evaluation.held_out import held_out
 from src.evaluation.report import Report, update_report
 from src.files import write_text
@@ -59,9 +58,8 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
     """
     console = stderr_console()
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    with console.status("reading and tokenizing the corpus"):
-        corpus = prepare_corpus(config.data)
-    _require_room_for_tokenizer(corpus, config)
+    with progress_report(console) as progress:
+        corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=progress)
     text = held_out(corpus, config.data, config.model.vocab_size)
     module = LanguageModel(config.model, config.objective, config.optimizer, text.byte_lengths)
     start = None if resume is None else Resumption.plan(resume, config.trainer.max_steps, corpus.fingerprint)
@@ -137,15 +135,6 @@ def software_versions() -> dict[str, str]:
     """Return what the numbers of a run may depend on."""
     packages = ("mole", "torch", "lightning", "tokenizers")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def _require_room_for_tokenizer(corpus: PackedCorpus, config: RunConfig) -> None:
-    size = vocabulary_size(corpus.tokenizer)
-    if size > config.model.vocab_size:
-        raise DataError(
-            f"model.vocab_size: {config.model.vocab_size}, but the tokenizer has {size} ids; "
-            f"set model.vocab_size={size} or more"
-        )
 
 
 def dry_run(config: RunConfig, unique_ids: int | None = None, json_path: Path | None = None) -> None:

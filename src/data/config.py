@@ -1,5 +1,6 @@
 """What text a model is trained on, and how it is cut into windows."""
 
+import math
 from dataclasses import dataclass, field
 
 from src.errors import ConfigError
@@ -7,20 +8,81 @@ from src.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Which tokenizer turns text into ids."""
+    """Which tokenizer turns text into ids: a file, one from the Hugging Face hub, or one trained here."""
 
     path: str | None = None
-    """A `tokenizer.json` of the `tokenizers` library; null trains a byte-level BPE on the training documents."""
+    """A `tokenizer.json` of the `tokenizers` library."""
+    hub: str | None = None
+    """A tokenizer's name on the Hugging Face hub, such as EleutherAI/gpt-neox-20b; fetched once, then kept."""
     vocab_size: int = 4096
-    """Entries of the BPE trained here, at least 257 (every byte and the document separator); unused with `path`."""
+    """Entries of the byte-level BPE trained on the training documents when neither `path` nor `hub` is given, at least
+    257 (every byte and the document separator)."""
+    training_mb: int = 64
+    """Text that the BPE is trained on at most, in MB; a larger corpus gives an equal share from each of its files."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError when the vocabulary cannot hold every byte."""
-        if self.path is None and self.vocab_size < 257:
+        """Raise ConfigError when the vocabulary cannot hold every byte, or two tokenizers are named."""
+        if self.path is not None and self.hub is not None:
+            raise ConfigError(
+                f"data.tokenizer: path ({self.path!r}) and hub ({self.hub!r}) name two tokenizers; set one to null"
+            )
+        if self.is_trained_here and self.vocab_size < 257:
             raise ConfigError(
                 f"data.tokenizer.vocab_size: {self.vocab_size}, but a byte-level vocabulary needs at least 257 "
                 "(256 bytes and the document separator)"
             )
+        if self.training_mb < 1:
+            raise ConfigError(f"data.tokenizer.training_mb: {self.training_mb}, but it must be at least 1")
+
+    @property
+    def is_trained_here(self) -> bool:
+        """Whether the tokenizer is made from the corpus."""
+        return self.path is None and self.hub is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One corpus: exactly one of `files`, `hub` and `embedded`."""
+
+    name: str | None = None
+    """How reports call it; null is its first pattern or its name on the hub."""
+    embedded: bool = False
+    """The sources of the running Python's standard library: 11 MB of text on every machine."""
+    files: list[str] = field(default_factory=list[str])
+    """Paths, folders and globs. By ending: .jsonl, .json (an array, or one object a line), .parquet; anything else is
+    text, one document a file. Each may be compressed: .gz, .zst."""
+    hub: str | None = None
+    """A dataset's name on the Hugging Face hub, or a folder in the same layout."""
+    subset: str | None = None
+    """The hub dataset's configuration, such as sample-10BT."""
+    split: str = "train"
+    """The hub dataset's split to read; held-out documents are chosen from it by `data.validation_fraction`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub. Only a commit pins the text: changes behind a name are not noticed."""
+    streaming: bool = False
+    """Read the hub dataset as it downloads instead of storing it first."""
+    text_field: str = "text"
+    """The key or column that holds a document's text."""
+    document_start: str | None = None
+    """A regular expression found at the start of a document's first row or line; the rows up to the next such one are
+    joined. null: each row, or whole text file, is a document."""
+    weight: float | None = None
+    """Share of training windows relative to the other sources' weights; give it to all sources or to none. Without
+    weights an epoch holds every window of every source once."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError unless exactly one place is named."""
+        named = [name for name in ("embedded", "files", "hub") if getattr(self, name)]
+        if len(named) != 1:
+            found = " and ".join(named) or "none of them"
+            raise ConfigError(f"data.sources: a source must name one of embedded, files and hub, but {found} is set")
+        if self.weight is not None and not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ConfigError(f"data.sources: {self.label} has weight {self.weight}, but it must be above 0")
+
+    @property
+    def label(self) -> str:
+        """The name that reports and messages use."""
+        return self.name or self.hub or (self.files[0] if self.files else "embedded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +90,10 @@ class DataConfig:
     """Corpus, tokenizer and windows."""
 
     files: list[str] = field(default_factory=list[str])
-    """Text files, one document each; globs are expanded. Empty uses the running Python's standard library sources."""
+    """The simple way to name a corpus: paths, folders and globs of one source (see `sources`). With both empty the
+    corpus is the running Python's standard library."""
+    sources: list[SourceConfig] = field(default_factory=list[SourceConfig])
+    """Several corpora, or one that needs more than `files`."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     sequence_length: int = 256
     """T: tokens per window."""
@@ -42,6 +107,17 @@ class DataConfig:
     """Held-out windows that a validation looks at, the same each time; fewer if the split has fewer."""
     seed: int = 0
     """Decides the split and the order of windows."""
+    max_malformed_fraction: float = 0.001
+    """Share of a source's records that may be skipped because they are not UTF-8, not JSON or lack their text."""
+    max_empty_fraction: float = 0.5
+    """Share of a source's records that may be skipped because they hold no text."""
+    duplicate_memory_mb: int = 256
+    """Memory for the hashes that find duplicate documents, in MB (10 million documents at 256); once full, later
+    documents are compared with the remembered ones only, and the report counts them."""
+    prepare_processes: int | None = None
+    """Processes that tokenize; null is one per usable core."""
+    shard_mb: int = 64
+    """Text per shard of the token cache, in MB: what an interruption may cost."""
     num_workers: int = 0
     """Processes that prepare batches beside training; 0 does it in the training process."""
     cache_dir: str = ".cache/data"
@@ -49,11 +125,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError on values out of range."""
-        for name in ("sequence_length", "global_batch_size", "micro_batch_size", "validation_windows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name}: {getattr(self, name)}, but it must be at least 1")
+        self._require_sources()
+        self._require_sizes()
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction: {self.validation_fraction}, but it must lie between 0 and 1")
+        for name in ("max_malformed_fraction", "max_empty_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"data.{name}: {getattr(self, name)}, but it must lie from 0 to 1")
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers: {self.num_workers}, but it must not be negative")
         if self.global_batch_size % self.micro_batch_size:
@@ -61,6 +139,12 @@ class DataConfig:
                 f"data.global_batch_size: {self.global_batch_size} is not a multiple of data.micro_batch_size "
                 f"({self.micro_batch_size}); change one of them"
             )
+
+    def all_sources(self) -> list[SourceConfig]:
+        """Return what is read: `sources`, or `files` as one source, or the embedded corpus."""
+        if self.sources:
+            return list(self.sources)
+        return [SourceConfig(files=list(self.files)) if self.files else SourceConfig(name="embedded", embedded=True)]
 
     def micro_batches_per_step(self, world_size: int) -> int:
         """Forward passes that each of `world_size` devices makes per optimiser step."""
@@ -71,3 +155,26 @@ class DataConfig:
                 f"({self.micro_batch_size}) x {world_size} devices; change one of them"
             )
         return count
+
+    def _require_sources(self) -> None:
+        if self.files and self.sources:
+            raise ConfigError("data.files and data.sources are both set; move the files into a source of their own")
+        weighted = [source.label for source in self.sources if source.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            missing = next(source.label for source in self.sources if source.weight is None)
+            raise ConfigError(
+                f"data.sources: {weighted[0]} has a weight and {missing} has none; give it to all or none"
+            )
+
+    def _require_sizes(self) -> None:
+        for name in (
+            "sequence_length",
+            "global_batch_size",
+            "micro_batch_size",
+            "validation_windows",
+            "duplicate_memory_mb",
+            "prepare_processes",
+            "shard_mb",
+        ):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"data.{name}: {value}, but it must be at least 1")

@@ -1,23 +1,42 @@
-"""Where documents come from, and which of them are held out. Knows no tokens."""
+"""Documents of a source, in a fixed order that reading can be taken up in again; and which are held out.
 
-import glob
+Knows no tokens, and does not decide whether too much is wrong: it reports every record that gives no document.
+"""
+
 import hashlib
-import sysconfig
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from src.errors import DataError
+from src.data.config import SourceConfig
+from src.data.hub import read_hub
+from src.data.records import TEXT_BYTES, Problem, Record, read_records
 
-_STDLIB_SKIPPED = {"site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
+
+class Position(NamedTuple):
+    """Where reading stands: everything before it is done."""
+
+    file: int = 0
+    """Index of the file in the source's sorted list; 0 in a hub dataset."""
+    record: int = 0
+    """Records of that file that are done."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
-    """One text and the file it came from."""
+    """One text and where it came from."""
 
-    path: Path
     text: str
+    where: str
+    """`file:line`."""
+    num_records: int
+    """Records it was made of."""
+    end: Position
+    """Where reading goes on after it."""
+    offset: int
+    """Progress within its file: bytes, or rows of a hub dataset."""
 
     @property
     def content_hash(self) -> str:
@@ -25,40 +44,80 @@ class Document:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def stdlib_files() -> list[Path]:
-    """Sources of the running interpreter's standard library, without tests and bundled applications."""
-    root = Path(sysconfig.get_path("stdlib"))
-    found = (path for path in root.rglob("*.py") if _is_library(path.relative_to(root)))
-    return sorted(found)
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A record that gives no document."""
+
+    problem: Problem
+    where: str
+    detail: str
 
 
-def _is_library(relative: Path) -> bool:
-    return not any(part in _STDLIB_SKIPPED or part.startswith("test") for part in relative.parts)
+START = Position()
 
 
-def expand_files(patterns: Sequence[str]) -> list[Path]:
-    """Return the files that patterns name, sorted; DataError names a pattern that matches nothing."""
-    files: set[Path] = set()
-    for pattern in patterns:
-        matches = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]
-        if not matches:
-            raise DataError(f"data.files: {pattern!r} matches no file; give a path or a glob of text files")
-        files.update(matches)
-    return sorted(files)
+def read_source(source: SourceConfig, files: list[Path], start: Position = START) -> Iterator[Document | Skipped]:
+    """Yield the documents of a source, and the records that give none, from `start` on.
+
+    Args:
+        source: what to read.
+        files: its files, as `source_files` gives them; unused for a hub dataset.
+        start: the `end` of the last document that is done.
+    """
+    if source.hub is not None:
+        yield from _documents(read_hub(source, skip=start.record), source, source.hub, start)
+        return
+    for index in range(start.file, len(files)):
+        position = start if index == start.file else Position(index)
+        records = read_records(
+            files[index], source.text_field, lines=source.document_start is not None, skip=position.record
+        )
+        yield from _documents(records, source, str(files[index]), position)
 
 
-def read_documents(patterns: Sequence[str]) -> Iterator[Document]:
-    """Yield the non-empty documents of `patterns`, or of the standard library when there are none."""
-    for path in expand_files(patterns) if patterns else stdlib_files():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 at byte {error.start}; convert the file or leave it out") from error
-        if text.strip():
-            yield Document(path, text)
-
-
-def is_held_out(document: Document, fraction: float, seed: int) -> bool:
+def is_held_out(content_hash: str, fraction: float, seed: int) -> bool:
     """Decide by content, so that a document stays on its side whatever else the corpus holds."""
-    digest = hashlib.sha256(f"{seed} {document.content_hash}".encode()).digest()
+    digest = hashlib.sha256(f"{seed} {content_hash}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _documents(
+    records: Iterator[Record], source: SourceConfig, name: str, position: Position
+) -> Iterator[Document | Skipped]:
+    if source.document_start is not None:
+        yield from _joined(records, re.compile(source.document_start), name, position)
+        return
+    done = position.record
+    for record in records:
+        done += 1
+        where, end = f"{name}:{record.line}", Position(position.file, done)
+        if record.problem is not None:
+            yield Skipped(record.problem, where, record.detail)
+        elif record.text is not None:
+            yield Document(record.text, where, 1, end, record.offset)
+
+
+def _joined(
+    records: Iterator[Record], opening: re.Pattern[str], name: str, position: Position
+) -> Iterator[Document | Skipped]:
+    """Join rows up to the next one that opens a document, or until it is long; empty rows belong to their document."""
+    parts: list[str] = []
+    line, size, done, offset = 1, 0, position.record, 0
+
+    def document() -> Document:
+        return Document("".join(parts), f"{name}:{line}", len(parts), Position(position.file, done), offset)
+
+    for record in records:
+        text = record.text
+        if text is None:
+            assert record.problem is not None
+            yield Skipped(record.problem, f"{name}:{record.line}", record.detail)
+        else:
+            if parts and (opening.match(text) or size > TEXT_BYTES):
+                yield document()
+                parts, line, size = [], record.line, 0
+            parts.append(text if text.endswith("\n") else text + "\n")
+            size += len(text)
+        done, offset = done + 1, record.offset
+    if size and any(map(str.strip, parts)):
+        yield document()

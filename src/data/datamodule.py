@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.data.config import DataConfig
-from src.data.packed_tokens import PackedCorpus, training_windows
+from src.data.packed_tokens import PackedCorpus
+from src.data.windows import Mixture
 
 
 class StepSampler(Sampler[int]):
@@ -34,8 +35,9 @@ class StepWindows(Dataset[Tensor]):
     """
 
     def __init__(self, corpus: PackedCorpus, config: DataConfig, rank: int, world_size: int) -> None:
-        """Map the training split."""
-        self.tokens, self.config = corpus.tokens("train"), config
+        """Draw from the training splits."""
+        self.mixture = Mixture(corpus.training_streams(), config.sequence_length, config.seed)
+        self.config = config
         self.rank, self.world_size = rank, world_size
         self.micro_batches = config.micro_batches_per_step(world_size)
 
@@ -49,8 +51,7 @@ class StepWindows(Dataset[Tensor]):
     def __getitem__(self, step: int) -> Tensor:
         """Return the windows of one step."""
         size, samples = self.config.micro_batch_size, self.samples(step).reshape(-1)  # (A*B,)
-        windows = training_windows(self.tokens, self.config.sequence_length, samples, self.config.seed)
-        return windows.view(self.micro_batches, size, -1)  # (A, B, T+1)
+        return self.mixture.windows(samples).view(self.micro_batches, size, -1)  # (A, B, T+1)
 
 
 class PackedDataModule(lightning.LightningDataModule):

@@ -37,9 +37,27 @@ def load_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{path}: not a tokenizer.json of the `tokenizers` library ({error})") from error
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise DataError(f"{path}: has no {END_OF_TEXT} token to separate documents; add it to the tokenizer")
-    return tokenizer
+    return _with_separator(tokenizer, str(path))
+
+
+def load_hub_tokenizer(name: str) -> Tokenizer:
+    """Fetch a tokenizer from the Hugging Face hub, or from its cache; DataError when that fails."""
+    try:
+        tokenizer = Tokenizer.from_pretrained(name)
+    except Exception as error:  # the library raises bare Exception
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"data.tokenizer.hub: {name!r} cannot be had from the Hugging Face hub ({reason}); check name and "
+            "network, or set data.tokenizer.path to a tokenizer.json"
+        ) from error
+    return _with_separator(tokenizer, name)
+
+
+def separator_id(tokenizer: Tokenizer) -> int:
+    """Return the id that ends each document."""
+    found = tokenizer.token_to_id(END_OF_TEXT)
+    assert found is not None, "loading has checked this"
+    return found
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -52,6 +70,23 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def require_room(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise DataError when the tokenizer has ids that a model of `vocab_size` lacks."""
+    if (size := vocabulary_size(tokenizer)) > vocab_size:
+        raise DataError(
+            f"model.vocab_size: {vocab_size}, but the tokenizer has {size} ids; set model.vocab_size={size} or more"
+        )
+
+
+def require_same(found: str | None, found_at: str, expected: str | None, expected_at: str) -> None:
+    """Raise DataError when two fingerprints differ, naming where each comes from; an unknown one (None) passes."""
+    if found is not None and expected is not None and found != expected:
+        raise DataError(
+            f"{found_at}: made with tokenizer {found[:12]}, but {expected_at} has tokenizer {expected[:12]}; "
+            "their ids mean different text, so use the two that belong together"
+        )
+
+
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
     """Return (V,) int64: UTF-8 bytes of text that each id stands for; 0 for special tokens and padding ids."""
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
@@ -62,3 +97,11 @@ def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
         elif not added[token_id].special:
             lengths[token_id] = len(token.encode())
     return lengths
+
+
+def _with_separator(tokenizer: Tokenizer, where: str) -> Tokenizer:
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise DataError(f"{where}: has no {END_OF_TEXT} token to separate documents; add it to the tokenizer")
+    tokenizer.no_truncation()  # a tokenizer.json may carry limits of the model it was made for
+    tokenizer.no_padding()
+    return tokenizer

@@ -7,8 +7,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from src.data.config import DataConfig
-from src.data.packed_tokens import PackedCorpus, prepare_corpus, validation_windows
+from src.data.packed_tokens import PackedCorpus, prepare_corpus
 from src.data.tokenizer import byte_lengths, load_tokenizer
+from src.data.windows import validation_windows
 from src.run_directory import RunDirectory
 
 

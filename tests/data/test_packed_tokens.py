@@ -1,34 +1,26 @@
-"""Corpora on disk: split, cache, and windows as a pure function of (seed, step)."""
+"""Corpora on disk: split, cache, several sources, tokenizers."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
-from src.data.config import DataConfig, TokenizerConfig
-from src.data.corpus import read_documents, stdlib_files
-from src.data.datamodule import StepSampler, StepWindows
-from src.data.packed_tokens import PackedCorpus, permute, prepare_corpus, training_windows, validation_windows
-from src.data.tokenizer import byte_lengths, fingerprint, load_tokenizer, vocabulary_size
+from src.data.config import DataConfig, SourceConfig, TokenizerConfig
+from src.data.files import stdlib_files
+from src.data.packed_tokens import PackedCorpus, prepare_corpus
+from src.data.progress import Reading
+from src.data.tokenizer import byte_lengths, fingerprint, load_tokenizer, require_same, train_bpe, vocabulary_size
 from src.errors import ConfigError, DataError
 from tests.conftest import STDLIB
+from tests.data.corpora import all_documents, config_for, documents_of, sentences, stdlib_config, write_as
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return DataConfig(
-        files=[f"{STDLIB}/json/*.py", f"{STDLIB}/email/*.py"],
-        tokenizer=TokenizerConfig(vocab_size=400),
-        sequence_length=32,
-        global_batch_size=8,
-        micro_batch_size=2,
-        validation_fraction=0.2,
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
-    )
+    return stdlib_config(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -36,61 +28,21 @@ def corpus(config: DataConfig) -> PackedCorpus:
     return prepare_corpus(config)
 
 
-def documents_of(corpus: PackedCorpus, split: str) -> list[str]:
-    tokens = corpus.tokens(split)
-    ends = np.flatnonzero(tokens == corpus.tokenizer.token_to_id("<|endoftext|>")) + 1
-    return [corpus.tokenizer.decode(piece.tolist()) for piece in np.split(tokens, ends) if len(piece)]
+def files_of(corpus: PackedCorpus) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(corpus.sources[0].path.iterdir())}
 
 
-@given(size=st.integers(1, 3000), seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
-def test_permute_is_a_bijection(size: int, seed: int, epoch: int) -> None:
-    mapped = permute(np.arange(size, dtype=np.int64), size, key=(seed, epoch))
-    assert np.array_equal(np.sort(mapped), np.arange(size))
-
-
-def test_permutations_of_epochs_and_seeds_differ() -> None:
-    index = np.arange(1000, dtype=np.int64)
-    orders = [permute(index, 1000, key=key) for key in ((0, 0), (0, 1), (1, 0))]
-    for first, second in ((0, 1), (0, 2), (1, 2)):
-        assert (orders[first] == orders[second]).mean() < 0.02
-    assert abs(np.corrcoef(index, orders[0])[0, 1]) < 0.1
-
-
-def test_an_epoch_holds_every_window_once_and_windows_overlap_by_one_token(corpus: PackedCorpus) -> None:
-    tokens = corpus.tokens("train")
-    num_windows = (len(tokens) - 1) // 32
-    windows = training_windows(tokens, 32, np.arange(num_windows, dtype=np.int64), seed=0)
-    expected = {tuple(tokens[start * 32 : start * 32 + 33].tolist()) for start in range(num_windows)}
-    assert {tuple(window) for window in windows.tolist()} == expected
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_each_step_without_overlap(corpus: PackedCorpus, config: DataConfig, world_size: int) -> None:
-    alone = StepWindows(corpus, config, rank=0, world_size=1)
-    ranks = [StepWindows(corpus, config, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for step in (0, 7, 1000):
-        shares = torch.stack([rank[step] for rank in ranks], dim=1)  # (A, world, B, T+1)
-        assert torch.equal(shares.flatten(0, 1), alone[step])
-
-
-def test_a_position_is_one_integer(corpus: PackedCorpus, config: DataConfig) -> None:
-    dataset = StepWindows(corpus, config, rank=0, world_size=1)
-    resumed = iter(StepSampler(5))
-    assert torch.equal(dataset[next(resumed)], dataset[5])
-    assert not torch.equal(dataset[5], StepWindows(corpus, replace(config, seed=1), 0, 1)[5])
-
-
-def test_split_is_by_document_and_nothing_is_lost(corpus: PackedCorpus, config: DataConfig) -> None:
-    documents = list(read_documents(config.files))
-    assert corpus.train.documents + corpus.validation.documents == len(documents)
-    texts = [*documents_of(corpus, "train"), *documents_of(corpus, "validation")]
-    assert sorted(texts) == sorted(document.text for document in documents)
+def test_split_is_by_document_and_nothing_is_lost(corpus: PackedCorpus) -> None:
+    texts = {path.read_text() for package in ("json", "email") for path in (STDLIB / package).glob("*.py")}
+    texts.discard("")
+    assert corpus.train.documents + corpus.validation.documents == len(texts)
+    assert sorted(all_documents(corpus)) == sorted(texts)
 
 
 def test_token_counts_and_byte_lengths_add_up(corpus: PackedCorpus) -> None:
     counts = corpus.token_counts(512)
     assert counts.shape == (512,)
-    assert int(counts.sum()) == corpus.train.tokens
+    assert int(counts.sum()) == corpus.train.tokens == len(corpus.tokens("train"))
     lengths = byte_lengths(corpus.tokenizer, 512)
     assert int((counts * lengths).sum()) == corpus.train.bytes
 
@@ -102,28 +54,83 @@ def test_a_document_keeps_its_side_when_the_corpus_grows(config: DataConfig, cor
 
 
 def test_a_second_call_reads_the_cache(config: DataConfig, corpus: PackedCorpus) -> None:
-    stamp = (corpus.path / "train.bin").stat().st_mtime_ns
-    again = prepare_corpus(config)
-    assert again.path == corpus.path
-    assert (again.path / "train.bin").stat().st_mtime_ns == stamp
+    stamps = {path: path.stat().st_mtime_ns for path in corpus.sources[0].path.iterdir()}
+    again = prepare_corpus(replace(config, prepare_processes=7))
+    assert {path: path.stat().st_mtime_ns for path in again.sources[0].path.iterdir()} == stamps
     assert fingerprint(again.tokenizer) == fingerprint(corpus.tokenizer)
+    assert again.fingerprint == corpus.fingerprint
 
 
-def test_an_interrupted_preparation_is_done_again(config: DataConfig, corpus: PackedCorpus, tmp_path: Path) -> None:
-    other = replace(config, cache_dir=str(tmp_path))
-    half_done = tmp_path / f"{corpus.path.name}.building"
-    half_done.mkdir()
-    (half_done / "train.bin").write_bytes(b"half")
-    assert (prepare_corpus(other).path / "train.bin").read_bytes() == (corpus.path / "train.bin").read_bytes()
+def test_the_fingerprint_is_of_the_text_and_not_of_where_it_lies(tmp_path: Path) -> None:
+    found = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        write_as("t.jsonl", folder, sentences(100))
+        found.append(prepare_corpus(config_for(tmp_path / "cache", SourceConfig(files=[str(folder)]))))
+    assert found[0].sources[0].path != found[1].sources[0].path
+    assert found[0].fingerprint == found[1].fingerprint
 
 
-def test_validation_windows_are_spread_and_fixed(corpus: PackedCorpus) -> None:
-    tokens = corpus.tokens("validation")
-    few, many = validation_windows(tokens, 32, 4), validation_windows(tokens, 32, 10**6)
-    assert len(few) == 4
-    assert len(many) == (len(tokens) - 1) // 32
-    assert torch.equal(few[0], many[0])
-    assert torch.equal(few[2], many[len(many) // 2])
+def test_changed_inputs_are_noticed(tmp_path: Path) -> None:
+    path = write_as("t.jsonl", tmp_path, sentences(100))
+    config = config_for(tmp_path / "cache", SourceConfig(files=[str(path)]))
+    before = prepare_corpus(config)
+    path.write_bytes(path.read_bytes() + json.dumps({"text": "one more"}).encode())
+    after = prepare_corpus(config)
+    assert "one more" in all_documents(after) and "one more" not in all_documents(before)
+    assert after.fingerprint != before.fingerprint
+
+
+def test_files_that_change_while_they_are_read_are_refused(tmp_path: Path) -> None:
+    path = write_as("t.jsonl", tmp_path, sentences(100))
+    config = config_for(tmp_path / "cache", SourceConfig(files=[str(path)]))
+    tokenizer = train_bpe(iter(sentences(10)), 300)
+
+    def append(reading: Reading) -> None:
+        path.write_bytes(path.read_bytes() + b"\n" * (reading.done > 0))
+
+    with pytest.raises(DataError, match=r"its files changed while they were read; run again when they are at rest"):
+        prepare_corpus(config, tokenizer, report=append)
+
+
+def test_a_damaged_cache_entry_is_refused(tmp_path: Path) -> None:
+    path = write_as("t.jsonl", tmp_path, sentences(100))
+    config = config_for(tmp_path / "cache", SourceConfig(files=[str(path)]))
+    shard = prepare_corpus(config).sources[0].path / "00000.train.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"00000.train.bin: \d+ bytes, but its index says \d+ bytes; remove"):
+        prepare_corpus(config)
+
+
+def test_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
+    texts = sentences(100)
+    (tmp_path / ".cache").mkdir()
+    write_as("hidden.jsonl", tmp_path / ".cache", sentences(10, seed=2))  # no part of the folder's text
+    write_as("a.jsonl", tmp_path, texts)
+    write_as("b.jsonl.gz", tmp_path, [*texts[20:50], *sentences(10, seed=1), "twice\n", "twice\n"])
+    corpus = prepare_corpus(config_for(tmp_path / ".cache", SourceConfig(files=[str(tmp_path)])))
+    assert corpus.sources[0].tally.duplicates == 31
+    assert sorted(all_documents(corpus)) == sorted([*texts, *sentences(10, seed=1), "twice\n"])
+
+
+def test_sources_are_prepared_apart_and_mixed_by_weight(tmp_path: Path) -> None:
+    prose = SourceConfig(files=[str(write_as("prose.jsonl", tmp_path, sentences(300)))], weight=3, name="prose")
+    code = SourceConfig(files=[f"{STDLIB}/json/*.py"], weight=1)
+    corpus = prepare_corpus(config_for(tmp_path / "cache", prose, code, max_empty_fraction=1))
+    assert [source.label for source in corpus.sources] == ["prose", f"{STDLIB}/json/*.py"]
+    assert [weight for _, weight in corpus.training_streams()] == [3, 1]
+    assert len(corpus.tokens("train")) == corpus.train.tokens
+    reweighted = prepare_corpus(
+        config_for(tmp_path / "cache", replace(prose, weight=1), replace(code, name="code"), max_empty_fraction=1),
+        corpus.tokenizer,
+    )
+    assert [source.path for source in reweighted.sources] == [source.path for source in corpus.sources]
+    unweighted = prepare_corpus(
+        config_for(tmp_path / "cache", replace(prose, weight=None), replace(code, weight=None)), corpus.tokenizer
+    )
+    ((tokens, _),) = unweighted.training_streams()
+    assert len(tokens) == corpus.train.tokens
+    assert unweighted.fingerprint == corpus.fingerprint
 
 
 def test_stdlib_corpus_has_no_tests_and_no_installed_packages() -> None:
@@ -133,19 +140,17 @@ def test_stdlib_corpus_has_no_tests_and_no_installed_packages() -> None:
     assert not parts & {"site-packages", "dist-packages", "idlelib", "test", "tests"}
 
 
-def test_bad_corpora_get_one_clear_line(tmp_path: Path, config: DataConfig) -> None:
-    with pytest.raises(DataError, match=r"data.files: '.*nothing\*' matches no file"):
-        prepare_corpus(replace(config, files=[f"{tmp_path}/nothing*"]))
-    (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(DataError, match=r"the training split has no document with text"):
-        prepare_corpus(replace(config, files=[f"{tmp_path}/empty.txt"]))
-    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin.txt: not UTF-8 at byte 3"):
-        prepare_corpus(replace(config, files=[f"{tmp_path}/latin.txt"]))
-    for index in range(40):
-        (tmp_path / f"short{index}.txt").write_text(f"only {index}")
-    with pytest.raises(DataError, match=r"less than one window of data.sequence_length"):
-        prepare_corpus(replace(config, files=[f"{tmp_path}/short*.txt"], sequence_length=4096))
+def test_bad_sources_get_one_clear_line() -> None:
+    with pytest.raises(ConfigError, match=r"one of embedded, files and hub, but none of them is set"):
+        SourceConfig()
+    with pytest.raises(ConfigError, match=r"one of embedded, files and hub, but files and hub is set"):
+        SourceConfig(files=["a"], hub="b")
+    with pytest.raises(ConfigError, match=r"data.sources: a has weight 0, but it must be above 0"):
+        SourceConfig(files=["a"], weight=0)
+    with pytest.raises(ConfigError, match=r"a has a weight and b has none; give it to all or none"):
+        DataConfig(sources=[SourceConfig(files=["a"], weight=1), SourceConfig(hub="b")])
+    with pytest.raises(ConfigError, match=r"data.files and data.sources are both set"):
+        DataConfig(files=["a"], sources=[SourceConfig(hub="b")])
 
 
 def test_bad_tokenizers_get_one_clear_line(tmp_path: Path) -> None:
@@ -156,7 +161,74 @@ def test_bad_tokenizers_get_one_clear_line(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "junk.json")
     with pytest.raises(ConfigError, match="needs at least 257"):
         TokenizerConfig(vocab_size=100)
+    with pytest.raises(ConfigError, match=r"path \('a.json'\) and hub \('b'\) name two tokenizers"):
+        TokenizerConfig(path="a.json", hub="b")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_before_any_work(tmp_path: Path) -> None:
+    write_as("t.jsonl", tmp_path, sentences(100))
+    path = tmp_path / "words.json"
+    train_bpe(iter(sentences(50)), 400).save(str(path))
+    config = config_for(tmp_path / "cache", SourceConfig(files=[f"{tmp_path}/t.jsonl"]))
+    config = replace(config, tokenizer=TokenizerConfig(path=str(path)))
+    size = vocabulary_size(load_tokenizer(path))
+    message = rf"model.vocab_size: 300, but the tokenizer has {size} ids; set model.vocab_size={size} or more"
+    with pytest.raises(DataError, match=message):
+        prepare_corpus(config, vocab_size=300)
+    assert not (tmp_path / "cache").exists()
+    assert prepare_corpus(config, vocab_size=size).train.tokens
+
+
+def test_a_hub_tokenizer_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_as("t.jsonl", tmp_path, sentences(100))
+    config = config_for(tmp_path / "cache", SourceConfig(files=[f"{tmp_path}/t.jsonl"]))
+    config = replace(config, tokenizer=TokenizerConfig(hub="owner/name"))
+    names: list[str] = []
+    tokenizer = train_bpe(iter(sentences(50)), 300)
+
+    class Hub:
+        @staticmethod
+        def from_pretrained(name: str) -> Tokenizer:
+            names.append(name)
+            if name == "owner/gone":
+                raise Exception("404: not\n  found")  # what the library raises
+            return tokenizer
+
+    monkeypatch.setattr("src.data.tokenizer.Tokenizer", Hub)
+    assert prepare_corpus(config).train.tokens
+    assert names == ["owner/name"]
+    with pytest.raises(DataError, match=r"'owner/gone' cannot be had from the Hugging Face hub \(404: not found\)"):
+        prepare_corpus(replace(config, tokenizer=TokenizerConfig(hub="owner/gone")))
+
+
+def test_a_mismatch_of_tokenizers_names_both() -> None:
+    require_same("a" * 64, "here", "a" * 64, "there")
+    require_same(None, "here", "a" * 64, "there")
+    message = r"here: made with tokenizer a{12}, but there has tokenizer b{12}; their ids mean different text"
+    with pytest.raises(DataError, match=message):
+        require_same("a" * 64, "here", "b" * 64, "there")
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    write_as("t.jsonl", tmp_path, sentences(100))
+    config = config_for(tmp_path / "cache", SourceConfig(files=[f"{tmp_path}/t.jsonl"]))
+    index = prepare_corpus(config).sources[0].path / "index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "tokenizer": "f" * 64}))
+    with pytest.raises(DataError, match=r"made with tokenizer f{12}, but data.tokenizer has tokenizer [0-9a-f]{12}"):
+        prepare_corpus(config)
 
 
 def test_vocabulary_size_counts_ids(corpus: PackedCorpus) -> None:
     assert vocabulary_size(corpus.tokenizer) == corpus.tokenizer.get_vocab_size() == 400
+
+
+def test_ids_beyond_16_bits_take_32(tmp_path: Path) -> None:
+    write_as("t.jsonl", tmp_path, sentences(100))
+    tokenizer = train_bpe(iter(sentences(50)), 300)
+    tokenizer.add_tokens([f"<{number}>" for number in range(2**16)])
+    tokenizer.add_tokens(["document"])
+    config = config_for(tmp_path / "cache", SourceConfig(files=[f"{tmp_path}/t.jsonl"]))
+    corpus = prepare_corpus(config, tokenizer)
+    assert corpus.tokens("train").dtype == "<u4"
+    assert int(np.max(corpus.tokens("train").read(0, 100))) > 2**16
+    assert sorted(all_documents(corpus)) == sorted(sentences(100))

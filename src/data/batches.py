@@ -1,0 +1,112 @@
+"""Decides what is tokenized together and which shard it belongs to; drops duplicates, counts what is skipped."""
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from src.data.config import DataConfig, SourceConfig
+from src.data.corpus import START, Document, Position, Skipped, is_held_out, read_source
+from src.data.duplicates import HashSet
+from src.data.shards import ShardRecord, shard_hashes
+from src.data.tally import Tally, require_within_budgets, total
+
+_BATCH_CHARACTERS = 1 << 20
+
+
+class Closing(NamedTuple):
+    """What finishes a shard."""
+
+    tally: Tally
+    hashes: "array[int]"
+    end: Position
+    is_last: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """Documents that are tokenized together; none reaches over the end of a shard."""
+
+    shard: int
+    texts: list[str] = field(default_factory=list[str])
+    held_out: list[bool] = field(default_factory=list[bool])
+    file: int = 0
+    """Index of the file that was read last."""
+    offset: int = 0
+    """Progress within it."""
+    closing: Closing | None = None
+    """Set on the last batch of a shard."""
+
+
+class BatchPlanner:
+    """Reads a source from where its finished shards end. What it yields follows from the inputs alone."""
+
+    def __init__(
+        self,
+        source: SourceConfig,
+        files: Sequence[Path],
+        config: DataConfig,
+        finished: Sequence[ShardRecord],
+        directory: Path,
+    ) -> None:
+        """Take up `source` behind the shards in `directory` that are `finished`."""
+        self._source, self._files, self._config = source, list(files), config
+        self._done = total(record.tally for record in finished)
+        self._start, self._shard = finished[-1].end if finished else START, len(finished)
+        self._seen = HashSet(config.duplicate_memory_mb)
+        for number in range(len(finished)):
+            for value in shard_hashes(directory, number):
+                self._seen.add(value)
+        self._begin_shard(self._start)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches; the last one closes the last shard and may be empty."""
+        batch, characters = Batch(self._shard), 0
+        for item in read_source(self._source, self._files, self._start):
+            if isinstance(item, Skipped):
+                self._skip(item)
+                continue
+            batch.file, batch.offset = item.end.file, item.offset
+            self._add(item, batch)
+            characters += len(item.text)
+            is_full = self._shard_bytes >= self._config.shard_mb * 10**6
+            if is_full or characters >= _BATCH_CHARACTERS:
+                batch.closing = self._close(is_last=False) if is_full else None
+                yield batch
+                batch, characters = Batch(self._shard, file=batch.file, offset=batch.offset), 0
+        batch.closing = self._close(is_last=True)
+        yield batch
+
+    def _skip(self, record: Skipped) -> None:
+        self._tally.skip(record)
+        require_within_budgets(self._done + self._tally, self._config, self._source.label, at_end=False)
+
+    def _add(self, document: Document, batch: Batch) -> None:
+        raw = document.text.encode()
+        digest = hashlib.sha256(raw)
+        self._end = document.end
+        self._tally.records += document.num_records
+        value = int.from_bytes(digest.digest()[:8], "big")
+        if not self._seen.add(value):
+            self._tally.duplicates += 1
+            return
+        self._tally.unremembered += self._seen.is_full
+        self._hashes.append(value)
+        held_out = is_held_out(digest.hexdigest(), self._config.validation_fraction, self._config.seed)
+        side = self._tally.validation if held_out else self._tally.train
+        side.documents += 1
+        side.bytes += len(raw)
+        self._shard_bytes += len(raw)
+        batch.texts.append(document.text)
+        batch.held_out.append(held_out)
+
+    def _close(self, *, is_last: bool) -> Closing:
+        closing = Closing(self._tally, self._hashes, self._end, is_last)
+        self._done, self._shard = self._done + self._tally, self._shard + 1
+        self._begin_shard(self._end)
+        return closing
+
+    def _begin_shard(self, start: Position) -> None:
+        self._tally, self._hashes, self._end, self._shard_bytes = Tally(), array("Q"), start, 0

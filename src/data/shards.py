@@ -1,0 +1,169 @@
+"""Shards of token ids on disk, and all of them as one sequence.
+
+A shard is the files `00003.train.bin`, `00003.validation.bin` (little-endian ids, documents separated by the
+end-of-text id), `00003.hashes` (of its documents, until the source is done) and `00003.json`, which is written last
+and makes it whole. Knows nothing of text.
+"""
+
+import hashlib
+import json
+import os
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from src.data.corpus import Position
+from src.data.encoder import Encoded
+from src.data.tally import Tally
+from src.errors import DataError
+from src.files import sync_directory, write_text
+
+SPLITS = ("train", "validation")
+_OPEN_SHARDS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What `00003.json` says."""
+
+    tally: Tally
+    sha256: dict[str, str]
+    """Per split, of its file."""
+    end: Position
+    """Where reading goes on after this shard."""
+    is_last: bool
+    """Whether the source ends with it."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a record."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(
+            tally=Tally.from_dict(values["tally"]),
+            sha256=values["sha256"],
+            end=Position(*values["end"]),
+            is_last=values["is_last"],
+        )
+
+
+class ShardWriter:
+    """Writes one shard."""
+
+    def __init__(self, directory: Path, number: int) -> None:
+        """Begin shard `number`, over whatever an interruption left of it."""
+        self._stem = directory / f"{number:05d}"
+        self._files = {split: self._path(f".{split}.bin").open("wb") for split in SPLITS}
+        self._digests = {split: hashlib.sha256() for split in SPLITS}
+        self._tokens: dict[str, int] = dict.fromkeys(SPLITS, 0)
+
+    def write(self, encoded: Encoded, held_out: NDArray[np.bool_]) -> None:
+        """Append a batch; `held_out` (documents,) says which side each document is on."""
+        of_validation = np.repeat(held_out, encoded.lengths)  # (tokens,)
+        for split, chosen in (("train", ~of_validation), ("validation", of_validation)):
+            token_ids = encoded.token_ids[chosen]
+            self._files[split].write(token_ids.data)
+            self._digests[split].update(token_ids.data)
+            self._tokens[split] += len(token_ids)
+
+    def finish(self, tally: Tally, hashes: "array[int]", end: Position, is_last: bool) -> None:
+        """Make the shard whole; `tally` comes without token counts."""
+        with self._path(".hashes").open("wb") as handle:
+            hashes.tofile(handle)
+        for handle in self._files.values():
+            handle.flush()
+            os.fsync(handle.fileno())
+            handle.close()
+        tally.train.tokens, tally.validation.tokens = self._tokens["train"], self._tokens["validation"]
+        digests = {split: digest.hexdigest() for split, digest in self._digests.items()}
+        record = ShardRecord(tally=tally, sha256=digests, end=end, is_last=is_last)
+        write_text(self._path(".json"), json.dumps(asdict(record), indent=1))
+
+    def _path(self, suffix: str) -> Path:
+        return self._stem.with_name(self._stem.name + suffix)
+
+
+def finished_shards(directory: Path) -> list[ShardRecord]:
+    """Return the records of the whole shards, up to the first that is not."""
+    records: list[ShardRecord] = []
+    while (path := directory / f"{len(records):05d}.json").is_file():
+        records.append(ShardRecord.read(path))
+    return records
+
+
+def shard_hashes(directory: Path, number: int) -> "array[int]":
+    """Return the document hashes of a whole shard of an unfinished source."""
+    hashes = array("Q")
+    hashes.frombytes((directory / f"{number:05d}.hashes").read_bytes())
+    return hashes
+
+
+def drop_hashes(directory: Path) -> None:
+    """Remove what only resuming needs."""
+    for path in directory.glob("*.hashes"):
+        path.unlink()
+    sync_directory(directory)
+
+
+class TokenSequence:
+    """The ids of several shard files as one sequence (N,), mapped as they are needed; it is small to copy."""
+
+    def __init__(self, files: Sequence[Path], lengths: Sequence[int], dtype: str) -> None:
+        """Join `files` of `lengths` ids each."""
+        filled = [(file, length) for file, length in zip(files, lengths, strict=True) if length]  # no map of nothing
+        self.files, self.dtype = [file for file, _ in filled], dtype
+        self._ends = np.cumsum([length for _, length in filled], dtype=np.int64)
+        self._maps: OrderedDict[int, NDArray[np.integer]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return the number of ids."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __add__(self, other: Self) -> Self:
+        """Return both, one after the other."""
+        lengths = np.diff(np.concatenate((self._ends, len(self) + other._ends)), prepend=0)
+        return type(self)([*self.files, *other.files], lengths.tolist(), self.dtype)
+
+    def read(self, start: int, length: int) -> NDArray[np.integer]:
+        """Return ids `start` to `start + length`, which must exist."""
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        parts: list[NDArray[np.integer]] = []
+        while length:
+            first = start - (int(self._ends[shard - 1]) if shard else 0)
+            part = self._map(shard)[first : first + length]
+            parts.append(part)
+            start, length, shard = start + len(part), length - len(part), shard + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def require_files(self) -> None:
+        """Raise DataError when a file is missing or not as long as it was written."""
+        width = np.dtype(self.dtype).itemsize
+        for file, length in zip(self.files, np.diff(self._ends, prepend=0), strict=True):
+            found = file.stat().st_size if file.is_file() else None
+            if found != length * width:
+                raise DataError(
+                    f"{file}: {'missing' if found is None else f'{found} bytes'}, but its index says {length * width} "
+                    f"bytes; remove {file.parent} to prepare it again"
+                )
+
+    def chunks(self, size: int = 1 << 22) -> Iterator[NDArray[np.integer]]:
+        """Yield all ids in order, at most `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.read(start, min(size, len(self) - start))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the maps out: a copy in another process opens its own."""
+        return {**self.__dict__, "_maps": OrderedDict()}
+
+    def _map(self, shard: int) -> NDArray[np.integer]:
+        if (mapped := self._maps.pop(shard, None)) is None:
+            mapped = np.memmap(self.files[shard], dtype=self.dtype, mode="r")
+            if len(self._maps) >= _OPEN_SHARDS:
+                self._maps.popitem(last=False)
+        self._maps[shard] = mapped
+        return mapped

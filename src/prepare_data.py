@@ -1,0 +1,40 @@
+"""`python -m src.prepare_data`: tokenize the corpus of a config into the cache, and report what it holds."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from src.cli import parser, run_verb, stderr_console
+from src.config import load_config
+from src.data.packed_tokens import prepare_corpus
+from src.data.progress import progress_report
+from src.data.report import describe_sources, print_sources
+from src.files import write_text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, prepare, report."""
+    options = parser(
+        "prepare_data",
+        f"{__doc__} An interrupted call is continued by the next one; a finished one is not done again.",
+        "python -m src.prepare_data --config configs/data/wikitext-103.yaml",
+    )
+    options.add_argument("--config", required=True, help="YAML config of a run; its data section counts")
+    options.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
+    options.add_argument("overrides", nargs="*", metavar="key=value", help="override a config key, such as data.seed=1")
+    given = options.parse_args(arguments)
+    config = load_config(given.config, given.overrides)
+    with progress_report(stderr_console()) as report:
+        corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=report)
+    reports = describe_sources(corpus, config.data)
+    print_sources(reports, Console())
+    if given.json is not None:
+        figures = {"fingerprint": corpus.fingerprint, "sources": [asdict(source) for source in reports]}
+        write_text(given.json, json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,217 @@
+"""Every format gives the same documents; reading goes on anywhere; what is wrong with a record is told."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from src.data import corpus as documents
+from src.data import records
+from src.data.config import SourceConfig
+from src.data.corpus import Document, Position, Skipped, read_source
+from src.data.files import source_files
+from src.data.packed_tokens import prepare_corpus
+from src.data.records import read_records
+from src.errors import DataError
+from tests.data.corpora import all_documents, config_for, json_lines, sentences, write_as, write_parquet
+
+FORMATS = ["t.jsonl", "t.jsonl.gz", "t.jsonl.zst", "t.json", "t.json.gz", "t.json.zst", "t.parquet"]
+
+
+def texts_of(source: SourceConfig, start: Position = Position()) -> list[str]:  # noqa: B008 - immutable
+    return [item.text for item in read_source(source, source_files(source), start) if isinstance(item, Document)]
+
+
+def skipped_of(source: SourceConfig) -> list[tuple[str, str, str]]:
+    found = [item for item in read_source(source, source_files(source)) if isinstance(item, Skipped)]
+    return [(item.problem, Path(item.where).name, item.detail) for item in found]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_documents(name: str, tmp_path: Path) -> None:
+    texts = sentences(40)
+    path = write_as(name, tmp_path, texts)
+    assert texts_of(SourceConfig(files=[str(path)])) == texts
+
+
+@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.jsonl.zst", "t.parquet", "t.jsonl"])
+def test_every_format_can_be_prepared(name: str, tmp_path: Path) -> None:
+    path = write_as(name, tmp_path, sentences(60))
+    corpus = prepare_corpus(config_for(tmp_path / "cache", SourceConfig(files=[str(path)])))
+    assert sorted(all_documents(corpus)) == sorted(sentences(60))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_text_file_is_one_document(suffix: str, tmp_path: Path) -> None:
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    for number, text in enumerate(sentences(3)):
+        (tmp_path / f"{number}.txt{suffix}").write_bytes(pack(text.encode()))
+    assert texts_of(SourceConfig(files=[f"{tmp_path}/*"])) == sentences(3)
+    assert texts_of(SourceConfig(files=[str(tmp_path)])) == sentences(3)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_reading_goes_on_behind_any_document(name: str, tmp_path: Path) -> None:
+    texts = sentences(40)
+    source = SourceConfig(files=[str(write_as(f"{part}-{name}", tmp_path, texts[part::2])) for part in range(2)])
+    items = list(read_source(source, source_files(source)))
+    for index in (0, 1, 18, 19, 20, 38, 39):
+        item = items[index]
+        assert isinstance(item, Document)
+        assert texts_of(source, item.end) == [*texts[0::2], *texts[1::2]][index + 1 :]
+
+
+def test_a_long_text_file_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "TEXT_BYTES", 100)
+    text = "".join(f"line {number} of naïve 日本語 text\n" for number in range(20)) + "日" * 83
+    (tmp_path / "long.txt").write_text(text)
+    source = SourceConfig(files=[str(tmp_path / "long.txt")])
+    items = [item for item in read_source(source, source_files(source)) if isinstance(item, Document)]
+    assert "".join(item.text for item in items) == text
+    assert 90 < max(len(item.text.encode()) for item in items) <= 100
+    assert sum(item.text.endswith("\n") for item in items) > len(items) - 5
+    first_lines = [1 + text[: text.index(item.text)].count("\n") for item in items[:5]]
+    assert [item.where for item in items[:5]] == [f"{tmp_path}/long.txt:{line}" for line in first_lines]
+    assert texts_of(source, items[3].end) == [item.text for item in items[4:]]
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.parquet"])
+def test_rows_are_joined_into_documents(name: str, tmp_path: Path) -> None:
+    articles = [f" = Title {number} = \n\n = = Section = = \n text {number} \n" for number in range(9)]
+    rows = "".join(articles).splitlines(keepends=True)
+    rows = [row if row.strip() else "" for row in rows] if name != "t.txt" else rows
+    path = tmp_path / name
+    path.write_text("".join(rows)) if name == "t.txt" else write_as(name, tmp_path, rows)
+    source = SourceConfig(files=[str(path)], document_start=" = [^=]")
+    assert texts_of(source) == articles
+    items = [item for item in read_source(source, source_files(source)) if isinstance(item, Document)]
+    assert [texts_of(source, item.end) for item in items] == [articles[number:] for number in range(1, 10)]
+    assert sum(item.num_records for item in items) == len(rows)
+
+
+def test_rows_that_open_no_document_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "TEXT_BYTES", 1000)
+    (tmp_path / "t.txt").write_text("".join(sentences(100)))
+    found = texts_of(SourceConfig(files=[f"{tmp_path}/t.txt"], document_start="never"))
+    assert "".join(found) == "".join(sentences(100))
+    assert len(found) > 5
+
+
+def test_what_is_wrong_with_a_record_is_told_with_its_line(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "caf\xe9"}',
+        b'{"text": "cut off',
+        b'{"title": "no text", "id": 3}',
+        b'{"text": null}',
+        b'{"text": " \\n"}',
+        b"",
+        b'"a bare string"',
+        b'{"text": "half \\ud800 a pair"}',
+        b"[" * 100_000,
+    ]
+    (tmp_path / "t.jsonl").write_bytes(b"\n".join(lines))
+    source = SourceConfig(files=[f"{tmp_path}/t.jsonl"])
+    assert texts_of(source) == ["good", "a bare string"]
+    assert skipped_of(source) == [
+        ("malformed UTF-8", "t.jsonl:2", "not UTF-8 at byte 13 of the line"),
+        ("broken JSON", "t.jsonl:3", "not JSON: Unterminated string starting at: line 1 column 10 (char 9)"),
+        ("missing text", "t.jsonl:4", "no text in 'text' (found title, id)"),
+        ("missing text", "t.jsonl:5", "no text in 'text' (found text)"),
+        ("empty", "t.jsonl:6", "no text"),
+        ("empty", "t.jsonl:7", "no text"),
+        ("malformed UTF-8", "t.jsonl:9", "half a surrogate pair at character 5"),
+        (
+            "broken JSON",
+            "t.jsonl:10",
+            "not JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
+        ),
+    ]
+
+
+def test_a_text_file_in_the_wrong_encoding_is_told_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("one\ntwo\nthe café\n".encode("latin-1"))
+    (tmp_path / "wide.txt").write_bytes("wide".encode("utf-16"))
+    (tmp_path / "empty.txt").write_bytes(b"")
+    assert skipped_of(SourceConfig(files=[str(tmp_path)])) == [
+        ("empty", "empty.txt:1", "no text"),
+        ("malformed UTF-8", "latin.txt:3", "not UTF-8 at byte 7 of the line"),
+        ("malformed UTF-8", "wide.txt:1", "not UTF-8 at byte 0 of the line"),
+    ]
+
+
+def test_parquet_with_nulls_and_other_columns(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", ["one", None, "", "four"], column="content")
+    source = SourceConfig(files=[str(path)], text_field="content")
+    assert texts_of(source) == ["one", "four"]
+    assert [(problem, where) for problem, where, _ in skipped_of(source)] == [
+        ("missing text", "t.parquet:2"),
+        ("empty", "t.parquet:3"),
+    ]
+    with pytest.raises(DataError, match=r"t.parquet: has no column 'text', only id, content; set text_field to one of"):
+        texts_of(SourceConfig(files=[str(path)]))
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'[{"text": "a"}, {"text": "b"', r"t.json:1: not a JSON array \(Expecting ',' delimiter"),
+        (b'[\n"a",\n"b"', r"t.json:3: not a JSON array \(the array is cut off\)"),
+        (b'[\n"a"\n"b"]', r"t.json:3: not a JSON array \(expected ','\)"),
+        (b'[\n"a",\n"\xff"]', r"t.json:1: not a JSON array \(not UTF-8"),
+    ],
+)
+def test_a_broken_json_array_is_one_error(raw: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_bytes(raw)
+    with pytest.raises(DataError, match=message):
+        list(read_records(tmp_path / "t.json", "text", lines=False))
+
+
+def test_json_arrays_longer_than_the_buffer(tmp_path: Path) -> None:
+    texts = [*sentences(10), "x" * 3_000_000, *sentences(30_000, seed=1, words=10)]
+    (tmp_path / "t.json").write_text(" [" + ",\n".join(map(json.dumps, texts)) + "]\n")
+    assert texts_of(SourceConfig(files=[f"{tmp_path}/t.json"])) == texts
+    (tmp_path / "none.json").write_text("[ ]")
+    assert texts_of(SourceConfig(files=[f"{tmp_path}/none.json"])) == []
+
+
+def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
+    (tmp_path / "c4.json.gz").write_bytes(gzip.compress(json_lines(sentences(5))))
+    assert texts_of(SourceConfig(files=[f"{tmp_path}/c4.json.gz"])) == sentences(5)
+
+
+@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.jsonl.zst", "t.parquet"])
+@pytest.mark.parametrize("damage", ["cut off", "not even that"])
+def test_damaged_files_are_named(name: str, damage: str, tmp_path: Path) -> None:
+    path = write_as(name, tmp_path, sentences(300))
+    path.write_bytes(path.read_bytes()[:-300] if damage == "cut off" else b"this is text\n" * 5)
+    with pytest.raises(DataError, match=rf"{name}: (damaged or cut off|not a readable Parquet file) \(.+\); fetch"):
+        texts_of(SourceConfig(files=[str(path)]))
+
+
+def test_two_zstd_frames_are_one_file(tmp_path: Path) -> None:
+    pack = zstandard.ZstdCompressor().compress
+    halves = [pack(json_lines(sentences(50, seed=seed))) for seed in range(2)]
+    (tmp_path / "t.jsonl.zst").write_bytes(b"".join(halves))
+    assert texts_of(SourceConfig(files=[f"{tmp_path}/t.jsonl.zst"])) == [*sentences(50), *sentences(50, seed=1)]
+
+
+def test_places_without_text_get_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.files: '.*nothing\*' matches no file; give a path, a folder or a glob"):
+        source_files(SourceConfig(files=[f"{tmp_path}/nothing*"]))
+    with pytest.raises(DataError, match=r"the folder '.*' holds no file ending in .json, .jsonl, .parquet, .txt"):
+        source_files(SourceConfig(files=[str(tmp_path)]))
+    (tmp_path / "p.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(
+        DataError, match=r"p.parquet.gz: Parquet compresses inside; unpack the file and drop its ending"
+    ):
+        texts_of(SourceConfig(files=[f"{tmp_path}/p.parquet.gz"]))
+
+
+def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "LINE_BYTES", 1 << 20)
+    (tmp_path / "t.jsonl").write_bytes(b'{"text": "short"}\n' + b"x" * (1 << 21))
+    with pytest.raises(DataError, match=r"t.jsonl:2: a line of more than 1 MiB, but a record is one line"):
+        texts_of(SourceConfig(files=[f"{tmp_path}/t.jsonl"]))

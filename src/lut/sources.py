@@ -181,6 +181,11 @@ def open_source(
     return source
 
 
+def turn_tokens(intermediate_size: int, dtype: torch.dtype) -> int:
+    """Tokens that are run through an expert of this width at a time."""
+    return max(1, ACTIVATION_BYTES // (intermediate_size * dtype.itemsize))
+
+
 def _compute_dtype(name: str) -> torch.dtype:
     if name not in COMPUTE_DTYPES:
         raise LutError(f"compute_dtype {name!r} is unknown; choose one of {', '.join(COMPUTE_DTYPES)}")
@@ -200,8 +205,8 @@ def _run_experts(inputs: Tensor, weights: Iterable[tuple[Tensor, Tensor]], num_e
             with torch.device("meta"):
                 expert = StackedExperts(1, inputs.shape[1], up.shape[-1])
             expert.load_state_dict({"up": up.to(inputs.dtype), "down": down.to(inputs.dtype)}, assign=True)
-            turn_tokens = max(1, ACTIVATION_BYTES // (up.shape[-1] * inputs.itemsize))
-            for target, turn in zip(rows[:, index].split(turn_tokens), inputs.split(turn_tokens), strict=True):
+            size = turn_tokens(up.shape[-1], inputs.dtype)
+            for target, turn in zip(rows[:, index].split(size), inputs.split(size), strict=True):
                 target.copy_(expert(turn)[:, 0])
     return rows
 

@@ -57,6 +57,8 @@ class TrainerConfig:
     """Optimiser steps between log entries."""
     non_finite: Literal["stop", "skip"] = "stop"
     """When a loss or gradient is not finite: stop the run, or skip the step and count it as train/skipped_steps."""
+    compile: bool = False
+    """Compile blocks and experts with torch.compile; the first steps wait for the compiler."""
     deterministic: bool = False
     """Refuse operations that are not repeatable."""
     fast_dev_run: bool = False

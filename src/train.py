@@ -62,6 +62,8 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
         corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=progress)
     text = held_out(corpus, config.data, config.model.vocab_size)
     module = LanguageModel(config.model, config.objective, config.optimizer, text.byte_lengths)
+    if config.trainer.compile:
+        module.model.compile_layers()
     start = None if resume is None else Resumption.plan(resume, config.trainer.max_steps, corpus.fingerprint)
     if config.init_from is not None and start is None:
         start_from_run(module.model, RunDirectory(Path(config.init_from)), corpus.tokenizer)

@@ -45,6 +45,15 @@ class Transformer(nn.Module):
         self.experts = EmbeddingExperts(config) if config.architecture == "mole" and with_experts else None
         self.reset_parameters()
 
+    def compile_layers(self) -> None:
+        """Compile blocks and experts in place; what finds distinct ids stays outside, since it breaks graphs.
+
+        The number of distinct ids changes every step: the second number seen makes it dynamic, and later ones reuse
+        that graph.
+        """
+        for layer in (*self.blocks, *(self.experts if isinstance(self.experts, EmbeddingExperts) else ())):
+            layer.compile()
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw initial weights: N(0, init_std), smaller for projections into the residual stream, norms 1."""

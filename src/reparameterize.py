@@ -1,5 +1,6 @@
-"""`python -m src.reparameterize`: build a run's lookup table, from its weights or from one of its checkpoints."""
+"""`python -m src.reparameterize`: build a lookup table, from a run's weights, one of its checkpoints or its tables."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from torch import Tensor
 from src.cli import parser, progress_bar, run_verb, stderr_console
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import RunError
-from src.lut import Manifest, builder
+from src.lut import Manifest, builder, read_manifest
+from src.lut.estimate import Estimate, estimate
+from src.lut.manifest import COUNTS_NAME
+from src.lut.plan import MEMORY_BYTES, BuildPlan
 from src.lut.quantization import CODECS
-from src.lut.sources import RunRows
+from src.lut.sources import COMPUTE_DTYPES, open_source
 from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
 
 _MODULE_PREFIX = "model."
@@ -44,47 +48,96 @@ def _available(run: RunDirectory) -> str:
     return f"this run has {', '.join(names)}" if names else "this run has none"
 
 
-def build(run: RunDirectory, lut: str, dtype: str, *, resume: bool, overwrite: bool) -> Manifest:
-    """Build the table called `lut` with a progress bar; arguments as in `src.lut.builder`."""
+def plan_table(run: RunDirectory, lut: str, given: argparse.Namespace) -> BuildPlan:
+    """Plan the table called `lut` from the run's training form, or from another of its tables."""
+    if given.from_lut is None:
+        source = open_source(run, given.compute_dtype)
+        counts = _token_counts(run)
+    else:
+        read_manifest(run.lut_path(given.from_lut))  # says what is missing before a run directory is looked for there
+        source, counts = open_source(run.lut_path(given.from_lut)), None
     tokenizer = fingerprint(load_tokenizer(run.tokenizer_path)) if run.tokenizer_path.is_file() else None
-    plan = builder.plan(
-        RunRows(run), run.lut_path(lut), dtype=dtype, tokenizer=tokenizer, token_counts=_token_counts(run)
+    return builder.plan(
+        source,
+        run.lut_path(lut),
+        dtype=given.dtype,
+        memory_bytes=given.memory_mb * 2**20,
+        tokenizer=tokenizer,
+        token_counts=counts,
     )
+
+
+def build(plan: BuildPlan, *, resume: bool, overwrite: bool) -> Manifest:
+    """Build a planned table with a progress bar; arguments as in `src.lut.builder.prepare`."""
     builder.prepare(plan, resume=resume, overwrite=overwrite)
     with progress_bar("building the table (rows)", plan.layout.vocab_size) as advance:
         builder.write_shards(plan, progress=advance)
     return builder.publish(plan)
 
 
+def describe(plan: BuildPlan) -> str:
+    """Say what a planned table is."""
+    layout = plan.layout
+    return (
+        f"{plan.lut_dir}: {layout.vocab_size:,} rows of {layout.row_bytes:,} bytes in {layout.precision}, "
+        f"{plan.file_bytes:,} bytes in {len(plan.shards)} shards"
+    )
+
+
+def describe_estimate(expected: Estimate) -> str:
+    """Say what building it will take."""
+    disk = "fits" if expected.fits else "does not fit"
+    return (
+        f"needs {expected.table_bytes / 2**20:,.0f} MiB of disk ({disk}: {expected.free_bytes / 2**20:,.0f} MiB are "
+        f"free), {expected.memory_bytes / 2**20:,.0f} MiB of buffers, and about {expected.seconds:,.0f} s on one rank "
+        "where the disk keeps up"
+    )
+
+
 def _token_counts(run: RunDirectory) -> Tensor | None:
     """Take over the training data's token counts from a table that has them."""
-    files = sorted(run.path.glob(f"*/{builder.COUNTS_NAME}"))
+    files = sorted(run.path.glob(f"*/{COUNTS_NAME}"))
     return load_file(files[0])["token_counts"] if files else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and build."""
-    options = parser(
-        "reparameterize",
-        __doc__ or "",
-        "python -m src.reparameterize --run runs/quickstart --lut lut-bf16",
-    )
-    options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
-    options.add_argument("--checkpoint", help="take the weights of this checkpoint first: last, best, or a path")
-    options.add_argument("--dtype", choices=tuple(CODECS), default="bfloat16", help="precision (default: bfloat16)")
-    options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
-    options.add_argument("--resume", action="store_true", help="go on with an unfinished table")
-    options.add_argument("--overwrite", action="store_true", help="replace a table (or weights) that is already there")
-    given = options.parse_args(arguments)
-    run = RunDirectory(given.run).require()
+    given = _options(arguments)
+    run, console = RunDirectory(given.run).require(), stderr_console()
     if given.checkpoint is not None:
         adopt_checkpoint(run, given.checkpoint, overwrite=given.overwrite)
-    manifest = build(run, given.lut, given.dtype, resume=given.resume, overwrite=given.overwrite)
-    layout = manifest.layout
-    stderr_console().print(
-        f"{run.lut_path(given.lut)}: {layout.vocab_size:,} rows of {layout.row_bytes:,} bytes in {layout.precision}, "
-        f"{layout.table_bytes:,} bytes in {len(manifest.shards)} shards"
+    plan = plan_table(run, given.lut, given)
+    if given.dry_run:
+        for line in (describe(plan), describe_estimate(estimate(plan))):
+            console.print(line, highlight=False, soft_wrap=True)
+        return
+    build(plan, resume=given.resume, overwrite=given.overwrite)
+    console.print(describe(plan), highlight=False, soft_wrap=True)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    example = "python -m src.reparameterize --run runs/quickstart --dtype nf4 --lut lut-nf4"
+    options = parser("reparameterize", __doc__ or "", example)
+    options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
+    options.add_argument("--checkpoint", help="take the weights of this checkpoint first: last, best, or a path")
+    options.add_argument("--from-lut", metavar="NAME", help="recode this table of the run; needs no training form")
+    options.add_argument("--dtype", choices=tuple(CODECS), default="bfloat16", help="precision (default: bfloat16)")
+    options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
+    options.add_argument(
+        "--compute-dtype", choices=tuple(COMPUTE_DTYPES), default="float32", help="what experts compute in (float32)"
     )
+    options.add_argument(
+        "--memory-mb", type=int, default=MEMORY_BYTES // 2**20, help="memory of the buffers (default: %(default)s)"
+    )
+    options.add_argument("--resume", action="store_true", help="go on with an unfinished table")
+    options.add_argument("--overwrite", action="store_true", help="replace a table (or weights) that is already there")
+    options.add_argument("--dry-run", action="store_true", help="print size, memory and expected time, and stop")
+    given = options.parse_args(arguments)
+    if given.memory_mb < 1:
+        options.error("--memory-mb must be at least 1")
+    if given.from_lut is not None and given.checkpoint is not None:
+        options.error("--from-lut takes rows from a table, --checkpoint weights: give one of them")
+    return given
 
 
 if __name__ == "__main__":

@@ -164,6 +164,26 @@ def test_reparameterize_builds_another_precision(trained: RunResult, tmp_path: P
     reparameterize.main(["--run", str(run), "--dtype", "float16", "--lut", "lut-bf16", "--overwrite"])
 
 
+def test_a_table_is_recoded_without_the_training_form(
+    trained: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run_dir, run)
+    reparameterize.main(["--run", str(run), "--dtype", "int8", "--lut", "direct"])
+    (run / "experts.safetensors").unlink()
+    with pytest.raises(UserError, match=r"experts.safetensors: missing, so this run holds no training form"):
+        reparameterize.main(["--run", str(run), "--dtype", "int8", "--lut", "recoded"])
+    recode = ["--run", str(run), "--from-lut", "lut", "--dtype", "int8", "--lut", "recoded"]
+    reparameterize.main([*recode, "--dry-run"])
+    assert "MiB of disk (fits" in capsys.readouterr().err
+    assert not (run / "recoded").exists()
+    reparameterize.main(recode)
+    shard = "rows-00000.safetensors"
+    assert (run / "recoded" / shard).read_bytes() == (run / "direct" / shard).read_bytes()
+    with pytest.raises(UserError, match=r"lut-nf9: no such table"):
+        reparameterize.main(["--run", str(run), "--from-lut", "lut-nf9", "--lut", "x"])
+
+
 def test_a_checkpoint_becomes_a_run(trained: RunResult, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

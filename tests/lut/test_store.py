@@ -100,7 +100,8 @@ def test_threads_share_a_store_and_leave_nothing_behind(table: tuple[Path, NDArr
     with LutStore.open(table[0], reader=reader, cache_mb=0.01) as store:
         assert check_threads(store, table[1], batches) == []
         assert store.stats.requests == THREADS * batches
-    assert (threading.active_count(), process.num_fds()) == (threads, files)
+    assert threading.active_count() <= threads  # an earlier test's may have ended meanwhile
+    assert process.num_fds() <= files
 
 
 def _in_child(store: LutStore, expected: NDArray[np.uint8], queue: "multiprocessing.Queue[list[int]]") -> None:

@@ -1,0 +1,66 @@
+"""Peak anonymous memory of inference, measured in a process of its own: what a run needs apart from file pages."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.errors import UserError
+from src.inference import generate, load_model
+
+_STEPS, _PROMPT_TOKENS, _SAMPLE_SECONDS = 8, 512, 0.002
+
+
+def anonymous_bytes(run: Path, batch: int, held_out: Tensor) -> int:
+    """Return the peak over a prefill of 512 tokens and some steps, at `batch` prompts from `held_out` (N,) ids."""
+    ids = run / "prompt-ids.npy"
+    repeats = -(-batch * _PROMPT_TOKENS // len(held_out))
+    np.save(ids, held_out.repeat(repeats)[: batch * _PROMPT_TOKENS].view(batch, _PROMPT_TOKENS).numpy())
+    command = [sys.executable, "-m", "src.benchmarks.memory_use", str(run), str(ids)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"the process that measures memory failed: {done.stderr.strip()}")
+    return int(done.stdout.split()[0])
+
+
+class PeakAnonymous:
+    """Samples the process's anonymous memory until stopped; the kernel keeps a peak of all memory only."""
+
+    def __init__(self) -> None:
+        """Start sampling."""
+        self.bytes, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_SAMPLE_SECONDS):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    self.bytes = max(self.bytes, 1024 * int(line.split()[1]))
+
+    def stop(self) -> int:
+        """Return the peak in bytes."""
+        self._stop.set()
+        self._thread.join()
+        return self.bytes
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Generate from the prompts; print peak anonymous bytes and the seconds that generation took."""
+    run, ids = arguments
+    token_ids = torch.from_numpy(np.load(ids))
+    with load_model(run) as model:
+        peak, start = PeakAnonymous(), time.perf_counter()
+        generate(model, token_ids, max_new_tokens=_STEPS)
+        seconds = time.perf_counter() - start
+        print(peak.stop(), seconds)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

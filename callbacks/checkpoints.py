@@ -47,9 +47,18 @@ class CheckpointCallback(Checkpoint):
         if _validation_follows(trainer):
             return
         signum = self._agreed_signal(trainer)
+        if signum:
+            trainer._logger_connector.update_train_step_metrics()  # Lightning would log this step after its callbacks
         if signum or self._is_due(trainer):
             self.save(trainer)
-        self._stop(trainer, signum)
+        _stop(trainer, signum)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """After a checkpoint, let the metrics of its step, which are logged after it, reach the disk too."""
+        if self._saved_step == trainer.global_step:
+            _flush(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save with the loss just measured."""
@@ -58,7 +67,7 @@ class CheckpointCallback(Checkpoint):
         if MONITORED in trainer.callback_metrics:
             self._record(trainer.global_step, float(trainer.callback_metrics[MONITORED]))
         self.save(trainer)
-        self._stop(trainer, self._agreed_signal(trainer))
+        _stop(trainer, self._agreed_signal(trainer))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Let signals end the process again: what follows training can be repeated."""
@@ -84,8 +93,7 @@ class CheckpointCallback(Checkpoint):
         step = trainer.global_step
         if step == self._saved_step or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        for logger in trainer.loggers:
-            logger.save()  # what is logged up to a checkpoint survives with it
+        _flush(trainer)
         unfinished = self.files.unfinished_path(step)
         trainer.save_checkpoint(unfinished)
         if trainer.is_global_zero:
@@ -113,9 +121,16 @@ class CheckpointCallback(Checkpoint):
         received = torch.tensor(float(self.signals.received), device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(received, reduce_op="max"))
 
-    def _stop(self, trainer: lightning.Trainer, signum: int) -> None:
-        if signum:
-            raise Preempted(signum, trainer.global_step)
+
+def _stop(trainer: lightning.Trainer, signum: int) -> None:
+    if signum:
+        raise Preempted(signum, trainer.global_step)
+
+
+def _flush(trainer: lightning.Trainer) -> None:
+    """Write out what is logged, so that a checkpoint's past survives with it."""
+    for logger in trainer.loggers:
+        logger.save()
 
 
 def _validation_follows(trainer: lightning.Trainer) -> bool:

@@ -1,6 +1,7 @@
 """Sees to it that when one rank fails all do, and that the reason is printed once."""
 
 import signal
+import time
 from subprocess import Popen
 
 import lightning
@@ -11,6 +12,7 @@ from src.ranks import ParentWatch, describe_failure, describe_lost, report_once
 from src.run_directory import RunDirectory
 
 RECORD = "failure.txt"
+_LEARN_SECONDS = 3.0
 _LOST_CONTACT = ("connection", "peer", "socket", "store", "broken pipe", "timed out")
 
 
@@ -50,12 +52,17 @@ class RankFailureCallback(lightning.Callback):
             child.send_signal(signal.SIGKILL)
 
     def _reason(self, exception: BaseException, rank: int, children: list[Popen[bytes]]) -> str:
-        if _is_lost_contact(exception):
+        """Say what happened; a rank that lost another waits a moment to learn how that one ended."""
+        if not _is_lost_contact(exception):
+            return describe_failure(exception, rank)
+        until = time.monotonic() + _LEARN_SECONDS
+        while time.monotonic() < until and not self.record.exists():
             if self._watch is not None and self._watch.lost():
                 return self._watch.reason()
             if (lost := describe_lost(children)) is not None:
                 return lost
-        return describe_failure(exception, rank)
+            time.sleep(0.05)
+        return f"rank {rank} lost contact with another rank, which ended without a word ({exception})"
 
 
 def _is_lost_contact(exception: BaseException) -> bool:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from src.errors import UserError
-from src.ranks import global_rank
+from src.ranks import is_rank_zero
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -55,7 +55,7 @@ def add_form_options(options: argparse.ArgumentParser) -> None:
 
 def stderr_console() -> Console:
     """A console for everything that is not the verb's result; silent on ranks above 0."""
-    return Console(stderr=True, quiet=global_rank() > 0)
+    return Console(stderr=True, quiet=not is_rank_zero())
 
 
 @contextmanager

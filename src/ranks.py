@@ -24,12 +24,16 @@ class ReportedFailureError(Exception):
     """The run failed, and the reader has been told why."""
 
 
-def global_rank() -> int:
-    """This process's rank, from what launchers put into the environment; 0 when it runs alone."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if name in os.environ and (name != "SLURM_PROCID" or "SLURM_NTASKS" in os.environ):
-            return int(os.environ[name])
-    return 0
+def is_rank_zero() -> bool:
+    """Whether this process is the one that speaks for its run, by what launchers put into the environment."""
+    environment = os.environ
+    if "RANK" in environment:  # torchrun
+        return environment["RANK"] == "0"
+    if "LOCAL_RANK" in environment:  # Lightning
+        return environment["LOCAL_RANK"] == environment.get("NODE_RANK", "0") == "0"
+    if "SLURM_NTASKS" in environment:  # srun
+        return environment.get("SLURM_PROCID", "0") == "0"
+    return environment.get("NODE_RANK", "0") == "0"
 
 
 def report_once(record: Path, text: str) -> bool:

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from src.config import RunConfig, WandbConfig
 from src.evaluation.report import update_report
 from src.files import write_text
-from src.ranks import global_rank
+from src.ranks import is_rank_zero
 from src.run_directory import RunDirectory
 
 _WANDB_ID = "wandb_id"
@@ -77,7 +77,7 @@ def _wandb_id(run: RunDirectory) -> str:
     if _WANDB_ID in recorded:
         return recorded[_WANDB_ID]
     new = secrets.token_hex(4)
-    if global_rank() == 0:
+    if is_rank_zero():
         update_report(run.report_path, {_WANDB_ID: new})
     return new
 

@@ -27,7 +27,7 @@ from src.evaluation.report import Report, update_report
 from src.files import write_text
 from src.initialization import start_from_run
 from src.lightning_module import LanguageModel
-from src.ranks import FAILED, ReportedFailureError, global_rank, leave
+from src.ranks import FAILED, ReportedFailureError, is_rank_zero, leave
 from src.run_directory import RunDirectory
 from src.tracking import build_loggers, close_loggers
 from src.trainer import build_trainer, keep_freed_memory, progress_callbacks, result_callbacks
@@ -107,7 +107,7 @@ def resumed_config(run: RunDirectory, path: str | None, overrides: Sequence[str]
 
 def continue_run(config: RunConfig, run: RunDirectory) -> RunDirectory:
     """Record the config that a run goes on with; on rank 0 only."""
-    if global_rank() == 0:
+    if is_rank_zero():
         run.write_config(config.to_dict())
     return run
 
@@ -115,7 +115,7 @@ def continue_run(config: RunConfig, run: RunDirectory) -> RunDirectory:
 def create_run(config: RunConfig, corpus: PackedCorpus) -> RunDirectory:
     """Claim a new run directory, numbered if the name is taken, and write config and tokenizer; on rank 0 only."""
     root = Path(config.output_dir)
-    if global_rank() != 0:
+    if not is_rank_zero():
         return RunDirectory(root / config.name)  # callbacks learn the claimed one from rank 0
     root.mkdir(parents=True, exist_ok=True)
     number, path = 1, root / config.name
@@ -202,7 +202,7 @@ def _train_as_process(config: RunConfig, resume: RunDirectory | None) -> None:
         train(config, resume)
     except Preempted as stop:
         stderr_console().print(str(stop), markup=False, highlight=False)
-        sys.exit(stop.exit_code if global_rank() == 0 else 0)
+        sys.exit(stop.exit_code if is_rank_zero() else 0)
     except ReportedFailureError:
         leave(FAILED)
 

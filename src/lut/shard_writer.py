@@ -158,7 +158,7 @@ def encode_chunk(plan: BuildPlan, first_token: int, num_tokens: int) -> Chunk:
             shape = (num_tokens, layout.num_layers, layout.num_experts, layout.vector_bytes)
             encoded = torch.empty(shape, dtype=torch.uint8, device=rows.device)
         try:
-            measured.append(_encode_layer(codec(layout.precision), rows, encoded[:, layer]))
+            measured.append(encode_layer(codec(layout.precision), rows, encoded[:, layer]))
         except LutError as error:
             raise LutError(f"layer {layer}, ids from {first_token}: {error}") from error
     assert encoded is not None
@@ -167,7 +167,7 @@ def encode_chunk(plan: BuildPlan, first_token: int, num_tokens: int) -> Chunk:
     return Chunk(first_token, encoded.view(num_tokens, layout.row_bytes).cpu().numpy(), sums)
 
 
-def _encode_layer(used: Codec, rows: Tensor, target: Tensor) -> Tensor:
+def encode_layer(used: Codec, rows: Tensor, target: Tensor) -> Tensor:
     """Encode rows (U, E, D) into target (U, E, vector_bytes), read them back, and return what `measure` sums."""
     on_cpu = rows.device.type == "cpu"
     block_tokens = max(1, _BLOCK_BYTES // rows[0].nbytes) if on_cpu else len(rows)

@@ -5,6 +5,8 @@ What they return depends on the context, so it cannot become a table; they belon
 B batch, T tokens, N = B*T, D hidden, F intermediate, E experts, K experts mixed per token.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +17,15 @@ from src.model.router import Routing
 
 class HiddenExperts(StackedExperts):
     """E two-matrix FFNs on hidden states, mixed by what the router decided; no token is ever dropped."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        """Create the stacked weights."""
+        super().__init__(num_experts, hidden_size, intermediate_size)
+        self._grouped: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = _run_grouped
+
+    def keep_groups_eager(self) -> None:
+        """Keep the loop over groups out of compiled graphs: sizes change every step, each would be compiled anew."""
+        self._grouped = torch.compiler.disable(_run_grouped)  # not a decorator: that imports the compiler, in seconds
 
     def mixture(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """Return sum_j g_j * FFN_j(h) over the chosen experts as (B, T, D), of normed hidden states (B, T, D)."""
@@ -43,14 +54,11 @@ class HiddenExperts(StackedExperts):
         top_k = experts.shape[1]
         order = experts.flatten().argsort(stable=True)  # (N*K,) assignments, expert by expert
         counts = experts.flatten().new_zeros(len(self.up)).scatter_add(0, experts.flatten(), torch.ones_like(order))
-        outputs = _run_grouped(inputs.index_select(0, order // top_k), counts, self.up, self.down)  # (N*K, D)
+        outputs = self._grouped(inputs.index_select(0, order // top_k), counts, self.up, self.down)  # (N*K, D)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))  # (N*K,)
         return weighted_sum(outputs, place.view(-1, top_k), weights)  # (N, D)
 
 
-@torch.compiler.disable(  # pyright: ignore[reportUntypedFunctionDecorator]
-    reason="group sizes change every step, and each would be compiled anew"
-)
 def _run_grouped(grouped: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Run expert e of weights (E, D, F) and (E, F, D) on the next `counts[e]` rows of (N*K, D)."""
     # `unbind` gives the stacked weight one gradient; indexing would give it a full-size one per expert.

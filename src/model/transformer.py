@@ -4,7 +4,7 @@ B batch, T new tokens, S cached + new tokens, D hidden, E experts, L layers, V v
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,9 @@ class Transformer(nn.Module):
         The number of distinct ids changes every step: the second number seen makes it dynamic, and later ones reuse
         that graph.
         """
+        for block in self.blocks:
+            if (experts := cast(Block, block).hidden_experts) is not None:
+                experts.keep_groups_eager()
         for layer in (*self.blocks, *(self.experts if isinstance(self.experts, EmbeddingExperts) else ())):
             layer.compile()
 

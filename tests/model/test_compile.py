@@ -1,5 +1,6 @@
 """torch.compile as a setting: few graphs whatever the number of distinct ids, and the same numbers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,14 @@ def losses(model: Transformer, batches: list[Tensor]) -> list[float]:
     return found
 
 
-def built() -> Transformer:
+def built(config: ModelConfig = CONFIG) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(CONFIG)
+    return Transformer(config)
 
 
-def test_few_graphs_serve_every_number_of_distinct_ids(batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """A compiler that counts graphs and generates no code."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     original = nn.Module.compile
@@ -67,12 +70,32 @@ def test_few_graphs_serve_every_number_of_distinct_ids(batches: list[Tensor], mo
         original(module, backend=counter)
 
     monkeypatch.setattr(nn.Module, "compile", compile_counted)
+    return counter
+
+
+def test_few_graphs_serve_every_number_of_distinct_ids(
+    batches: list[Tensor], counter: CompileCounterWithBackend
+) -> None:
     model = built()
     model.compile_layers()
     compiled = losses(model, batches)
     assert len({windows[:, :-1].unique().numel() for windows in batches}) > 10
     assert counter.frame_count <= 3 + 3  # blocks share their graphs, and so do the experts
     assert compiled == pytest.approx(losses(built(), batches), abs=1e-4)
+
+
+def test_groups_of_any_size_reuse_the_graphs_around_them(
+    batches: list[Tensor], counter: CompileCounterWithBackend
+) -> None:
+    moe = replace(CONFIG, intermediate_size=0, num_experts=6, expert_input="hidden", top_k=2)
+    model = built(moe)
+    model.compile_layers()
+    compiled = losses(model, batches[:1])
+    graphs = counter.frame_count
+    compiled += losses(model, batches[1:6])
+    assert counter.frame_count == graphs
+    reference = built(moe)
+    assert compiled == pytest.approx(losses(reference, batches[:1]) + losses(reference, batches[1:6]), abs=1e-4)
 
 
 @pytest.mark.slow

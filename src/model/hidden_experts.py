@@ -6,6 +6,7 @@ B batch, T tokens, N = B*T, D hidden, F intermediate, E experts, K experts mixed
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ class HiddenExperts(StackedExperts):
 
     def keep_groups_eager(self) -> None:
         """Keep the loop over groups out of compiled graphs: sizes change every step, each would be compiled anew."""
-        self._grouped = torch.compiler.disable(_run_grouped)  # not a decorator: that imports the compiler, in seconds
+        eager: Any = torch.compiler.disable(_run_grouped)  # not a decorator: that imports the compiler, in seconds
+        self._grouped = eager
 
     def mixture(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """Return sum_j g_j * FFN_j(h) over the chosen experts as (B, T, D), of normed hidden states (B, T, D)."""

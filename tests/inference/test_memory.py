@@ -1,0 +1,61 @@
+"""Inference from disk needs the memory of a dense model, and little more than that is enough."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.benchmarks.memory_use import PeakAnonymous, anonymous_bytes
+from src.benchmarks.random_run import write_runs
+from src.benchmarks.shapes import model_config
+from src.inference import load_model
+from tests.inference.cgroups import memory_cgroup
+from tests.inference.runs import prompts, write_run
+
+MEBIBYTE = 2**20
+
+
+def test_the_sampler_sees_memory_that_is_given_back() -> None:
+    peak = PeakAnonymous()
+    while not (before := peak.bytes):
+        time.sleep(0.001)
+    given_back = torch.ones(64 * MEBIBYTE, dtype=torch.uint8)
+    time.sleep(0.1)
+    del given_back
+    assert peak.stop() - before >= 60 * MEBIBYTE
+
+
+def test_decoding_reuses_its_buffers(tmp_path: Path) -> None:
+    with load_model(write_run(tmp_path), experts="lut") as model:
+        experts = model.experts
+        assert experts is not None
+        addresses = set()
+        for step in prompts(30, 1):
+            experts.prefetch(step)
+            rows = experts.rows(step, model.embedding(step))
+            addresses.add(rows(0).data_ptr())
+        assert len(addresses) <= 2
+
+
+@pytest.mark.slow
+def test_disk_inference_runs_within_denses_peak_and_a_little(tmp_path: Path) -> None:
+    config = model_config("160m-4e", vocab_size=8192)  # a table of 600 MB
+    mole, dense = write_runs(tmp_path, config, "bfloat16", None)
+    held_out = torch.randint(8192, (4096,), generator=torch.Generator().manual_seed(0))
+    assert anonymous_bytes(mole, 1, held_out) - anonymous_bytes(dense, 1, held_out) <= 96 * MEBIBYTE
+    anonymous_ids = ["-m", "src.benchmarks.memory_use"]
+    with memory_cgroup() as free:
+        done = free.run([*anonymous_ids, str(dense), str(dense / "prompt-ids.npy")])
+        assert done.returncode == 0, done.stderr
+        limit = free.peak() + 256 * MEBIBYTE
+    with memory_cgroup() as unlimited:
+        done = unlimited.run([*anonymous_ids, str(mole), str(mole / "prompt-ids.npy")])
+        assert done.returncode == 0, done.stderr
+        seconds = float(done.stdout.split()[1])
+    with memory_cgroup() as tight:
+        tight.limit(limit)
+        done = tight.run([*anonymous_ids, str(mole), str(mole / "prompt-ids.npy")])
+        assert done.returncode == 0, done.stderr
+        assert tight.peak() <= limit
+        assert float(done.stdout.split()[1]) <= 1.2 * seconds

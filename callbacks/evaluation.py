@@ -1,4 +1,4 @@
-"""Scores the model before and after a fit, in its training form and from disk, and reports."""
+"""Scores the model before, during and after a fit, in its training form and from disk, and reports."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -7,59 +7,67 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from rich.console import Console
 
 from src.cli import progress_bar
 from src.evaluation.config import EvaluationConfig
-from src.evaluation.held_out import HeldOut
-from src.evaluation.perplexity import Score, score_windows, zlib_bits_per_byte
+from src.evaluation.isolation import evaluating
+from src.evaluation.perplexity import Score, summarize, window_losses, zlib_bits_per_byte
 from src.evaluation.report import Report, TableFacts, print_report, update_report
-from src.inference import InferenceModel, generate, load_model
+from src.evaluation.results import Evaluation
+from src.evaluation.samples import sample_text
+from src.evaluation.shares import Share
+from src.evaluation.suite import Suite, evaluate_model
+from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
 from src.lightning_module import LanguageModel
 from src.model import Transformer
 from src.run_directory import RunDirectory
-from src.sharding import is_sharded
 
 
 class EvaluationCallback(lightning.Callback):
-    """Held-out loss before the first step and, at the end, of both forms; rank 0 computes, the others wait.
+    """Held-out loss before the first step; all texts and tasks on schedule and, at the end, of both forms.
 
-    List it after `ReparameterizeCallback`, whose files it reads.
+    Every rank computes its share and gets all results; rank 0 reports. List it after `ReparameterizeCallback`, whose
+    files it reads.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        config: EvaluationConfig,
-        *,
-        text: HeldOut,
-        tokens_per_step: int,
-        console: Console,
+        self, run_dir: Path, config: EvaluationConfig, *, suite: Suite, tokens_per_step: int, console: Console
     ) -> None:
-        """Score `text` and report to `run_dir` and `console`."""
-        self.run, self.config, self.text = RunDirectory(run_dir), config, text
+        """Score what `suite` holds, as `config` says, and report to `run_dir` and `console`."""
+        self.run, self.config, self.suite = RunDirectory(run_dir), config, suite
         self.tokens_per_step, self.console = tokens_per_step, console
         self.initial: Score | None = None
         self.report: Report | None = None
 
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Agree on the run directory."""
+        self.run = trainer.strategy.broadcast(self.run)
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Score the model as it is before its first step; a resumed run has been scored already."""
         assert isinstance(pl_module, LanguageModel)
-        if trainer.global_step == 0:
-            self.initial = self._score_training_form("scoring the untrained model", trainer, pl_module.model)
-        trainer.strategy.barrier("initial score")
+        if trainer.global_step == 0 and self.config.at_fit_end:
+            self.initial = self._initial_score(trainer, pl_module.model)
+
+    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Score the training form, as validation sees it (with averaged weights, where there are any), when due."""
+        assert isinstance(pl_module, LanguageModel)
+        if self._is_due(trainer):
+            metrics = self._evaluate(trainer, pl_module.model).metrics()
+            self._log(trainer, {f"eval/{name}": value for name, value in metrics.items()})
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Score both forms, write the report, print it."""
         assert isinstance(pl_module, LanguageModel)
-        training_form = self._score_training_form("scoring the training form", trainer, pl_module.model)
-        if training_form is not None:
-            self.report = self._evaluate(trainer, pl_module.model, training_form)
+        if not self.config.at_fit_end:
+            return
+        training_form = self._evaluate(trainer, pl_module.model)
+        self.report = self._final_report(trainer, pl_module.model, training_form)
+        if trainer.is_global_zero:
             update_report(self.run.report_path, self.report.to_dict())
-            for logger in trainer.loggers:
-                logger.log_metrics(self.report.metrics(), step=trainer.global_step)
+            self._log(trainer, self.report.metrics())
             print_report(self.report, self.console, self.run.path)
         trainer.strategy.barrier("evaluated")
 
@@ -72,67 +80,64 @@ class EvaluationCallback(lightning.Callback):
         initial = state_dict["initial"]
         self.initial = None if initial is None else Score(**initial)
 
-    def _evaluate(self, trainer: lightning.Trainer, model: Transformer, training_form: Score) -> Report:
-        device = model.embedding.weight.device
-        with load_model(self.run.path, device=device) as written:  # what was written, not what is in memory
+    def _is_due(self, trainer: lightning.Trainer) -> bool:
+        every, interval = self.config.every_validations, trainer.val_check_batch
+        if every is None or trainer.sanity_checking or not isinstance(interval, int):
+            return False
+        return trainer.global_step % (every * interval) == 0
+
+    def _initial_score(self, trainer: lightning.Trainer, model: Transformer) -> Score:
+        windows, size = self.suite.text.windows, self.config.batch_size
+        with evaluating(model), progress_bar("scoring the untrained model (windows)", len(windows)) as advance:
+            losses = window_losses(model, windows, batch_size=size, share=_share(trainer), progress=advance)
+        return summarize(losses, windows, self.suite.text.byte_lengths)
+
+    def _evaluate(self, trainer: lightning.Trainer, model: Transformer) -> Evaluation:
+        with evaluating(model):
+            return evaluate_model(
+                model, self.suite, batch_size=self.config.batch_size, share=_share(trainer), progress=progress_bar
+            )
+
+    def _final_report(self, trainer: lightning.Trainer, model: Transformer, training_form: Evaluation) -> Report:
+        with self._written(model) as written:
             lookup = isinstance(written.experts, DiskExperts)
-            lookup_form = self._score("scoring the lookup form", written) if lookup else None
             return Report(
                 steps=trainer.global_step,
                 trained_tokens=trainer.global_step * self.tokens_per_step,
                 initial=self.initial,
-                training_form=training_form,
-                lookup_form=lookup_form,
-                zlib_bits_per_byte=zlib_bits_per_byte(self.text.text),
+                training_evaluation=training_form,
+                lookup_evaluation=self._evaluate(trainer, written) if lookup else None,
+                zlib_bits_per_byte=zlib_bits_per_byte(self.suite.text.text),
                 table=_table_facts(written),
                 training_form_bytes=_weight_bytes(model),
                 lookup_form_bytes=_weight_bytes(written) if lookup else None,
-                sample=self._sample(written),
+                sample=sample_text(written, self.suite.text.tokenizer, self.config),
             )
 
-    def _score_training_form(self, description: str, trainer: lightning.Trainer, model: Transformer) -> Score | None:
-        """Score on rank 0 alone, or where ranks hold parts of the model on all of them; None on ranks above 0."""
-        score = self._score(description, model) if trainer.is_global_zero or is_sharded(model) else None
-        return score if trainer.is_global_zero else None
+    @contextmanager
+    def _written(self, model: Transformer) -> Generator[Transformer]:
+        """Yield what was written, not what is in memory; the model itself where nothing was."""
+        if self.run.backbone_path.is_file():
+            with load_model(self.run.path, device=model.embedding.weight.device) as written:
+                yield written
+        else:
+            with evaluating(model):
+                yield model
 
-    def _score(self, description: str, model: Transformer) -> Score:
-        windows, lengths = self.text.windows, self.text.byte_lengths
-        with _evaluating(model), progress_bar(description + " (windows)", len(windows)) as advance:
-            return score_windows(model, windows, lengths, batch_size=self.config.batch_size, progress=advance)
-
-    def _sample(self, model: InferenceModel) -> str | None:
-        if not self.config.sample_prompt or not self.config.sample_tokens:
-            return None
-        device = model.embedding.weight.device
-        prompt = torch.tensor([self.text.tokenizer.encode(self.config.sample_prompt).ids], device=device)
-        room = model.config.max_sequence_length - prompt.shape[1]
-        continued = generate(
-            model,
-            prompt,
-            max_new_tokens=min(self.config.sample_tokens, room),
-            temperature=self.config.sample_temperature,
-            seed=0,
-        )
-        return self.text.tokenizer.decode(continued[0].tolist())
+    def _log(self, trainer: lightning.Trainer, metrics: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
 
 
-@contextmanager
-def _evaluating(model: Transformer) -> Generator[None]:
-    """Evaluate in full precision, and leave the mode as it was."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.autocast(model.embedding.weight.device.type, enabled=False):
-            yield
-    finally:
-        model.train(training)
+def _share(trainer: lightning.Trainer) -> Share:
+    return Share(trainer.global_rank, trainer.world_size)
 
 
 def _weight_bytes(model: Transformer) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def _table_facts(model: InferenceModel) -> TableFacts | None:
+def _table_facts(model: Transformer) -> TableFacts | None:
     if not isinstance(model.experts, DiskExperts):
         return None
     store = model.experts.store

@@ -1,53 +1,143 @@
-"""`python -m src.evaluate`: score a run on its held-out text, in either form."""
+"""`python -m src.evaluate`: score a run on text and tasks, in either form, or compare two models in pairs."""
 
 import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
-from rich.table import Table
 
 from src.cli import add_form_options, parser, progress_bar, run_verb, stderr_console
 from src.config import load_run_config
+from src.data.tokenizer import fingerprint, load_tokenizer
+from src.errors import ConfigError
+from src.evaluation.comparison import compare, print_comparison, print_evaluation
+from src.evaluation.corpora import EvaluationCorpus
 from src.evaluation.held_out import held_out_of_run
-from src.evaluation.perplexity import Score, score_windows, zlib_bits_per_byte
+from src.evaluation.perplexity import zlib_bits_per_byte
+from src.evaluation.results import Evaluation
+from src.evaluation.suite import Suite, evaluate_model, prepare_suite
 from src.files import write_text
 from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
+from src.inference.loader import ExpertForm
+from src.lut.manifest import MANIFEST_NAME
 from src.run_directory import RunDirectory
 
 
-def print_score(name: str, score: Score, zlib: float, console: Console) -> None:
-    """Print one row of scores and what zlib makes of the same text."""
-    table = Table(title=f"held-out text: {score.tokens:,} tokens, {score.bytes:,} bytes", title_justify="left")
-    for heading in ("", "loss (nats/token)", "perplexity", "bits per byte"):
-        table.add_column(heading, justify="right" if heading else "left")
-    table.add_row(name, f"{score.loss:.4f}", f"{score.perplexity:,.2f}", f"{score.bits_per_byte:.4f}")
-    table.add_row("zlib -9, for comparison", "", "", f"{zlib:.4f}")
-    console.print(table)
+@dataclass(frozen=True)
+class Candidate:
+    """A model to score: a run, a form of it, a table."""
+
+    run: RunDirectory
+    experts: ExpertForm
+    lut: str
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and evaluate."""
-    options = parser("evaluate", __doc__ or "", "python -m src.evaluate --run runs/quickstart --experts lut")
+    given = _parse(arguments)
+    first = Candidate(RunDirectory(given.run).require(), given.experts, given.lut)
+    second = None if given.compare is None else _other(first, given.compare)
+    suite = _suite(given, first.run)
+    console = Console()
+    name, evaluation = _evaluate(first, suite, given)
+    print_evaluation(evaluation, name, console)
+    zlib = zlib_bits_per_byte(suite.text.text)
+    console.print(f"zlib -9 of the held-out text, for comparison: {zlib:.4f} bits per byte\n")
+    results = {"form": name, **evaluation.texts[0].score.to_dict(), "zlib_bits_per_byte": zlib, **evaluation.to_dict()}
+    if second is not None:
+        other_name, other = _evaluate(second, suite, given)
+        rows = compare(evaluation, other)
+        print_comparison(rows, name, other_name, console)
+        results |= {"compared_with": other_name, "comparison": [row.to_dict() for row in rows]}
+    if given.json is not None:
+        write_text(given.json, json.dumps(results, indent=1) + "\n")
+
+
+def _parse(arguments: Sequence[str] | None) -> Namespace:
+    options = parser("evaluate", __doc__ or "", "python -m src.evaluate --run runs/quickstart --compare ffn")
     add_form_options(options)
+    _add_suite_options(options)
+    options.add_argument(
+        "--compare",
+        metavar="OTHER",
+        help="another run, `lut` or `ffn` for this run's other form, or the name of another of its tables",
+    )
     options.add_argument("--batch-size", type=int, default=16, help="windows per forward pass (default: 16)")
     options.add_argument("--json", type=Path, metavar="FILE", help="also write the scores as JSON")
-    given = options.parse_args(arguments)
-    run = RunDirectory(given.run).require()
-    text, warning = held_out_of_run(run, load_run_config(run).data)
-    if warning is not None:
-        stderr_console().print(f"note: {warning}")
-    with (
-        load_model(run.path, experts=given.experts, lut=given.lut, device=given.device, reader=given.reader) as model,
-        progress_bar("scoring (windows)", len(text.windows)) as advance,
-    ):
-        form = "lookup form" if isinstance(model.experts, DiskExperts) else "training form"
-        score = score_windows(model, text.windows, text.byte_lengths, batch_size=given.batch_size, progress=advance)
-    zlib = zlib_bits_per_byte(text.text)
-    print_score(form, score, zlib, Console())
-    if given.json is not None:
-        write_text(given.json, json.dumps({"form": form, **score.to_dict(), "zlib_bits_per_byte": zlib}, indent=1))
+    return options.parse_args(arguments)
+
+
+def _add_suite_options(options: ArgumentParser) -> None:
+    options.add_argument("--tasks", help="comma-separated; default: evaluation.tasks of the run's config")
+    options.add_argument("--local-data", type=Path, metavar="DIR", help="folder of <task>.<split>.jsonl[.gz] files")
+    options.add_argument("--limit", type=int, help="documents of each task at most")
+    options.add_argument(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="NAME=GLOB",
+        help="another text to score; may be given several times",
+    )
+
+
+def _suite(given: Namespace, run: RunDirectory) -> Suite:
+    """Prepare what the run's config asks for, where the command line does not say otherwise."""
+    config = load_run_config(run)
+    text, warning = held_out_of_run(run, config.data)
+    asked = config.evaluation
+    tasks = asked.tasks if given.tasks is None else [name for name in given.tasks.split(",") if name]
+    local_data = asked.local_data if given.local_data is None else str(given.local_data)
+    limit = asked.task_limit if given.limit is None else given.limit
+    corpora = [*asked.corpora, *map(_corpus, given.corpus)]
+    suite = prepare_suite(text, replace(asked, tasks=tasks, local_data=local_data, task_limit=limit, corpora=corpora))
+    for note in filter(None, (warning, *suite.notes)):
+        stderr_console().print(f"note: {note}", markup=False, highlight=False)
+    return suite
+
+
+def _corpus(option: str) -> EvaluationCorpus:
+    name, equals, pattern = option.partition("=")
+    if not (name and equals and pattern):
+        raise ConfigError(f"--corpus {option!r}: write NAME=GLOB, such as --corpus prose='texts/*.txt'")
+    return EvaluationCorpus(name=name, files=[pattern])
+
+
+def _other(first: Candidate, other: str) -> Candidate:
+    """Say what `--compare` names: a form of the same run, a table of it, or another run with the same tokenizer."""
+    if other in ("lut", "ffn"):
+        return Candidate(first.run, cast(ExpertForm, other), first.lut)
+    if (first.run.lut_path(other) / MANIFEST_NAME).is_file():
+        return Candidate(first.run, "lut", other)
+    run = RunDirectory(Path(other))
+    if not run.path.is_dir():
+        tables = sorted(path.parent.name for path in first.run.path.glob(f"*/{MANIFEST_NAME}"))
+        raise ConfigError(
+            f"--compare {other}: neither a run directory nor a table of {first.run.path}; "
+            f"it has {', '.join(tables) or 'no table'}; lut and ffn name the forms"
+        )
+    run.require()
+    prints = [fingerprint(load_tokenizer(each.tokenizer_path)) for each in (first.run, run)]
+    if prints[0] != prints[1]:
+        raise ConfigError(
+            f"--compare {other}: its tokenizer ({prints[1][:12]}) is not that of {first.run.path} ({prints[0][:12]}), "
+            "so their tokens cannot be paired; compare runs with one tokenizer"
+        )
+    return Candidate(run, "auto", "lut")
+
+
+def _evaluate(candidate: Candidate, suite: Suite, given: Namespace) -> tuple[str, Evaluation]:
+    """Score one model, and name it."""
+    run = candidate.run.path
+    with load_model(
+        run, experts=candidate.experts, lut=candidate.lut, device=given.device, reader=given.reader
+    ) as model:
+        looked_up = isinstance(model.experts, DiskExperts)
+        form = f"lookup form, {candidate.lut}" if looked_up else "training form"
+        return f"{run.name} ({form})", evaluate_model(model, suite, batch_size=given.batch_size, progress=progress_bar)
 
 
 if __name__ == "__main__":

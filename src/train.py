@@ -24,6 +24,7 @@ from src.data.packed_tokens import PackedCorpus, prepare_corpus
 from src.data.progress import progress_report
 from src.evaluation.held_out import held_out
 from src.evaluation.report import Report, update_report
+from src.evaluation.suite import prepare_suite
 from src.files import write_text
 from src.initialization import start_from_run
 from src.lightning_module import LanguageModel
@@ -61,6 +62,9 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
     with progress_report(console) as progress:
         corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=progress)
     text = held_out(corpus, config.data, config.model.vocab_size)
+    suite = prepare_suite(text, config.evaluation)
+    for note in suite.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
     module = LanguageModel(config.model, config.objective, config.optimizer, text.byte_lengths)
     if config.trainer.compile:
         module.model.compile_layers()
@@ -71,7 +75,7 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
     evaluation = EvaluationCallback(
         run.path,
         config.evaluation,
-        text=text,
+        suite=suite,
         tokens_per_step=config.data.global_batch_size * config.data.sequence_length,
         console=console,
     )

@@ -102,8 +102,7 @@ def result_callbacks(
                 token_counts=corpus.token_counts(config.model.vocab_size),
             )
         )
-    if config.evaluation.at_fit_end:
-        callbacks.append(evaluation)
+    callbacks.append(evaluation)
     return callbacks
 
 

@@ -10,6 +10,7 @@ from src.data.config import DataConfig
 from src.data.packed_tokens import PackedCorpus, prepare_corpus
 from src.data.tokenizer import byte_lengths, load_tokenizer
 from src.data.windows import validation_windows
+from src.evaluation.corpora import windows_by_source
 from src.run_directory import RunDirectory
 
 
@@ -23,6 +24,10 @@ class HeldOut:
     """(V,) int64: UTF-8 bytes that each id stands for."""
     tokenizer: Tokenizer
     corpus_fingerprint: str
+    token_counts: Tensor
+    """(V,) int64: how often each id occurs in the training text."""
+    by_source: dict[str, Tensor]
+    """Windows (N, T+1) of each source, where the corpus has several."""
 
     @property
     def text(self) -> str:
@@ -37,6 +42,8 @@ def held_out(corpus: PackedCorpus, config: DataConfig, vocab_size: int) -> HeldO
         byte_lengths=byte_lengths(corpus.tokenizer, vocab_size),
         tokenizer=corpus.tokenizer,
         corpus_fingerprint=corpus.fingerprint,
+        token_counts=corpus.token_counts(vocab_size),
+        by_source=windows_by_source(corpus, config.sequence_length, config.validation_windows),
     )
 
 

@@ -3,6 +3,7 @@
 N windows, B batch, T tokens, V vocabulary.
 """
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from src.evaluation.shares import Share
 from src.model import Transformer
 from src.model.loss import token_losses
 
@@ -50,7 +52,6 @@ class Score:
         }
 
 
-@torch.no_grad()
 def score_windows(
     model: Transformer,
     windows: Tensor,
@@ -60,16 +61,75 @@ def score_windows(
     progress: Progress | None = None,
 ) -> Score:
     """Score next-token prediction on `windows` (N, T+1) int64; `byte_lengths` (V,) are bytes per id."""
+    return summarize(window_losses(model, windows, batch_size=batch_size, progress=progress), windows, byte_lengths)
+
+
+@torch.no_grad()
+def window_losses(
+    model: Transformer,
+    windows: Tensor,
+    *,
+    batch_size: int = 16,
+    share: Share = Share(),  # noqa: B008 - frozen
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return the loss of each predicted token (N, T) in nats, on the CPU; ranks of `share` take turns with batches."""
     device = model.embedding.weight.device
-    total = 0.0
-    for batch in windows.split(batch_size):
+
+    def losses(batch: Tensor) -> Tensor:
         token_ids = batch.to(device)
-        losses = token_losses(model.hidden_states(token_ids[:, :-1]), model.head, token_ids[:, 1:])  # (B, T)
-        total += losses.double().sum().item()
-        if progress is not None:
-            progress(len(batch))
+        return token_losses(model.hidden_states(token_ids[:, :-1]), model.head, token_ids[:, 1:]).cpu()  # (B, T)
+
+    batches = windows.split(batch_size)
+    scored = iter(batches)
+
+    def advance(count: int) -> None:
+        for batch in itertools.islice(scored, count):
+            if progress is not None:
+                progress(len(batch))
+
+    return torch.cat(share.map(losses, batches, advance))
+
+
+def summarize(losses: Tensor, windows: Tensor, byte_lengths: Tensor) -> Score:
+    """Return the score of `windows` (N, T+1) whose tokens have `losses` (N, T)."""
     targets = windows[:, 1:]
+    total = losses.double().sum().item()
     return Score(loss=total / targets.numel(), tokens=targets.numel(), bytes=int(byte_lengths[targets].sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """Loss over the tokens whose ids are about equally frequent in the training text."""
+
+    least: int
+    """Smallest count in the training text."""
+    most: int
+    """Largest count."""
+    tokens: int
+    loss: float
+
+    @property
+    def name(self) -> str:
+        """The counts, as a reader writes them."""
+        return f"{self.least:,}" if self.least == self.most else f"{self.least:,}-{self.most:,}"
+
+
+def loss_by_frequency(losses: Tensor, windows: Tensor, token_counts: Tensor) -> list[Band]:
+    """Split `losses` (N, T) by how often each predicted id occurs in the training text: never, 1-9, 10-99, ...
+
+    Rare ids are where a model that looks rows up may differ from others. `token_counts` is (V,) int64; bands without
+    tokens are left out.
+    """
+    counts = token_counts[windows[:, 1:]]  # (N, T)
+    bands: list[Band] = []
+    least, most = 0, 0
+    while least <= int(counts.max()):
+        inside = losses[(counts >= least) & (counts <= most)].double()
+        if len(inside):
+            bands.append(Band(least=least, most=most, tokens=len(inside), loss=inside.mean().item()))
+        least, most = most + 1, 10 * most + 9
+    return bands
 
 
 def zlib_bits_per_byte(text: str) -> float:

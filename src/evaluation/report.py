@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from src.evaluation.comparison import Comparison, compare, print_comparison
 from src.evaluation.perplexity import Score
+from src.evaluation.results import Evaluation
 from src.files import write_text
 
 
@@ -31,8 +33,10 @@ class Report:
     trained_tokens: int
     initial: Score | None
     """Held-out score before the first step."""
-    training_form: Score
-    lookup_form: Score | None
+    training_evaluation: Evaluation
+    """All scores of the training form; its first text is the held-out one."""
+    lookup_evaluation: Evaluation | None
+    """The same of the lookup form, read from disk."""
     zlib_bits_per_byte: float
     """What `zlib -9` makes of the same held-out text."""
     table: TableFacts | None
@@ -43,27 +47,58 @@ class Report:
     sample: str | None
 
     @property
+    def training_form(self) -> Score:
+        """Held-out score of the training form."""
+        return self.training_evaluation.texts[0].score
+
+    @property
+    def lookup_form(self) -> Score | None:
+        """Held-out score of the lookup form."""
+        return None if self.lookup_evaluation is None else self.lookup_evaluation.texts[0].score
+
+    @property
     def difference(self) -> float | None:
         """Held-out loss of the lookup form minus that of the training form, in nats."""
         return None if self.lookup_form is None else self.lookup_form.loss - self.training_form.loss
 
+    def comparison(self) -> list[Comparison]:
+        """Pair both forms, document by document."""
+        return [] if self.lookup_evaluation is None else compare(self.training_evaluation, self.lookup_evaluation)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
-        values = asdict(self)
-        for name in ("initial", "training_form", "lookup_form"):
-            score: Score | None = getattr(self, name)
-            values[name] = None if score is None else score.to_dict()
-        return {**values, "difference": self.difference}
+        given = {"initial": self.initial, "training_form": self.training_form, "lookup_form": self.lookup_form}
+        lookup = self.lookup_evaluation
+        return {
+            "steps": self.steps,
+            "trained_tokens": self.trained_tokens,
+            **{name: None if score is None else score.to_dict() for name, score in given.items()},
+            "difference": self.difference,
+            "zlib_bits_per_byte": self.zlib_bits_per_byte,
+            "evaluation": {
+                "training_form": self.training_evaluation.to_dict(),
+                "lookup_form": None if lookup is None else lookup.to_dict(),
+                "comparison": [row.to_dict() for row in self.comparison()],
+            },
+            "table": None if self.table is None else asdict(self.table),
+            "training_form_bytes": self.training_form_bytes,
+            "lookup_form_bytes": self.lookup_form_bytes,
+            "sample": self.sample,
+        }
 
     def metrics(self) -> dict[str, float]:
         """Return the figures that belong in a tracker."""
-        metrics = {f"final/training_form/{name}": value for name, value in self.training_form.to_dict().items()}
-        if self.lookup_form is not None and self.difference is not None:
-            metrics |= {f"final/lookup_form/{name}": value for name, value in self.lookup_form.to_dict().items()}
+        metrics = _final("training_form", self.training_form, self.training_evaluation)
+        if self.lookup_evaluation is not None and self.lookup_form is not None and self.difference is not None:
+            metrics |= _final("lookup_form", self.lookup_form, self.lookup_evaluation)
             metrics["final/difference"] = self.difference
         if self.table is not None:
             metrics |= {"lut/bytes": self.table.table_bytes, "lut/bytes_per_token": self.table.bytes_per_token}
         return metrics
+
+
+def _final(form: str, score: Score, evaluation: Evaluation) -> dict[str, float]:
+    return {f"final/{form}/{name}": value for name, value in {**score.to_dict(), **evaluation.metrics()}.items()}
 
 
 def update_report(path: Path, values: Mapping[str, Any]) -> None:
@@ -79,6 +114,7 @@ def print_report(report: Report, console: Console, run: Path) -> None:
     console.print(_scores_table(report))
     if report.difference is not None:
         console.print(f"lookup form minus training form: {report.difference:+.2e} nats per token\n")
+        print_comparison(report.comparison(), "training form", "lookup form", console)
     console.print(_memory_table(report))
     if report.sample is not None:
         console.print("a sample from the trained model:", style="bold")

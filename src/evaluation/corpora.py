@@ -1,0 +1,67 @@
+"""Texts beside a run's own that its models are scored on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from src.data.config import SourceConfig
+from src.data.corpus import Document, read_source
+from src.data.files import source_files
+from src.data.packed_tokens import PackedCorpus
+from src.data.tokenizer import separator_id
+from src.data.windows import validation_windows
+from src.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationCorpus:
+    """A text to score by perplexity."""
+
+    name: str
+    """What reports call it."""
+    files: list[str]
+    """Paths, folders and globs, as in `data.files`."""
+    windows: int = 128
+    """Windows of data.sequence_length tokens that are scored: the first ones."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError on values out of range."""
+        if self.windows < 1:
+            raise ConfigError(f"evaluation.corpora: {self.name} has windows {self.windows}, but it must be at least 1")
+
+
+def corpus_windows(corpus: EvaluationCorpus, tokenizer: Tokenizer, sequence_length: int) -> Tensor:
+    """Return windows (N, T+1) int64 of a corpus, its documents separated as in training.
+
+    Raises:
+        DataError: its files cannot be read, or hold less than one window.
+    """
+    source = SourceConfig(name=corpus.name, files=corpus.files)
+    wanted, token_ids = corpus.windows * sequence_length + 1, list[int]()
+    for document in read_source(source, source_files(source)):
+        if isinstance(document, Document):
+            token_ids += [*tokenizer.encode(document.text, add_special_tokens=False).ids, separator_id(tokenizer)]
+        if len(token_ids) >= wanted:
+            break
+    count = min(corpus.windows, (len(token_ids) - 1) // sequence_length)
+    if count < 1:
+        raise DataError(
+            f"evaluation.corpora: {corpus.name} has {len(token_ids)} tokens, less than one window of "
+            f"data.sequence_length {sequence_length} + 1; add text or shorten the window"
+        )
+    tokens = torch.tensor(token_ids, dtype=torch.int64)
+    return tokens.unfold(0, sequence_length + 1, sequence_length)[:count]  # neighbours share one token
+
+
+def windows_by_source(corpus: PackedCorpus, sequence_length: int, limit: int) -> dict[str, Tensor]:
+    """Return held-out windows (N, T+1) of each source of a corpus that has several, where they fill a window."""
+    if len(corpus.sources) < 2:
+        return {}
+    return {
+        Path(source.label).name: validation_windows(source.tokens("validation"), sequence_length, limit)
+        for source in corpus.sources
+        if source.tally.validation.tokens > sequence_length
+    }

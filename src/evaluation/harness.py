@@ -1,0 +1,152 @@
+"""The adapter to lm-eval (the extra `eval`): its definitions of tasks, our models.
+
+The only module that imports it, so import this one where it is needed. Prompts and metrics are the official ones.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval  # pyright: ignore[reportMissingImports] - an extra
+import yaml
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
+from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
+
+from src.evaluation.likelihood import Request, TextModel
+from src.evaluation.published_tasks import PUBLISHED, read_rows
+from src.evaluation.results import TaskScore, fingerprint_documents
+
+Tasks = dict[str, Any]
+"""Tasks as lm-eval loads them."""
+
+
+class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
+    """A `TextModel` as lm-eval sees it.
+
+    lm-eval sees one rank: every rank builds all requests, and the `TextModel` shares them out and gathers.
+    """
+
+    def __init__(self, model: TextModel) -> None:
+        """Score with `model`."""
+        super().__init__()
+        self.model = model
+        self.gaps: dict[tuple[str, str], float] = {}
+        """`Likelihood.gap` by context and continuation, which lm-eval has no place for."""
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that stands in front of a text without context."""
+        return self.model.end_of_text
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model reads at once."""
+        return self.model.max_length
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return the ids of a text."""
+        return self.model.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [Request(context, continuation) for _, context, continuation in requests]
+        likelihoods = self.model.log_likelihoods(pairs, "scoring tasks")
+        for (texts, *_), found in zip(requests, likelihoods, strict=True):
+            self.gaps[texts] = found.gap
+        return [(found.log_likelihood, found.is_greedy) for found in likelihoods]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of whole texts, cut into windows where they are too long."""
+        owners: list[int] = []
+        pairs: list[Request] = []
+        for index, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                self.model.encode(request.args[0]), self.eot_token_id, self.max_length, context_len=1
+            )
+            for window in map(make_disjoint_window, windows):
+                owners.append(index)
+                pairs.append(Request(*window))
+        totals = [0.0] * len(requests)
+        for owner, found in zip(owners, self.model.log_likelihoods(pairs, "scoring texts"), strict=True):
+            totals[owner] += found.log_likelihood
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Refuse: none of the paper's tasks generates text."""
+        raise NotImplementedError("tasks that generate text are not supported; the paper's tasks score given text")
+
+
+def load_tasks(names: Sequence[str], local_data: Path | None, limit: int | None = None) -> Tasks:
+    """Load tasks with their data, from a folder (see `read_rows`) or from the Hugging Face hub.
+
+    Raises:
+        DataError: a file in `local_data` is missing or is not the task's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            definition = {"include": str(Path(lm_eval.__file__).parent / "tasks" / PUBLISHED[name].definition)}
+            if local_data is not None:
+                definition |= _local_data(name, read_rows(local_data, name, limit), Path(folder))
+            (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump({**definition, "task": name}), encoding="utf-8")
+        manager: Any = TaskManager(include_path=folder, include_defaults=False)
+        return manager.load(list(names))
+
+
+def score_tasks(tasks: Tasks, model: TextModel, limit: int | None = None) -> list[TaskScore]:
+    """Score loaded tasks, at most `limit` documents of each."""
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    adapter = HarnessModel(model)
+    found: Any = evaluate(adapter, tasks, limit=limit, bootstrap_iters=0)
+    assert found is not None  # it is None on ranks that lm-eval knows to be above 0
+    return [_task_score(name, found["samples"][name], adapter.gaps) for name in tasks["tasks"]]
+
+
+def _local_data(name: str, rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Write rows where `datasets` reads them, and return what the task's definition says of them."""
+    split, path = PUBLISHED[name].split, folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": {split: str(path)},
+            "cache_dir": str(folder / "cache"),
+            "keep_in_memory": True,
+        },
+        "training_split": None,
+        "validation_split": split if split == "validation" else None,
+        "test_split": split if split == "test" else None,
+    }
+
+
+def _task_score(name: str, samples: Sequence[dict[str, Any]], gaps: dict[tuple[str, str], float]) -> TaskScore:
+    """Translate lm-eval's record of each document."""
+    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    answers = [_answer(sample, gaps) for sample in ordered]
+    names = {"perplexity": "log_likelihood"}  # what lm-eval keeps per document under that name
+    return TaskScore(
+        task=name,
+        values={
+            str(names.get(metric, metric)): [float(sample[metric]) for sample in ordered]
+            for metric in ordered[0]["metrics"]
+        },
+        predictions=[answer for answer, _ in answers],
+        gaps=[gap for _, gap in answers],
+        fingerprint=fingerprint_documents([(sample["arguments"], sample["target"]) for sample in ordered]),
+    )
+
+
+def _answer(sample: dict[str, Any], gaps: dict[tuple[str, str], float]) -> tuple[int, float]:
+    """Return the preferred choice and by how much it won; of a single continuation, whether it is the greedy one."""
+    responses = sample["filtered_resps"]
+    if len(responses) == 1:
+        return int(responses[0][1]), gaps[tuple(sample["arguments"][0])]
+    values = [float(value) for value, _ in responses]
+    best, second = sorted(values, reverse=True)[:2]
+    return values.index(best), best - second

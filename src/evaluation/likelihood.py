@@ -1,0 +1,141 @@
+"""Log-likelihoods of continuations: the one path by which every task is scored, of any model that gives logits.
+
+N requests, B batch, T tokens, C continuation tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from src.data.tokenizer import separator_id
+from src.evaluation.shares import Share
+
+LogitsFunction = Callable[[Tensor], Tensor]
+"""Token ids (B, T) int64 -> next-token logits (B, T, V), each of which sees earlier tokens only."""
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Opens a progress bar with a description and a total."""
+
+
+class Request(NamedTuple):
+    """A continuation to score after its context, both as token ids."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+class Likelihood(NamedTuple):
+    """What a model makes of a continuation."""
+
+    log_likelihood: float
+    """Nats, summed over its tokens."""
+    is_greedy: bool
+    """Whether each of its tokens is the most likely one."""
+    gap: float
+    """Smallest gap between the two best logits at any of its tokens: below rounding, `is_greedy` may go either way."""
+
+
+def no_progress(*_: object) -> AbstractContextManager[Callable[[int], None]]:
+    """Show nothing."""
+    return nullcontext(_ignore)
+
+
+def _ignore(count: int) -> None:
+    pass
+
+
+class TextModel:
+    """A function from ids to logits and its tokenizer: all that a task needs to know of a model."""
+
+    def __init__(
+        self,
+        logits: LogitsFunction,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        batch_tokens: int = 4096,
+        share: Share = Share(),  # noqa: B008 - frozen
+        progress: Progress = no_progress,
+    ) -> None:
+        """Run `logits` on up to `batch_tokens` tokens at a time, sequences of up to `max_length` tokens."""
+        self.logits, self.tokenizer, self.max_length, self.device = logits, tokenizer, max_length, device
+        self.batch_tokens, self.share, self.progress = batch_tokens, share, progress
+
+    @property
+    def end_of_text(self) -> int:
+        """The id that stands in front of a text without context."""
+        return separator_id(self.tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_pair(self, context: str, continuation: str) -> Request:
+        """Return a request whose boundary falls where the context's own ids end, as lm-eval does it.
+
+        Spaces at the end of the context belong to the continuation, and both are encoded together, so that a word is
+        cut as in running text.
+        """
+        spaces = len(context) - len(context.rstrip())
+        context, continuation = context[: len(context) - spaces], context[len(context) - spaces :] + continuation
+        if not context:
+            return Request([self.end_of_text], self.encode(continuation))
+        context_ids = self.encode(context)
+        rest = self.encode(context + continuation)[len(context_ids) :]
+        return Request(context_ids, rest or self.encode(continuation))
+
+    @torch.no_grad()
+    def log_likelihoods(self, requests: Sequence[Request], description: str) -> list[Likelihood]:
+        """Score `requests` in batches of similar length, and return the results in the order of the requests."""
+        batches = self._batches(requests)
+        with self.progress(f"{description} (batches)", len(batches)) as advance:
+            scored = self.share.map(lambda batch: self._score([requests[index] for index in batch]), batches, advance)
+        results: dict[int, Likelihood] = {}
+        for batch, likelihoods in zip(batches, scored, strict=True):
+            results |= dict(zip(batch, likelihoods, strict=True))
+        return [results[index] for index in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Group the indices of requests, longest first: what does not fit in memory shows at once."""
+        lengths = [len(self._inputs(request)) for request in requests]
+        batches: list[list[int]] = []
+        room = 0
+        for index in sorted(range(len(requests)), key=lambda index: -lengths[index]):
+            if not room:
+                batches.append([])
+                room = max(1, self.batch_tokens // max(1, lengths[index]))
+            batches[-1].append(index)
+            room -= 1
+        return batches
+
+    def _inputs(self, request: Request) -> Sequence[int]:
+        """Return what the model reads: the last token is only predicted, and the start is cut where it is too long."""
+        return [*request.context, *request.continuation][-(self.max_length + 1) :][:-1]
+
+    def _score(self, requests: Sequence[Request]) -> list[Likelihood]:
+        inputs = [self._inputs(request) for request in requests]
+        token_ids = torch.zeros(len(inputs), max(map(len, inputs)), dtype=torch.int64)  # (B, T), padded on the right
+        for row, ids in enumerate(inputs):
+            token_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        logits = self.logits(token_ids.to(self.device))  # (B, T, V)
+        return [
+            _likelihood(logits[row, : len(ids)], request.continuation)
+            for row, (ids, request) in enumerate(zip(inputs, requests, strict=True))
+        ]
+
+
+def _likelihood(logits: Tensor, continuation: Sequence[int]) -> Likelihood:
+    """Score the last of (T, V) logits; a continuation longer than that is scored in its last T tokens."""
+    targets = torch.tensor(continuation, dtype=torch.int64, device=logits.device)[-len(logits) :]  # (C,)
+    logits = logits[len(logits) - len(targets) :]  # (C, V)
+    log_probs = logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    best = logits.topk(2, dim=-1)
+    return Likelihood(
+        log_likelihood=float(log_probs.gather(1, targets.unsqueeze(1)).sum()),
+        is_greedy=bool((best.indices[:, 0] == targets).all()),
+        gap=float((best.values[:, 0] - best.values[:, 1]).min()),
+    )

@@ -1,0 +1,129 @@
+"""What models are scored on, prepared once, and the scoring of one of them: for the verb, the callback and tests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.evaluation.config import EvaluationConfig
+from src.evaluation.corpora import corpus_windows
+from src.evaluation.generated_tasks import GENERATED, Document, score_documents
+from src.evaluation.held_out import HeldOut
+from src.evaluation.likelihood import Progress, TextModel, no_progress
+from src.evaluation.perplexity import loss_by_frequency, summarize, window_losses
+from src.evaluation.published_tasks import PUBLISHED, require_known
+from src.evaluation.results import Evaluation, TaskScore, TextScore, fingerprint_documents
+from src.evaluation.shares import Share
+from src.model import Transformer
+
+GENERATED_DOCUMENTS = 100
+"""Documents of a generated task, unless the limit is lower."""
+HELD_OUT = "held_out"
+"""The name of a run's own held-out text among corpora."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Texts and tasks, all of them read and checked."""
+
+    text: HeldOut
+    corpora: dict[str, Tensor]
+    """Windows (N, T+1) int64 by corpus."""
+    generated: dict[str, list[Document]]
+    published: dict[str, Any] | None
+    """The tasks that lm-eval loaded."""
+    limit: int | None
+    """Documents of each task at most."""
+    notes: list[str] = field(default_factory=list[str])
+    """What a reader should know is not scored."""
+
+
+def prepare_suite(text: HeldOut, config: EvaluationConfig) -> Suite:
+    """Read everything that is to be scored, so that mistakes show before a model is trained.
+
+    Args:
+        text: a run's held-out text: it is scored itself, and the generated tasks are made of it.
+        config: says which tasks and which further texts.
+
+    Raises:
+        ConfigError: a task is unknown, or lm-eval is needed and not installed.
+        DataError: data of a task or corpus is missing or damaged.
+    """
+    require_known(config.tasks, GENERATED)
+    limit = config.task_limit
+    wanted = GENERATED_DOCUMENTS if limit is None else min(limit, GENERATED_DOCUMENTS)
+    made = {name: GENERATED[name](text, wanted) for name in config.tasks if name in GENERATED}
+    sequence_length = text.windows.shape[1] - 1
+    return Suite(
+        text=text,
+        corpora={
+            HELD_OUT: text.windows,
+            **{f"{HELD_OUT}/{name}": windows for name, windows in text.by_source.items()},
+            **{corpus.name: corpus_windows(corpus, text.tokenizer, sequence_length) for corpus in config.corpora},
+        },
+        generated={name: documents for name, documents in made.items() if documents},
+        published=_load_published([name for name in config.tasks if name in PUBLISHED], config),
+        limit=limit,
+        notes=[f"the held-out text has no documents for task {name}" for name, found in made.items() if not found],
+    )
+
+
+def evaluate_model(
+    model: Transformer,
+    suite: Suite,
+    *,
+    batch_size: int,
+    share: Share = Share(),  # noqa: B008 - frozen
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Score a model, in eval mode, on all of a suite; every rank of `share` must call it, and gets the same result."""
+    windows = suite.text.windows
+    text_model = TextModel(
+        model,
+        suite.text.tokenizer,
+        max_length=model.config.max_sequence_length,
+        device=model.embedding.weight.device,
+        batch_tokens=batch_size * (windows.shape[1] - 1),
+        share=share,
+        progress=progress,
+    )
+    texts = [
+        _score_text(name, model, corpus, suite.text, batch_size, share, progress)
+        for name, corpus in suite.corpora.items()
+    ]
+    return Evaluation(texts=texts, tasks=_score_tasks(suite, text_model))
+
+
+@torch.no_grad()
+def _score_text(
+    name: str, model: Transformer, windows: Tensor, text: HeldOut, batch_size: int, share: Share, progress: Progress
+) -> TextScore:
+    with progress(f"{name} (windows)", len(windows)) as advance:
+        losses = window_losses(model, windows, batch_size=batch_size, share=share, progress=advance)  # (N, T)
+    return TextScore(
+        corpus=name,
+        score=summarize(losses, windows, text.byte_lengths),
+        window_losses=losses.double().mean(dim=1).tolist(),
+        bands=loss_by_frequency(losses, windows, text.token_counts),
+        fingerprint=fingerprint_documents(windows.tolist()),
+    )
+
+
+def _score_tasks(suite: Suite, model: TextModel) -> list[TaskScore]:
+    scores = [score_documents(name, documents, model) for name, documents in suite.generated.items()]
+    if suite.published is not None:
+        from src.evaluation.harness import score_tasks  # needs the extra `eval`
+
+        scores += score_tasks(suite.published, model, suite.limit)
+    return scores
+
+
+def _load_published(names: Sequence[str], config: EvaluationConfig) -> dict[str, Any] | None:
+    if not names:
+        return None
+    from src.evaluation.harness import load_tasks  # needs the extra `eval`
+
+    return load_tasks(names, None if config.local_data is None else Path(config.local_data), config.task_limit)

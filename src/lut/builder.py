@@ -44,6 +44,8 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
         LutError: the directory holds something else, another process is building in it, or the disk is too small.
     """
     finished = (plan.lut_dir / MANIFEST_NAME).exists()
+    if finished and resume and not overwrite and _is_recorded(plan) and _is_built(plan):
+        return  # interrupted while it tidied up, which is what is left to do
     if finished and not overwrite:
         raise LutError(f"{plan.lut_dir}: holds a finished table; choose another --lut name, or --overwrite it")
     continues = resume and not finished and _is_recorded(plan)
@@ -67,8 +69,9 @@ def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: 
             raise LutError(
                 f"{plan.lut_dir}: is not prepared for this build; prepare it, and build in one place at a time"
             )
+        built = _is_built(plan)
         for shard in plan.shards[rank::world_size]:
-            if is_finished(plan, shard):
+            if built or is_finished(plan, shard):
                 report(shard.num_tokens)
                 continue
             file = ShardFile(plan, shard)
@@ -94,10 +97,7 @@ def publish(plan: BuildPlan) -> Manifest:
                 )
             _write_companions(plan)
             plan.manifest.write(plan.lut_dir)
-        for shard in plan.shards:
-            journal_path(plan, shard).unlink(missing_ok=True)
-        for name in (PLAN_NAME, LOCK_NAME):
-            (plan.lut_dir / name).unlink(missing_ok=True)
+        _tidy(plan)
     return plan.manifest
 
 
@@ -136,7 +136,7 @@ def build_lut(
         token_counts=token_counts,
     )
     if resume and not overwrite and _is_built(build):
-        return build.manifest
+        return publish(build) if _is_recorded(build) else build.manifest
     if rank == 0 or _is_empty(build.lut_dir):
         prepare(build, resume=resume, overwrite=overwrite)
     else:
@@ -202,7 +202,7 @@ def _clear(plan: BuildPlan, *, resume: bool, overwrite: bool) -> None:
     """Remove what an earlier build left, if that is allowed."""
     (plan.lut_dir / MANIFEST_NAME).unlink(missing_ok=True)  # first, so that no half-replaced table is ever readable
     sync_directory(plan.lut_dir)
-    leftovers = sorted(plan.lut_dir.glob("rows-*"))
+    leftovers = sorted((*plan.lut_dir.glob("rows-*"), *plan.lut_dir.glob(".*.tmp")))
     if leftovers and resume and not overwrite:
         raise LutError(
             f"{plan.lut_dir}: holds an unfinished table of other weights or another precision; "
@@ -210,6 +210,16 @@ def _clear(plan: BuildPlan, *, resume: bool, overwrite: bool) -> None:
         )
     for leftover in leftovers:
         leftover.unlink()
+
+
+def _tidy(plan: BuildPlan) -> None:
+    """Remove what only a build needs, and what a killed one left; the plan is last, for it says that this is due."""
+    for shard in plan.shards:
+        journal_path(plan, shard).unlink(missing_ok=True)
+    for stray in (*plan.lut_dir.glob(".*.tmp"), *plan.lut_dir.glob("rows-*.partial")):
+        stray.unlink(missing_ok=True)
+    for name in (PLAN_NAME, LOCK_NAME):
+        (plan.lut_dir / name).unlink(missing_ok=True)
 
 
 def _require_space(plan: BuildPlan) -> None:

@@ -21,6 +21,8 @@ def read_hub(source: SourceConfig, *, skip: int = 0) -> Iterator[Record]:
             f"{source.hub}: has no column {source.text_field!r}, only {', '.join(columns)}; "
             "set text_field to one of them"
         )
+    if not source.streaming and skip >= len(rows):  # stored datasets refuse to skip all of themselves
+        return
     for number, row in enumerate(rows.skip(skip), start=skip + 1):
         yield _record(row, number, source.text_field)
 

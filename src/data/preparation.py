@@ -17,7 +17,7 @@ from src.data.config import DataConfig, SourceConfig
 from src.data.encoder_pool import encode_in_order
 from src.data.hub import hub_rows
 from src.data.progress import Reading, Report
-from src.data.shards import ShardRecord, ShardWriter, drop_hashes, finished_shards
+from src.data.shards import ShardRecord, ShardWriter, finished_shards, tidy
 from src.data.tally import require_within_budgets, total
 from src.data.tokenizer import separator_id
 
@@ -42,7 +42,7 @@ def prepare_shards(
         _write_shards(planner, directory, tokenizer, processes(config), _SourceProgress(source, files, report))
         finished = finished_shards(directory)
     require_within_budgets(total(record.tally for record in finished), config, source.label, at_end=True)
-    drop_hashes(directory)
+    tidy(directory)
     return finished
 
 

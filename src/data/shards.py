@@ -103,9 +103,9 @@ def shard_hashes(directory: Path, number: int) -> "array[int]":
     return hashes
 
 
-def drop_hashes(directory: Path) -> None:
-    """Remove what only resuming needs."""
-    for path in directory.glob("*.hashes"):
+def tidy(directory: Path) -> None:
+    """Remove what only resuming needs, and what interruptions left."""
+    for path in (*directory.glob("*.hashes"), *directory.glob(".*.tmp")):
         path.unlink()
     sync_directory(directory)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from src.inference.staging import Staging
 from src.lut import LutStore, RowRequest
-from src.lut.request import decode_layer
+from src.lut.request import layer_decoder
 from src.model.experts import LayerRows
 
 PENDING = 2
@@ -41,12 +41,12 @@ class DiskExperts(nn.Module):
         """
         request = self._prefetched(token_ids) or self._request(token_ids)
         device, layout = token_embeddings.device, self.store.layout
-        arrived: list[Tensor] = []
+        arrived: list[LayerRows] = []
 
         def layer_rows(layer: int) -> Tensor:
             if not arrived:
-                arrived.append(self._delivered(request, device))  # (U, row_bytes)
-            return decode_layer(arrived[0], layout, layer)  # (U, E, D)
+                arrived.append(layer_decoder(self._delivered(request, device), layout))
+            return arrived[0](layer)  # (U, E, D)
 
         return layer_rows
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from src.lut.layout import TableLayout
-from src.lut.quantization import codec
+from src.lut.quantization import FloatCodec, codec
 
 
 @dataclass
@@ -60,7 +60,7 @@ class RowRequest:
 
     def layer(self, layer: int) -> Tensor:
         """Return one layer's rows (U, E, D), decoding no other: packed rows stay packed until they are used."""
-        return decode_layer(self.codes(), self._layout, layer)
+        return layer_decoder(self.codes(), self._layout)(layer)
 
 
 def decode(codes: Tensor, layout: TableLayout) -> Tensor:
@@ -68,9 +68,12 @@ def decode(codes: Tensor, layout: TableLayout) -> Tensor:
     return codec(layout.precision).decode(_vectors(codes, layout), layout.hidden_size)
 
 
-def decode_layer(codes: Tensor, layout: TableLayout, layer: int) -> Tensor:
-    """Turn one layer of stored bytes (U, row_bytes) into rows (U, E, D)."""
-    return codec(layout.precision).decode(_vectors(codes, layout)[:, layer], layout.hidden_size)
+def layer_decoder(codes: Tensor, layout: TableLayout) -> Callable[[int], Tensor]:
+    """Return what turns one layer of stored bytes (U, row_bytes) into rows (U, E, D); packed ones as it is called."""
+    row_codec, vectors = codec(layout.precision), _vectors(codes, layout)
+    if isinstance(row_codec, FloatCodec):  # decoding is a view, so one serves all layers
+        return row_codec.decode(vectors, layout.hidden_size).unbind(1).__getitem__
+    return lambda layer: row_codec.decode(vectors[:, layer], layout.hidden_size)
 
 
 def _vectors(codes: Tensor, layout: TableLayout) -> Tensor:

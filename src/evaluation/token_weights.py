@@ -1,0 +1,45 @@
+"""How much weight the routers give each expert where one token occurs in real text.
+
+B windows, T tokens, L layers, E experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from src.model import Transformer
+from src.model.router import router_probs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenWeights:
+    """The routers' weights at a token's occurrences."""
+
+    occurrences: int
+    shares: Tensor | None
+    """(L, E): mean weight of each expert, rows sum to 1; None where the token does not occur."""
+
+
+@torch.no_grad()
+def measure_token_weights(
+    model: Transformer,
+    windows: Tensor,
+    token_id: int,
+    *,
+    max_windows: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> TokenWeights:
+    """Run the windows (N, T+1) int64 that hold the token, `max_windows` of them at most, and average its routing."""
+    inputs = windows[:, :-1]
+    inputs = inputs[(inputs == token_id).any(dim=1)][:max_windows]
+    sums, occurrences = torch.zeros(model.config.num_layers, model.config.num_experts), 0
+    for window in inputs.split(1):
+        here = window == token_id  # (1, T)
+        logits = model.trunk(window).router_logits
+        sums += torch.stack([router_probs(layer)[here].float().sum(dim=0) for layer in logits])  # (L, E)
+        occurrences += int(here.sum())
+        if progress is not None:
+            progress(1)
+    return TokenWeights(occurrences=occurrences, shares=sums / occurrences if occurrences else None)

@@ -1,0 +1,133 @@
+"""`python -m src.inspect_lut`: what a run's experts know about one token: its rows, their neighbors, their weight."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from src.cli import parser, progress_bar, run_verb, stderr_console
+from src.config import load_run_config
+from src.data.tokenizer import load_tokenizer
+from src.errors import UserError
+from src.evaluation.held_out import held_out_of_run
+from src.evaluation.token_weights import TokenWeights, measure_token_weights
+from src.files import write_text
+from src.inference import load_model
+from src.lut import read_manifest
+from src.lut.neighbors import Neighborhood, find_neighbors
+from src.run_directory import RunDirectory
+
+
+def single_token(text: str, tokenizer: Tokenizer) -> int:
+    """Return the id of a text that is one token; UserError shows the pieces of any other."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if len(ids) != 1:
+        pieces = ", ".join(f"{token_text(token_id, tokenizer)} (id {token_id})" for token_id in ids)
+        raise UserError(
+            f"--token {text!r}: is {len(ids)} tokens, expected one; its pieces are {pieces or 'none'}; "
+            "give one of them, and mind the space that most words begin with"
+        )
+    return ids[0]
+
+
+def token_text(token_id: int, tokenizer: Tokenizer) -> str:
+    """Show a token so that spaces and line ends can be seen."""
+    return (
+        repr(tokenizer.decode([token_id], skip_special_tokens=False)) if tokenizer.id_to_token(token_id) else "(unused)"
+    )
+
+
+def token_weights(run: RunDirectory, lut: str, token_id: int) -> TokenWeights:
+    """Route the run's held-out text through its lookup form, and say where that is other text."""
+    text, warning = held_out_of_run(run, load_run_config(run).data)
+    if warning is not None:
+        stderr_console().print(f"note: {warning}")
+    with load_model(run.path, experts="lut", lut=lut) as model, progress_bar("routing text (windows)", 64) as advance:
+        return measure_token_weights(model, text.windows, token_id, max_windows=64, progress=advance)
+
+
+def chosen_layers(given: argparse.Namespace, num_layers: int) -> Sequence[int]:
+    """Return the layers to show; UserError when the table has no such layer."""
+    if given.layer is None:
+        return range(num_layers)
+    if not 0 <= given.layer < num_layers:
+        raise UserError(f"--layer {given.layer}: the table has layers 0 to {num_layers - 1}")
+    return [given.layer]
+
+
+def to_document(found: Neighborhood, weights: TokenWeights, tokenizer: Tokenizer) -> list[dict[str, object]]:
+    """Return one entry for each layer and expert."""
+    entries: list[dict[str, object]] = []
+    for at, layer in enumerate(found.layers):
+        for expert in range(found.norms.shape[1]):
+            neighbors = zip(found.token_ids[at, expert].tolist(), found.cosines[at, expert].tolist(), strict=True)
+            entries.append(
+                {
+                    "layer": layer,
+                    "expert": expert,
+                    "norm": found.norms[at, expert].item(),
+                    "router_share": None if weights.shares is None else weights.shares[layer, expert].item(),
+                    "neighbors": [
+                        {"id": token_id, "text": token_text(token_id, tokenizer), "cosine": cosine}
+                        for token_id, cosine in neighbors
+                    ],
+                }
+            )
+    return entries
+
+
+def print_entries(entries: Sequence[dict[str, object]], title: str, console: Console) -> None:
+    """Print layers, experts, norms, shares and neighbors."""
+    table = Table(title=escape(title), title_justify="left")
+    for heading in ("layer", "expert", "norm", "router's weight", "nearest tokens (cosine)"):
+        table.add_column(heading, justify="left" if heading.startswith("nearest") else "right")
+    for entry in entries:
+        share, neighbors = entry["router_share"], entry["neighbors"]
+        assert isinstance(neighbors, list)
+        table.add_row(
+            str(entry["layer"]),
+            str(entry["expert"]),
+            f"{entry['norm']:.3f}",
+            "-" if share is None else f"{share:.1%}",
+            escape(", ".join(f"{neighbor['text']} {neighbor['cosine']:.2f}" for neighbor in neighbors)),
+            end_section=entry is entries[-1],
+        )
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, look, and print."""
+    options = parser("inspect_lut", __doc__ or "", 'python -m src.inspect_lut --run runs/quickstart --token " the"')
+    options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
+    options.add_argument("--token", required=True, help="text that is one token, most words with a space in front")
+    options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
+    options.add_argument("--layer", type=int, help="one layer alone (default: all)")
+    options.add_argument("--neighbors", type=int, default=5, help="nearest tokens to show (default: 5)")
+    options.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
+    given = options.parse_args(arguments)
+    if given.neighbors < 1:
+        raise UserError(f"--neighbors {given.neighbors}: must be at least 1")
+    run = RunDirectory(given.run).require()
+    tokenizer, manifest = load_tokenizer(run.tokenizer_path), read_manifest(run.lut_path(given.lut))
+    token_id = single_token(given.token, tokenizer)
+    layers = chosen_layers(given, manifest.num_layers)
+    with progress_bar("reading the table (rows)", manifest.vocab_size) as advance:
+        found = find_neighbors(
+            run.lut_path(given.lut), token_id, layers=layers, neighbors=given.neighbors, progress=advance
+        )
+    weights = token_weights(run, given.lut, token_id)
+    entries = to_document(found, weights, tokenizer)
+    seen = f"{weights.occurrences:,} times in held-out text" if weights.occurrences else "not in held-out text"
+    print_entries(entries, f"token {token_text(token_id, tokenizer)} (id {token_id}), {seen}", Console())
+    if given.json is not None:
+        document = {"token": given.token, "id": token_id, "occurrences": weights.occurrences, "rows": entries}
+        write_text(given.json, json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_verb(main)

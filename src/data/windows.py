@@ -40,15 +40,16 @@ class Mixture:
 
     def windows(self, samples: NDArray[np.int64]) -> Tensor:
         """Return windows (N, T+1) int64 for sample numbers (N,)."""
-        found = torch.empty((len(samples), self._sequence_length + 1), dtype=torch.int64)
+        found = np.empty((len(samples), self._sequence_length + 1), dtype=np.int64)  # not torch: its threads are busy
         streams = self.stream_of(samples)
         within = samples // _PERIOD * self._slots[streams] + self._earlier[samples % _PERIOD]  # (N,)
         for stream in np.unique(streams):
             chosen = streams == stream
-            found[torch.from_numpy(chosen)] = training_windows(
+            windows = training_windows(
                 self._streams[stream], self._sequence_length, within[chosen], self._seed, stream=int(stream)
             )
-        return found
+            found[chosen] = windows.numpy()
+        return torch.from_numpy(found)
 
 
 def training_windows(

@@ -1,0 +1,202 @@
+"""`python -m src.benchmarks.data`: speed and memory of preparing a corpus, against the bare tokenizer.
+
+The corpus is real text repeated with its lines in another order each time. The bare tokenizer encodes samples of it
+before and after, on all cores, so that a machine whose speed drifts treats both alike. What the loader costs beside a
+training step is measured on the result.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from src.benchmarks.machine import describe_machine, machine_line
+from src.cli import parser, run_verb
+from src.data.config import DataConfig, SourceConfig, TokenizerConfig
+from src.data.corpus import Document, read_source
+from src.data.datamodule import StepWindows
+from src.data.files import source_files
+from src.data.packed_tokens import prepare_corpus
+from src.data.tokenizer import load_tokenizer, train_bpe
+from src.files import atomic_path, write_text
+
+_BATCH_CHARACTERS = 1 << 20
+_SAMPLE_INTERVAL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was measured."""
+
+    text_bytes: int
+    tokens: int
+    documents: int
+    seconds: float
+    """Of the whole verb, from its start to its end."""
+    megabytes_per_second: float
+    raw_megabytes_per_second: list[float]
+    """`encode_batch_fast` on all cores, before and after."""
+    ratio: float
+    peak_resident_megabytes: float
+    """Sum over all its processes; pages that two of them share count twice."""
+    loader_milliseconds: float
+    """To read the windows of one step of 16 x 256 tokens, median."""
+
+
+def write_corpus(path: Path, files: Sequence[str], size: int) -> None:
+    """Write `size` bytes of text as JSON lines: the documents of `files` again and again, their lines shuffled."""
+    source = SourceConfig(files=list(files)) if files else SourceConfig(embedded=True)
+    documents = [item.text for item in read_source(source, source_files(source)) if isinstance(item, Document)]
+    generator, written = random.Random(0), 0
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        while written < size:
+            for text in documents:
+                lines = text.splitlines(keepends=True)
+                generator.shuffle(lines)
+                text = "".join(lines)
+                handle.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                written += len(text.encode())
+                if written >= size:
+                    break
+
+
+def raw_speed(path: Path, tokenizer: Tokenizer, size: int) -> float:
+    """Return MB/s of `encode_batch_fast` on the first `size` bytes of text, reading not counted."""
+    source = SourceConfig(files=[str(path)])
+    documents = (item.text for item in read_source(source, [path]) if isinstance(item, Document))
+    done, seconds = 0, 0.0
+    for batch in _batches(documents):
+        started = time.perf_counter()
+        tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        seconds += time.perf_counter() - started
+        done += sum(len(text.encode()) for text in batch)
+        if done >= size:
+            break
+    return done / seconds / 1e6
+
+
+def prepare(config: Path, overrides: Sequence[str]) -> tuple[float, float]:
+    """Run the verb in a process of its own; return its seconds and the peak of resident memory of its tree, in MB."""
+    command = [sys.executable, "-m", "src.prepare_data", "--config", str(config), *overrides]
+    started = time.perf_counter()
+    process, peak = subprocess.Popen(command), [0.0]
+    watcher = threading.Thread(target=_watch, args=(process, peak))
+    watcher.start()
+    if (code := process.wait()) != 0:
+        raise subprocess.CalledProcessError(code, command)
+    seconds = time.perf_counter() - started
+    watcher.join()
+    return seconds, peak[0]
+
+
+def loader_milliseconds(config: DataConfig) -> float:
+    """Return the median time to read the windows of one step."""
+    steps = StepWindows(prepare_corpus(config), config, rank=0, world_size=1)
+    times: list[float] = []
+    for step in range(200):
+        started = time.perf_counter()
+        _ = steps[step]
+        times.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times)
+
+
+def measure(options: argparse.Namespace) -> Result:
+    """Write the corpus, prepare it, and measure."""
+    folder = options.directory
+    corpus, vocabulary = folder / f"{options.megabytes}mb.jsonl", options.tokenizer or folder / "tokenizer.json"
+    if not corpus.is_file():
+        write_corpus(corpus, options.files, options.megabytes * 10**6)
+    if not vocabulary.is_file():
+        source = SourceConfig(files=[str(corpus)])
+        texts = (item.text for item in read_source(source, [corpus]) if isinstance(item, Document))
+        write_text(vocabulary, train_bpe(islice(texts, 600), options.vocab_size).to_str())
+    tokenizer, sample = load_tokenizer(vocabulary), options.raw_megabytes * 10**6
+    raw = [raw_speed(corpus, tokenizer, sample)]
+    config = DataConfig(
+        files=[str(corpus)],
+        tokenizer=TokenizerConfig(path=str(vocabulary)),
+        cache_dir=str(folder / f"cache-{os.getpid()}"),
+    )
+    overrides = [f"data.{key}={getattr(config, key)}" for key in ("files", "cache_dir")]
+    overrides += [f"data.tokenizer.path={vocabulary}", "model.vocab_size=65536"]
+    seconds, peak = prepare(options.config, overrides)
+    raw.append(raw_speed(corpus, tokenizer, sample))
+    prepared = prepare_corpus(config)
+    both = prepared.train + prepared.validation
+    speed = both.bytes / seconds / 1e6
+    return Result(
+        text_bytes=both.bytes,
+        tokens=both.tokens,
+        documents=both.documents,
+        seconds=seconds,
+        megabytes_per_second=speed,
+        raw_megabytes_per_second=raw,
+        ratio=speed / statistics.mean(raw),
+        peak_resident_megabytes=peak,
+        loader_milliseconds=loader_milliseconds(config),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure, report."""
+    options = parser("benchmarks.data", __doc__ or "", "python -m src.benchmarks.data --megabytes 1000")
+    options.add_argument("--megabytes", type=int, default=100, help="text to prepare (default: 100)")
+    options.add_argument("--raw-megabytes", type=int, default=32, help="text per sample of bare speed (default: 32)")
+    options.add_argument("--files", nargs="*", default=[], help="text to repeat (default: the embedded corpus)")
+    options.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: one trained on the text)")
+    options.add_argument("--vocab-size", type=int, default=16384, help="of the trained tokenizer (default: 16384)")
+    options.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"), help="config of the verb")
+    options.add_argument("--directory", type=Path, default=Path(".cache/benchmark-data"), help="where files go")
+    options.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
+    given = options.parse_args(arguments)
+    given.directory.mkdir(parents=True, exist_ok=True)
+    machine, result = describe_machine(), measure(given)
+    table = Table("figure", "value", title=machine_line(machine))
+    for name, value in asdict(result).items():
+        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    if given.json is not None:
+        write_text(given.json, json.dumps({"machine": machine, **asdict(result)}, indent=1) + "\n")
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _watch(process: "subprocess.Popen[bytes]", peak: list[float]) -> None:
+    while process.poll() is None:
+        resident = 0
+        try:
+            for member in (root := psutil.Process(process.pid), *root.children(recursive=True)):
+                resident += member.memory_info().rss
+        except psutil.NoSuchProcess:  # it has just ended
+            continue
+        peak[0] = max(peak[0], resident / 1e6)
+        time.sleep(_SAMPLE_INTERVAL_SECONDS)
+
+
+if __name__ == "__main__":
+    run_verb(main)

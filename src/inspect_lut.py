@@ -37,9 +37,9 @@ def single_token(text: str, tokenizer: Tokenizer) -> int:
 
 def token_text(token_id: int, tokenizer: Tokenizer) -> str:
     """Show a token so that spaces and line ends can be seen."""
-    return (
-        repr(tokenizer.decode([token_id], skip_special_tokens=False)) if tokenizer.id_to_token(token_id) else "(unused)"
-    )
+    if tokenizer.id_to_token(token_id) is None:
+        return "(unused)"
+    return repr(tokenizer.decode([token_id], skip_special_tokens=False))
 
 
 def token_weights(run: RunDirectory, lut: str, token_id: int) -> TokenWeights:

@@ -59,9 +59,7 @@ def test_weights_are_the_mean_over_occurrences(trained: RunResult) -> None:
 
 def test_mistakes_are_shown_with_what_would_be_right(trained: RunResult, tmp_path: Path) -> None:
     run = str(trained.run_dir)
-    with pytest.raises(
-        UserError, match=r"--token 'self\.selfself': is \d tokens, expected one; its pieces are 'self' \(id"
-    ):
+    with pytest.raises(UserError, match=r"--token 'self\.selfself': is \d tokens, expected one; its pieces are 'sel"):
         inspect_lut.main(["--run", run, "--token", "self.selfself"])
     with pytest.raises(UserError, match=r"--token '': is 0 tokens, expected one; its pieces are none"):
         inspect_lut.main(["--run", run, "--token", ""])
@@ -71,5 +69,5 @@ def test_mistakes_are_shown_with_what_would_be_right(trained: RunResult, tmp_pat
         find_neighbors(trained.run_dir / "lut", 512, layers=[0], neighbors=1)
     shutil.copytree(trained.run_dir, tmp_path / "run")
     (tmp_path / "run" / "lut" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="manifest.json: missing, so the table is unfinished"):
+    with pytest.raises(UserError, match=r"manifest.json: missing, so the table is unfinished"):
         inspect_lut.main(["--run", str(tmp_path / "run"), "--token", "self"])

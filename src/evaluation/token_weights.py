@@ -35,7 +35,7 @@ def measure_token_weights(
     inputs = windows[:, :-1]
     inputs = inputs[(inputs == token_id).any(dim=1)][:max_windows]
     sums, occurrences = torch.zeros(model.config.num_layers, model.config.num_experts), 0
-    for window in inputs.split(1):
+    for window in inputs.unsqueeze(1):  # (1, T), one at a time
         here = window == token_id  # (1, T)
         logits = model.trunk(window).router_logits
         sums += torch.stack([router_probs(layer)[here].float().sum(dim=0) for layer in logits])  # (L, E)

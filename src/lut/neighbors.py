@@ -51,9 +51,8 @@ def find_neighbors(
     step = max(1, RUN_BYTES // row_bytes)
     for first in range(0, vocab_size, step):
         count = min(step, vocab_size - first)
-        cosines = torch.stack(
-            [_cosines(rows.layer_rows(layer, first, count), wanted[at]) for at, layer in enumerate(layers)]
-        )
+        run = (rows.layer_rows(layer, first, count) for layer in layers)
+        cosines = torch.stack([_cosines(*pair) for pair in zip(run, wanted, strict=True)])  # (layers, E, U)
         if first <= token_id < first + count:
             cosines[..., token_id - first] = -torch.inf  # not a neighbor of itself
         ids = torch.arange(first, first + count).expand(cosines.shape)

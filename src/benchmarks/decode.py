@@ -6,175 +6,37 @@ Dense; MoLE computing its experts; the table in memory; on disk with warm pages,
 step, and with a row cache. All share one backbone, so that they differ in nothing else.
 """
 
-import json
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from src.benchmarks import page_cache
-from src.benchmarks.machine import describe_machine, machine_line
+from src.benchmarks.decode_contenders import (
+    MATMULS,
+    PROMPT_TOKENS,
+    Contenders,
+    matmul_weights,
+    measure_decode,
+    measure_prefill,
+    read_bandwidth,
+)
+from src.benchmarks.machine import machine_line
 from src.benchmarks.memory_use import anonymous_bytes
-from src.benchmarks.plots import bars
 from src.benchmarks.random_run import scratch_directory, write_runs
-from src.benchmarks.rounds import Target, Timings, run_rounds
-from src.benchmarks.shapes import SHAPES, model_config
+from src.benchmarks.results import add_common_options, describe_run, print_targets, write_results
+from src.benchmarks.rounds import Target, Timings
+from src.benchmarks.shapes import model_config
 from src.benchmarks.text_ids import TextIds, load_text_ids
-from src.cli import parser, progress_bar, run_verb
-from src.files import write_text
-from src.inference import InferenceModel, load_model
-from src.inference.disk_experts import DiskExperts
-from src.inference.generation import PREFILL_CHUNK_POSITIONS, PREFILL_CHUNK_TOKENS, prefill
-from src.lut.quantization import CODECS
-from src.model import KeyValueCache
+from src.cli import parser, run_verb
 
-PROMPT_TOKENS = 512
-CACHED_ROWS = 1024
-MATMULS = "its matmuls alone"
-CACHED = f"disk + {CACHED_ROWS} rows"
+Memory = dict[str, dict[int, int]]
+"""Peak anonymous bytes by form and batch."""
 
 
-class Contenders:
-    """Models of one backbone that differ in where expert rows come from."""
-
-    def __init__(self, stack: ExitStack, mole: Path, dense: Path) -> None:
-        """Load them; the caller's stack closes them."""
-        row_mb = _row_bytes(mole) / 2**20
-        self.lut_dir = mole / "lut"
-        self.models: dict[str, InferenceModel] = {"dense": stack.enter_context(load_model(dense))}
-        self.models["experts computed"] = stack.enter_context(load_model(mole, experts="ffn"))
-        for name, reader, cache_mb in (
-            ("table in RAM", "memory", 0.0),
-            ("disk, warm", "auto", 0.0),
-            ("disk, cold", "auto", 0.0),
-            (CACHED, "auto", CACHED_ROWS * row_mb),
-        ):
-            model = stack.enter_context(load_model(mole, experts="lut", reader=reader, cache_mb=cache_mb))
-            self.models[name] = model
-        _share_backbone(self.models["dense"], list(self.models.values()))
-
-    def set_page_cache(self, name: str, token_ids: Tensor) -> None:
-        """Drop the table's pages, or make those of `token_ids` resident; off the clock."""
-        model = self.models[name]
-        if name in ("disk, cold", CACHED):
-            page_cache.drop(self.lut_dir)
-        elif name == "disk, warm":
-            assert isinstance(model.experts, DiskExperts)
-            model.experts.store.gather(token_ids.unique())
-
-
-def _row_bytes(mole: Path) -> int:
-    with load_model(mole, experts="lut") as model:
-        assert isinstance(model.experts, DiskExperts)
-        return model.experts.store.layout.row_bytes
-
-
-def _share_backbone(dense: InferenceModel, models: Sequence[InferenceModel]) -> None:
-    """Let every model use the same weights in memory, or the last one's would lie in the processor's cache."""
-    weights = dense.state_dict(keep_vars=True)
-    for model in models:
-        model.load_state_dict(weights, strict=False, assign=True)
-
-
-@torch.no_grad()
-def decode_step(model: InferenceModel, token_ids: Tensor, cache: KeyValueCache) -> float:
-    """Take one step of (B,) sampled ids: request their rows, run the model, sample; return its seconds."""
-    start = time.perf_counter()
-    if model.experts is not None:
-        model.experts.prefetch(token_ids.unique())
-    hidden_states = model.hidden_states(token_ids.unsqueeze(1), cache=cache)
-    model.head(hidden_states[:, -1]).argmax(dim=-1)
-    return time.perf_counter() - start
-
-
-@torch.no_grad()
-def measure_decode(contenders: Contenders, text: TextIds, batch: int, rounds: int) -> Timings:
-    """Time steps after a prompt; keys and values are random, and the same for all."""
-    dense = contenders.models["dense"]
-    cache = KeyValueCache(dense.config, batch, PROMPT_TOKENS + 1, device=torch.device("cpu"), dtype=torch.bfloat16)
-    cache.keys.normal_()
-    cache.values.normal_()
-    steps = [text.distinct(batch) for _ in range(rounds + 2)]
-
-    def timed(name: str, model: InferenceModel) -> Callable[[int], float]:
-        def one(number: int) -> float:
-            contenders.set_page_cache(name, steps[number])
-            cache.length = PROMPT_TOKENS
-            return decode_step(model, steps[number], cache)
-
-        return one
-
-    calls = {name: timed(name, model) for name, model in contenders.models.items()}
-    calls[MATMULS] = matmuls_alone(dense, batch)
-    for call in calls.values():  # fill buffers, choose kernels
-        for number in (rounds, rounds + 1):
-            call(number)
-    with progress_bar(f"batch {batch}", rounds) as advance:
-        return run_rounds(calls, rounds, advance)
-
-
-@torch.no_grad()
-def measure_prefill(contenders: Contenders, text: TextIds, rounds: int) -> Timings:
-    """Time a prompt of 512 tokens of running text, for one sequence."""
-    prompts = [text.window(PROMPT_TOKENS).unsqueeze(0) for _ in range(rounds + 1)]
-    chunk_tokens = min(PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_POSITIONS)
-
-    def timed(name: str, model: InferenceModel) -> Callable[[int], float]:
-        @torch.no_grad()
-        def one(number: int) -> float:
-            contenders.set_page_cache(name, prompts[number])
-            device = torch.device("cpu")
-            cache = KeyValueCache(model.config, 1, PROMPT_TOKENS, device=device, dtype=torch.bfloat16)
-            start = time.perf_counter()
-            prefill(model, prompts[number], cache, None, chunk_tokens)
-            return time.perf_counter() - start
-
-        return one
-
-    calls = {name: timed(name, model) for name, model in contenders.models.items()}
-    for call in calls.values():
-        call(rounds)
-    with progress_bar("prefill", rounds) as advance:
-        return run_rounds(calls, rounds, advance)
-
-
-def matmuls_alone(dense: InferenceModel, batch: int) -> Callable[[int], float]:
-    """Return a call that times the model's matrix products and nothing else, each with its own weight."""
-    weights = [
-        parameter for name, parameter in dense.named_parameters() if parameter.dim() == 2 and "embed" not in name
-    ]
-    inputs = {weight.shape[1]: torch.randn(batch, weight.shape[1], dtype=torch.bfloat16) for weight in weights}
-
-    @torch.no_grad()
-    def call(_: int) -> float:
-        start = time.perf_counter()
-        for weight in weights:
-            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-        return time.perf_counter() - start
-
-    return call
-
-
-def read_bandwidth() -> float:
-    """Return bytes per second that plain reads of memory reach: a sum over 512 MiB, the best of five."""
-    values = torch.ones(2**26, dtype=torch.int64)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        values.sum()
-        best = min(best, time.perf_counter() - start)
-    return values.numel() * values.itemsize / best
-
-
-def targets(
-    decode: dict[int, Timings], prefill_times: Timings | None, memory: dict[str, dict[int, int]]
-) -> list[Target]:
+def targets(decode: Mapping[int, Timings], prefills: Timings, memory: Memory) -> list[Target]:
     """Compare with what this project promises for 160M-4E on 2 cores."""
     found: list[Target] = []
     for batch, timings in decode.items():
@@ -186,8 +48,7 @@ def targets(
             found.append(Target(f"batch {batch}: {name} over {reference}", timings.ratio(name, reference), limit))
         if batch == 1:
             found.append(Target("batch 1: dense over its matmuls alone", timings.ratio("dense", MATMULS), 1.3))
-    if prefill_times is not None:
-        found.append(Target("prefill: disk, cold over dense", prefill_times.ratio("disk, cold", "dense"), 1.15))
+    found.append(Target("prefill: disk, cold over dense", prefills.ratio("disk, cold", "dense"), 1.15))
     for batch, limit in ((1, 96), (32, 320)):
         if batch in memory.get("disk", {}):
             above = (memory["disk"][batch] - memory["dense"][batch]) / 2**20
@@ -204,71 +65,54 @@ def print_timings(title: str, timings: Timings, console: Console) -> None:
     console.print(table)
 
 
+def measure_memory(runs: Mapping[str, Path], batches: Sequence[int], text: TextIds) -> Memory:
+    """Return peak anonymous bytes of each run at each batch, every one in a process of its own."""
+    return {
+        name: {batch: anonymous_bytes(run, batch, text.held_out) for batch in batches} for name, run in runs.items()
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, and write JSON and a plot."""
     example = "python -m src.benchmarks.decode --shape 160m-4e --batches 1 8 32 --output results/decode.json"
     options = parser("benchmarks.decode", __doc__ or "", example)
-    options.add_argument("--shape", choices=SHAPES, default="160m-4e", help="sizes of the model (default: 160m-4e)")
-    options.add_argument("--dtype", choices=tuple(CODECS), default="bfloat16", help="of the table (default: bfloat16)")
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
     options.add_argument("--rounds", type=int, default=25, help="interleaved rounds (default: 25)")
-    options.add_argument("--prefill-rounds", type=int, default=15, help="the same for prompts; 0 leaves them out")
-    options.add_argument("--no-memory", action="store_true", help="do not measure resident memory")
-    options.add_argument("--corpus", type=Path, nargs="+", default=[], help="text or .gz (default: standard library)")
-    options.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: a BPE trained on the corpus)")
-    options.add_argument("--directory", type=Path, default=Path("runs"), help="disk to measure (default: runs)")
-    options.add_argument("--output", type=Path, help="write FILE.json, and a plot beside it", metavar="FILE.json")
+    options.add_argument("--prefill-rounds", type=int, default=15, help="the same for prompts (default: 15)")
+    add_common_options(options)
     given = options.parse_args(arguments)
     config = model_config(given.shape)
     text = load_text_ids(given.corpus, given.tokenizer, config.vocab_size)
-    machine, console, memory = describe_machine(), Console(), dict[str, dict[int, int]]()
     with scratch_directory(given.directory) as directory, ExitStack() as stack:
         mole, dense = write_runs(directory, config, given.dtype, text.counts)
-        if not given.no_memory:
-            for name, run in (("dense", dense), ("disk", mole)):
-                memory[name] = {batch: anonymous_bytes(run, batch, text.held_out) for batch in given.batches}
-        contenders = Contenders(stack, mole, dense)
-        before = page_cache.bytes_read()
+        memory = measure_memory({"dense": dense, "disk": mole}, given.batches, text)
+        contenders, before = Contenders(stack, mole, dense), page_cache.bytes_read()
         decode = {batch: measure_decode(contenders, text, batch, given.rounds) for batch in given.batches}
-        prefills = measure_prefill(contenders, text, given.prefill_rounds) if given.prefill_rounds else None
-        read, bandwidth = page_cache.bytes_read() - before, read_bandwidth()
-        cached = contenders.models[CACHED].experts
-        assert isinstance(cached, DiskExperts)
-        hit_rate = cached.store.stats.hit_rate
-    console.print(f"{machine_line(machine)}\n{given.shape}, table in {given.dtype}, disk read {read:,} bytes")
+        prefills = measure_prefill(contenders, text, given.prefill_rounds)
+        header = describe_run(given, disk_read_bytes=page_cache.bytes_read() - before)
+        bandwidth, hit_rate = read_bandwidth(), contenders.hit_rate
+        weight_bytes = sum(weight.nbytes for weight in matmul_weights(contenders.models["dense"]))
+    fraction = weight_bytes / decode[given.batches[0]].median(MATMULS) / bandwidth
+    console, checks = Console(), targets(decode, prefills, memory)
+    console.print(f"{machine_line(header['machine'])}\n{given.shape}, table in {given.dtype}")
+    console.print(f"disk read {header['disk_read_bytes']:,} bytes; row cache hit rate {hit_rate:.3f}")
+    console.print(f"matmuls alone read weights at {fraction:.2f} of this memory's {bandwidth / 1e9:.0f} GB/s")
+    print_figures(decode, prefills, memory, console)
+    print_targets(checks, console)
+    if given.output is not None:
+        groups = {**{f"batch {batch}": timings for batch, timings in decode.items()}, "prefill": prefills}
+        document = {**header, "hit_rate": hit_rate, "anonymous_bytes": memory, "matmul_bandwidth_fraction": fraction}
+        write_results(given.output, document, groups, checks, "milliseconds", 1e3)
+
+
+def print_figures(decode: Mapping[int, Timings], prefills: Timings, memory: Memory, console: Console) -> None:
+    """Print a table per batch, one for prompts, and the memory of each form."""
     for batch, timings in decode.items():
         print_timings(f"a decode step, batch {batch}, after {PROMPT_TOKENS} tokens", timings, console)
-    if prefills is not None:
-        print_timings(f"a prompt of {PROMPT_TOKENS} tokens", prefills, console)
+    print_timings(f"a prompt of {PROMPT_TOKENS} tokens", prefills, console)
     for name, by_batch in memory.items():
         peaks = ", ".join(f"{peak / 2**20:,.0f} MiB at batch {batch}" for batch, peak in by_batch.items())
         console.print(f"anonymous memory, peak, {name}: {peaks}")
-    weight_bytes = 2 * (
-        sum(p.numel() for p in contenders.models["dense"].parameters()) - config.vocab_size * config.hidden_size
-    )
-    fraction = weight_bytes / decode[given.batches[0]].median(MATMULS) / bandwidth
-    console.print(f"row cache hit rate {hit_rate:.3f}; matmuls read at {fraction:.2f} of {bandwidth / 1e9:.0f} GB/s")
-    checks = targets(decode, prefills, memory)
-    for check in checks:
-        console.print(check.line())
-    if given.output is not None:
-        groups = {f"batch {batch}": timings for batch, timings in decode.items()}
-        groups |= {} if prefills is None else {"prefill": prefills}
-        document = {
-            "machine": machine,
-            "load": os.getloadavg(),
-            "shape": given.shape,
-            "dtype": given.dtype,
-            "disk_read_bytes": read,
-            "memory_read_bytes_per_second": bandwidth,
-            "matmul_bandwidth_fraction": fraction,
-            "hit_rate": hit_rate,
-            "anonymous_bytes": memory,
-            "seconds": {name: timings.seconds for name, timings in groups.items()},
-            "targets": [check.to_dict() for check in checks],
-        }
-        write_text(given.output, json.dumps(document, indent=1) + "\n")
-        bars(groups, given.output.with_suffix(".png"), "milliseconds", 1e3)
 
 
 if __name__ == "__main__":

@@ -5,40 +5,31 @@ round asks each contender for the same rows: all readers with and without checks
 O_DIRECT reads by as many threads on the same files, which is the device's own limit.
 """
 
-import json
-import mmap
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from src.benchmarks import page_cache
-from src.benchmarks.machine import describe_machine, machine_line
-from src.benchmarks.plots import bars
+from src.benchmarks.baselines import RawReads, memmap_copy
+from src.benchmarks.machine import machine_line
 from src.benchmarks.random_run import scratch_directory, write_table
+from src.benchmarks.results import add_common_options, describe_run, print_targets, write_results
 from src.benchmarks.rounds import Target, Timings, run_rounds
-from src.benchmarks.shapes import SHAPES, model_config
+from src.benchmarks.shapes import model_config
 from src.benchmarks.text_ids import TextIds, load_text_ids
 from src.cli import parser, progress_bar, run_verb
 from src.errors import LutFormatError
-from src.files import write_text
-from src.lut import LutStore
-from src.lut.layout import plan_shards
-from src.lut.quantization import CODECS
-from src.lut.readers.shard_files import ShardFiles
+from src.lut import LutStore, read_manifest
 from src.run_directory import Identity
 
 COUNTS = (1, 8, 32, 256, 2048)
-DEPTH = 16
 CACHED_ROWS = 1024
 HIT_RATE_TOKENS = 30_000
 READERS = ("pread", "direct", "auto")
@@ -48,63 +39,6 @@ SLOW_LIMIT = 256
 REPEATS = {1: 20, 8: 5}
 """Requests per round; a round's figure is their median."""
 Cells = dict[tuple[str, int], Timings]
-
-
-class RawReads:
-    """Bare O_DIRECT reads of the rows' blocks into aligned memory: the device's own limit, and the threads'."""
-
-    def __init__(self, lut_dir: Path, store: LutStore, capacity: int) -> None:
-        """Open the shards past the page cache."""
-        layout = store.layout
-        self.files = ShardFiles(lut_dir, layout, plan_shards(layout), flags=os.O_DIRECT)
-        self._block_bytes = (layout.row_bytes + 2 * 4095) // 4096 * 4096
-        memory = mmap.mmap(-1, capacity * self._block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._rows = np.frombuffer(memory, dtype=np.uint8).reshape(capacity, self._block_bytes)
-        self._rows.fill(1)
-        self._pool = ThreadPoolExecutor(DEPTH)
-
-    def __call__(self, token_ids: Tensor) -> None:
-        """Read the rows, with `DEPTH` threads if there are several."""
-        items = iter(list(enumerate(sorted(token_ids.tolist()))))
-        helpers = [self._pool.submit(self._take, items) for _ in range(min(DEPTH, len(token_ids)) - 1)]
-        self._take(items)
-        for helper in helpers:
-            helper.result()
-
-    def _take(self, items: "Sequence[tuple[int, int]] | object") -> None:
-        for position, token_id in items:  # type: ignore[attr-defined]
-            shard, offset = self.files.locate(token_id)
-            first = offset // 4096 * 4096
-            length = -(-(offset + self.files.row_bytes - first) // 4096) * 4096
-            os.preadv(self.files.descriptor(shard), [self._rows[position, :length].data], first)
-
-    def close(self) -> None:
-        """End threads, close files."""
-        self._pool.shutdown()
-        self.files.close()
-
-
-def memmap_copy(store: LutStore) -> Callable[[Tensor], object]:
-    """Return what a user without this project would do: index a memory map, row by row."""
-    layout = store.layout
-    shards = plan_shards(layout)
-    maps = [
-        np.memmap(
-            store.lut_dir / shard.file_name,
-            dtype=np.uint8,
-            mode="r",
-            offset=shard.rows_offset(layout),
-            shape=(shard.num_tokens, layout.row_bytes),
-        )
-        for shard in shards
-    ]
-    step, rows = shards[0].num_tokens, np.ones((max(COUNTS), layout.row_bytes), dtype=np.uint8)
-
-    def copy(token_ids: Tensor) -> None:
-        for position, token_id in enumerate(token_ids.tolist()):
-            rows[position] = maps[token_id // step][token_id % step]
-
-    return copy
 
 
 def measure(lut_dir: Path, text: TextIds, rounds: int) -> tuple[Cells, int]:
@@ -118,8 +52,8 @@ def measure(lut_dir: Path, text: TextIds, rounds: int) -> tuple[Cells, int]:
                 store = stack.enter_context(LutStore.open(lut_dir, reader=reader, verify_rows=verify))
                 contenders[f"{reader}{' + checksum' if verify else ''}"] = store.gather
         store = stack.enter_context(LutStore.open(lut_dir, reader="pread"))
-        contenders["memmap copy"] = memmap_copy(store)
-        raw = RawReads(lut_dir, store, max(COUNTS))
+        contenders["memmap copy"] = memmap_copy(store, max(COUNTS))
+        raw = RawReads(store, max(COUNTS))
         stack.callback(raw.close)
         contenders["raw O_DIRECT"] = raw
         with progress_bar("rounds", rounds * len(COUNTS) * 2) as advance:
@@ -225,46 +159,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, and write JSON and a plot."""
     example = "python -m src.benchmarks.lookup --shape 160m-4e --rounds 15 --output results/lookup.json"
     options = parser("benchmarks.lookup", __doc__ or "", example)
-    options.add_argument("--shape", choices=SHAPES, default="160m-4e", help="sizes of the table (default: 160m-4e)")
-    options.add_argument("--dtype", choices=tuple(CODECS), default="bfloat16", help="precision (default: bfloat16)")
     options.add_argument("--rounds", type=int, default=15, help="interleaved rounds per cell (default: 15)")
-    options.add_argument("--corpus", type=Path, nargs="+", default=[], help="text or .gz (default: standard library)")
-    options.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: a BPE trained on the corpus)")
-    options.add_argument("--directory", type=Path, default=Path("runs"), help="disk to measure (default: runs)")
-    options.add_argument("--output", type=Path, help="write FILE.json, and a plot beside it", metavar="FILE.json")
+    add_common_options(options)
     given = options.parse_args(arguments)
     config = model_config(given.shape)
     text = load_text_ids(given.corpus, given.tokenizer, config.vocab_size)
-    machine, console = describe_machine(), Console()
     with scratch_directory(given.directory) as directory:
-        write_table(directory / "lut", config, Identity("benchmark", "benchmark"), given.dtype, text.counts)
-        cells, read = measure(directory / "lut", text, given.rounds)
-        hit_rate = measure_hit_rate(directory / "lut", text)
-        with LutStore.open(directory / "lut") as store:
-            row_bytes = store.layout.row_bytes
-    console.print(
-        f"{machine_line(machine)}\n{given.shape} {given.dtype}, {row_bytes:,} bytes a row, disk read {read:,} bytes"
-    )
+        write_table(directory, config, Identity("benchmark", "benchmark"), given.dtype, text.counts)
+        cells, read = measure(directory, text, given.rounds)
+        hit_rate = measure_hit_rate(directory, text)
+        row_bytes = read_manifest(directory).row_bytes
+    checks, console = targets(cells, hit_rate), Console()
+    header = describe_run(given, disk_read_bytes=read)
+    console.print(f"{machine_line(header['machine'])}\n{given.shape} {given.dtype}, {row_bytes:,} bytes a row")
+    console.print(f"disk read {read:,} bytes; row cache hit rate {hit_rate:.3f}")
     print_cells(cells, row_bytes, console)
-    checks = targets(cells, hit_rate)
-    for check in checks:
-        console.print(check.line())
+    print_targets(checks, console)
     if given.output is not None:
-        document = {
-            "machine": machine,
-            "load": os.getloadavg(),
-            "shape": given.shape,
-            "dtype": given.dtype,
-            "row_bytes": row_bytes,
-            "disk_read_bytes": read,
-            "rounds": given.rounds,
-            "hit_rate": hit_rate,
-            "seconds": {f"{state} {count}": timings.seconds for (state, count), timings in cells.items()},
-            "targets": [check.to_dict() for check in checks],
-        }
-        write_text(given.output, json.dumps(document, indent=1) + "\n")
-        shown = {f"{state} {count}": timings for (state, count), timings in cells.items()}
-        bars(shown, given.output.with_suffix(".png"), "microseconds per request", 1e6)
+        groups = {f"{state} {count}": timings for (state, count), timings in cells.items()}
+        document = {**header, "row_bytes": row_bytes, "hit_rate": hit_rate}
+        write_results(given.output, document, groups, checks, "microseconds per request", 1e6)
 
 
 if __name__ == "__main__":

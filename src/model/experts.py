@@ -109,7 +109,8 @@ def mix(expert_rows: Tensor, routing: Routing, inverse: Tensor) -> Tensor:
     if by_expert.is_contiguous():  # as `StackedExperts` returns them: number rows expert-major and copy nothing
         table, index = by_expert.reshape(-1, hidden_size), experts * num_ids + inverse.unsqueeze(-1)
     else:
-        table, index = expert_rows.reshape(-1, hidden_size), inverse.unsqueeze(-1) * num_experts + experts
+        rows = expert_rows.to(torch.promote_types(expert_rows.dtype, torch.float32))  # casting a slice copies it once
+        table, index = rows.reshape(-1, hidden_size), inverse.unsqueeze(-1) * num_experts + experts
     return weighted_sum(table, index, routing.weights)  # (B, T, D)
 
 

@@ -1,6 +1,7 @@
 """Thin Lightning adapters over `src`: when something happens, not how."""
 
 from callbacks.checkpoints import CheckpointCallback
+from callbacks.dashboard import DashboardCallback
 from callbacks.evaluation import EvaluationCallback
 from callbacks.final_weights import BestWeightsCallback
 from callbacks.non_finite import NonFiniteCallback
@@ -13,6 +14,7 @@ from callbacks.throughput import ThroughputCallback
 __all__ = [
     "BestWeightsCallback",
     "CheckpointCallback",
+    "DashboardCallback",
     "EvaluationCallback",
     "NonFiniteCallback",
     "RandomStateCallback",

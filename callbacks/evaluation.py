@@ -22,6 +22,7 @@ from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
 from src.lightning_module import LanguageModel
 from src.model import Transformer
+from src.publishing import publish_results
 from src.run_directory import RunDirectory
 
 
@@ -33,11 +34,21 @@ class EvaluationCallback(lightning.Callback):
     """
 
     def __init__(
-        self, run_dir: Path, config: EvaluationConfig, *, suite: Suite, tokens_per_step: int, console: Console
+        self,
+        run_dir: Path,
+        config: EvaluationConfig,
+        *,
+        suite: Suite,
+        tokens_per_step: int,
+        console: Console,
+        publish_table: bool = False,
     ) -> None:
-        """Score what `suite` holds, as `config` says, and report to `run_dir` and `console`."""
+        """Score what `suite` holds, as `config` says, and report to `run_dir`, trackers and `console`.
+
+        With `publish_table` trackers that keep files get the lookup table, too.
+        """
         self.run, self.config, self.suite = RunDirectory(run_dir), config, suite
-        self.tokens_per_step, self.console = tokens_per_step, console
+        self.tokens_per_step, self.console, self.publish_table = tokens_per_step, console, publish_table
         self.initial: Score | None = None
         self.report: Report | None = None
 
@@ -68,6 +79,7 @@ class EvaluationCallback(lightning.Callback):
         if trainer.is_global_zero:
             update_report(self.run.report_path, self.report.to_dict())
             self._log(trainer, self.report.metrics())
+            publish_results(trainer.loggers, self.run, with_table=self.publish_table)
             print_report(self.report, self.console, self.run.path)
         trainer.strategy.barrier("evaluated")
 

@@ -87,6 +87,8 @@ class WandbConfig:
     """User or team; null is the account's default."""
     tags: list[str] = field(default_factory=list[str])
     """Labels of the run."""
+    log_table: bool = False
+    """At the end, send the lookup table as an artifact, beside the report, which is always sent. Tables are large."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,18 @@ import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from src.code_version import code_version
 from src.config import RunConfig, WandbConfig
 from src.evaluation.report import update_report
 from src.files import write_text
+from src.publishing import without_paths
 from src.ranks import is_rank_zero
 from src.run_directory import RunDirectory
 
@@ -63,17 +66,29 @@ def _wandb_logger(config: RunConfig, run: RunDirectory, mode: str) -> WandbLogge
         entity=config.wandb.entity,
         tags=list(config.wandb.tags),
         offline=mode == "offline",
-        config=config.to_dict(),
+        config={**without_paths(config.to_dict()), "code": code_version(), "fingerprints": _fingerprints(run)},
         # no console output, no host name, no command line, no paths: metrics and config are all that is recorded
-        settings=wandb.Settings(console="off", silent=True, x_disable_meta=True, x_disable_stats=True),
+        settings=wandb.Settings(
+            console="off", silent=True, host="not recorded", x_disable_meta=True, x_disable_stats=True
+        ),
     )
     logger._wandb_init.pop("anonymous")  # Lightning passes it always, and W&B warns that it means nothing any more
     return logger
 
 
+def _fingerprints(run: RunDirectory) -> dict[str, str | None]:
+    """Return what identifies the text and the tokenizer of a run."""
+    corpus = _recorded(run).get("corpus", {})
+    return {"dataset": corpus.get("fingerprint"), "tokenizer": corpus.get("tokenizer")}
+
+
+def _recorded(run: RunDirectory) -> dict[str, Any]:
+    return json.loads(run.report_path.read_text(encoding="utf-8")) if run.report_path.is_file() else {}
+
+
 def _wandb_id(run: RunDirectory) -> str:
     """Return the id that this run has at W&B, a new one when it has none yet."""
-    recorded = json.loads(run.report_path.read_text(encoding="utf-8")) if run.report_path.is_file() else {}
+    recorded = _recorded(run)
     if _WANDB_ID in recorded:
         return recorded[_WANDB_ID]
     new = secrets.token_hex(4)

@@ -18,10 +18,12 @@ from src.accounting import account, print_account
 from src.checkpointing.resume import Resumption, compare_configs
 from src.checkpointing.signals import Preempted
 from src.cli import parser, run_verb, stderr_console
+from src.code_version import code_version
 from src.config import RunConfig, describe, load_config, load_run_config
 from src.data.datamodule import PackedDataModule
 from src.data.packed_tokens import PackedCorpus, prepare_corpus
 from src.data.progress import progress_report
+from src.data.tokenizer import separator_id
 from src.evaluation.held_out import held_out
 from src.evaluation.report import Report, update_report
 from src.evaluation.suite import prepare_suite
@@ -65,7 +67,10 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
     suite = prepare_suite(text, config.evaluation)
     for note in suite.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
-    module = LanguageModel(config.model, config.objective, config.optimizer, text.byte_lengths)
+    separator = separator_id(corpus.tokenizer) if config.data.document_mask else None
+    module = LanguageModel(
+        config.model, config.objective, config.optimizer, text.byte_lengths, document_separator=separator
+    )
     if config.trainer.compile:
         module.model.compile_layers()
     start = None if resume is None else Resumption.plan(resume, config.trainer.max_steps, corpus.fingerprint)
@@ -78,6 +83,7 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
         suite=suite,
         tokens_per_step=config.data.global_batch_size * config.data.sequence_length,
         console=console,
+        publish_table=config.wandb.log_table,
     )
     failure = RankFailureCallback(run)
     callbacks = [failure, *progress_callbacks(config, run), *result_callbacks(config, run, corpus, evaluation)]
@@ -133,7 +139,7 @@ def create_run(config: RunConfig, corpus: PackedCorpus) -> RunDirectory:
     run = RunDirectory(path)
     run.write_config(config.to_dict())
     write_text(run.tokenizer_path, corpus.tokenizer.to_str(pretty=True))
-    update_report(run.report_path, {"corpus": corpus.facts(), "software": software_versions()})
+    update_report(run.report_path, {"corpus": corpus.facts(), "code": code_version(), "software": software_versions()})
     return run
 
 

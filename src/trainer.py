@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import Strategy
 from callbacks import (
     BestWeightsCallback,
     CheckpointCallback,
+    DashboardCallback,
     EvaluationCallback,
     NonFiniteCallback,
     RandomStateCallback,
@@ -102,6 +103,8 @@ def result_callbacks(
                 token_counts=corpus.token_counts(config.model.vocab_size),
             )
         )
+    if config.evaluation.dashboard:
+        callbacks.append(DashboardCallback(run.path, config.evaluation, evaluation.suite.text))
     callbacks.append(evaluation)
     return callbacks
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -63,26 +64,25 @@ def _compare_task(first: TaskScore, second: TaskScore) -> Iterator[Comparison]:
 
 def print_comparison(rows: list[Comparison], first: str, second: str, console: Console) -> None:
     """Print a table of differences, their standard errors and paired tests."""
-    table = Table(title=f"{second} minus {first}, paired by document", title_justify="left")
-    for heading in ("", "metric", first, second, "difference", "std. error", "p", "answers changed"):
-        table.add_column(heading, justify="left" if heading in ("", "metric") else "right", overflow="fold")
+    table = Table(title=f"{second} minus {first}, paired by document", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("", "first", "second", "difference", "std. error", "p", "changed"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
     for row in rows:
         paired = row.paired
-        changed = "" if row.changed_predictions is None else f"{row.changed_predictions} of {paired.documents}"
+        changed = "" if row.changed_predictions is None else f"{row.changed_predictions}/{paired.documents}"
         if row.near_ties:
             changed += f" ({row.near_ties} near-ties)"
         table.add_row(
-            row.name,
-            row.metric,
+            f"{row.name} {row.metric.replace('log_likelihood', 'log-lik.')}",
             f"{paired.first:.4f}",
             f"{paired.second:.4f}",
-            f"{paired.difference:+.2e}",
+            f"{paired.difference:+.1e}",
             "" if math.isnan(paired.stderr) else f"{paired.stderr:.1e}",
-            f"{paired.p_value:.3g}",
+            f"{paired.p_value:.2g}",
             changed,
         )
     console.print(table)
-    console.print("p: exact McNemar test where documents are right or wrong, else paired t test", style="dim")
+    console.print("p: exact McNemar test where answers are right or wrong, else paired t test\n", style="dim")
 
 
 def print_evaluation(evaluation: Evaluation, name: str, console: Console) -> None:

@@ -1,0 +1,106 @@
+"""Shows what the routers do and what the model writes, with each validation: in `figures/` and in trackers."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+from matplotlib.figure import Figure
+
+from src.evaluation.config import EvaluationConfig
+from src.evaluation.figures import entropy_lines, expert_token_rows, expert_tokens, probability_heat_map
+from src.evaluation.held_out import HeldOut
+from src.evaluation.isolation import evaluating
+from src.evaluation.routing_view import RoutingView, view_routing
+from src.evaluation.samples import sample_text
+from src.evaluation.shares import Share
+from src.files import atomic_path
+from src.lightning_module import LanguageModel
+from src.publishing import log_figures, log_table
+from src.run_directory import RunDirectory
+from src.sharding import is_sharded
+
+VIEWED_TOKENS = 8192
+"""Tokens of held-out text that the routers are watched on."""
+
+
+class DashboardCallback(lightning.Callback):
+    """Draws router probability, router entropy and tokens by expert, and keeps a table of samples.
+
+    Every rank watches its share of the text; rank 0 draws.
+    """
+
+    def __init__(self, run_dir: Path, config: EvaluationConfig, text: HeldOut) -> None:
+        """Watch the routers on `text`."""
+        self.run, self.config, self.text = RunDirectory(run_dir), config, text
+        windows = text.windows[:, :-1]
+        self.windows = windows[: max(1, VIEWED_TOKENS // windows.shape[1])]
+        self.entropies: list[tuple[int, list[float]]] = []
+        self.samples: list[list[str | int]] = []
+        self._shown_step = -1
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Agree on the run directory."""
+        self.run = trainer.strategy.broadcast(self.run)
+
+    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Draw with the weights that validation sees."""
+        if not trainer.sanity_checking:
+            self._show(trainer, pl_module)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Draw the final model, unless its validation just did."""
+        if self._shown_step != trainer.global_step:
+            self._show(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what later pictures and tables repeat."""
+        return {"entropies": self.entropies, "samples": self.samples}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        self.entropies, self.samples = state_dict["entropies"], state_dict["samples"]
+
+    def _show(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        model, share = pl_module.model, Share(trainer.global_rank, trainer.world_size)
+        self._shown_step = trainer.global_step
+        sample: str | None = None
+        with evaluating(model):
+            view = view_routing(model, self.windows, batch_size=self.config.batch_size, share=share)
+            if trainer.is_global_zero or is_sharded(model):
+                sample = sample_text(model, self.text.tokenizer, self.config)
+        if trainer.is_global_zero:
+            self._keep(trainer.global_step, view, sample)
+            self._log(trainer, view)
+
+    def _keep(self, step: int, view: RoutingView | None, sample: str | None) -> None:
+        """Remember this step, in place of an earlier look at it."""
+        if view is not None:
+            self.entropies = [kept for kept in self.entropies if kept[0] < step] + [(step, view.entropy.tolist())]
+        if sample is not None:
+            self.samples = [kept for kept in self.samples if int(kept[0]) < step]
+            self.samples.append([step, self.config.sample_prompt, sample])
+
+    def _log(self, trainer: lightning.Trainer, view: RoutingView | None) -> None:
+        step, loggers, tokenizer = trainer.global_step, trainer.loggers, self.text.tokenizer
+        if self.samples:
+            log_table(loggers, "samples", ["step", "prompt", "text"], self.samples, step)
+        if view is None:
+            return
+        figures = {
+            "router_probability": probability_heat_map(view, step),
+            "router_entropy": entropy_lines(self.entropies, view.probabilities.shape[1]),
+        }
+        if view.contributions is not None:
+            figures["expert_tokens"] = expert_tokens(view, tokenizer, step)
+            columns = ["layer", "expert", "rank", "token", "mean norm of g*v"]
+            log_table(loggers, "expert_tokens", columns, expert_token_rows(view, tokenizer), step)
+        log_figures(loggers, {name: self._save(name, figure) for name, figure in figures.items()}, step)
+        for logger in loggers:
+            logger.log_metrics({f"val/{key}": value for key, value in view.metrics().items()}, step=step)
+
+    def _save(self, name: str, figure: Figure) -> Path:
+        path = self.run.path / "figures" / f"{name}.png"
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png")
+        return path

@@ -1,0 +1,119 @@
+"""Pictures of what the routers do, for the dashboard and for a run's `figures/` folder.
+
+E experts, L layers.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer
+
+from src.evaluation.routing_view import RoutingView
+
+DPI = 120
+SHOWN_LAYERS, SHOWN_EXPERTS, SHOWN_TOKENS = 4, 8, 6
+"""How much of the tokens by expert fits a picture; tables hold the rest."""
+_MOST_LABELS = 320
+_TOKEN_WIDTH = 14
+
+
+def probability_heat_map(view: RoutingView, step: int) -> Figure:
+    """Mean router probability by layer and expert; a collapsed layer is one bright cell, and the title names it."""
+    num_layers, num_experts = view.probabilities.shape
+    figure = Figure(figsize=(2.8 + 0.62 * num_experts, 1.9 + 0.36 * num_layers), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(view.probabilities.tolist(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set(xlabel="expert", ylabel="layer", xticks=range(num_experts), yticks=range(num_layers))
+    if num_layers * num_experts <= _MOST_LABELS:
+        _label_cells(axes, view)
+    effective = axes.secondary_yaxis("right")
+    effective.set_yticks(range(num_layers), [f"{value:.1f}" for value in view.effective_experts.tolist()])
+    effective.set_ylabel(f"effective experts, of {num_experts}")
+    figure.colorbar(image, ax=axes, label="mean router probability")
+    axes.set_title(f"router probability, step {step:,}\n{_verdict(view)}", fontsize=10)
+    return figure
+
+
+def entropy_lines(history: Sequence[tuple[int, Sequence[float]]], num_experts: int) -> Figure:
+    """Router entropy of each layer over training: `history` holds a step and L entropies in nats per validation."""
+    figure = Figure(figsize=(7, 4), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    steps = [step for step, _ in history]
+    num_layers = len(history[-1][1])
+    colors = mpl.colormaps["plasma"]
+    for layer in range(num_layers):
+        values = [entropies[layer] for _, entropies in history]
+        color = colors(0.85 * layer / max(1, num_layers - 1))
+        axes.plot(steps, values, marker="o", markersize=3, color=color, label=f"layer {layer}")
+    for value, meaning in ((math.log(num_experts), f"undecided: ln {num_experts}"), (0.0, "certain: one expert")):
+        axes.axhline(value, color="gray", linestyle="--", linewidth=1)
+        axes.annotate(meaning, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color="gray")
+    axes.set(xlabel="step", ylabel="router entropy (nats)", title="how decided each layer's router is")
+    axes.set_ylim(-0.08 * math.log(num_experts), 1.15 * math.log(num_experts))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + num_layers // 16)
+    return figure
+
+
+def expert_tokens(view: RoutingView, tokenizer: Tokenizer, step: int) -> Figure:
+    """Which tokens each expert contributes most to: the largest mean norms of g_j * v_j, for some layers."""
+    num_layers, num_experts = view.probabilities.shape
+    layers, experts = _spread(num_layers, SHOWN_LAYERS), range(min(num_experts, SHOWN_EXPERTS))
+    height = 0.4 + len(layers) * (0.35 + 0.17 * SHOWN_TOKENS)
+    figure = Figure(figsize=(1 + 2.1 * len(experts), height), dpi=DPI, layout="constrained")
+    for row, layer in enumerate(layers):
+        for expert in experts:
+            axes = figure.add_subplot(len(layers), len(experts), row * len(experts) + expert + 1)
+            axes.set_axis_off()
+            axes.set_title(f"layer {layer}, expert {expert}", fontsize=9, loc="left")
+            lines = [f"{norm:6.2f} {_visible(tokenizer, token_id)}" for token_id, norm in _top(view, layer, expert)]
+            text = axes.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=9)
+            text.set_parse_math(False)
+    figure.suptitle(f"tokens that each expert contributes most to (mean norm of g·v), step {step:,}", fontsize=10)
+    return figure
+
+
+def expert_token_rows(view: RoutingView, tokenizer: Tokenizer, count: int = 10) -> list[list[str | int | float]]:
+    """Return layer, expert, rank, token, mean norm of g_j * v_j: the whole of what `expert_tokens` shows a part of."""
+    num_layers, num_experts = view.probabilities.shape
+    return [
+        [layer, expert, rank, _visible(tokenizer, token_id), norm]
+        for layer in range(num_layers)
+        for expert in range(num_experts)
+        for rank, (token_id, norm) in enumerate(view.top_tokens(layer, expert, count), start=1)
+    ]
+
+
+def _verdict(view: RoutingView) -> str:
+    collapsed = view.collapsed_layers
+    if not collapsed:
+        return "no layer has collapsed"
+    names = ", ".join(map(str, collapsed))
+    return f"COLLAPSED: about one expert is left in layer{'s' * (len(collapsed) > 1)} {names}"
+
+
+def _label_cells(axes: Any, view: RoutingView) -> None:
+    for layer, row in enumerate(view.probabilities.tolist()):
+        for expert, value in enumerate(row):
+            color = "black" if value > 0.6 else "white"
+            axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+
+
+def _top(view: RoutingView, layer: int, expert: int) -> list[tuple[int, float]]:
+    return view.top_tokens(layer, expert, SHOWN_TOKENS)
+
+
+def _visible(tokenizer: Tokenizer, token_id: int) -> str:
+    """Return a token's text with its white space visible, in characters that every font has."""
+    text = tokenizer.decode([token_id], skip_special_tokens=False).replace("\n", "\\n").replace("\t", "\\t")
+    visible = text.encode("ascii", "backslashreplace").decode().replace(" ", "·")
+    return visible if len(visible) <= _TOKEN_WIDTH else visible[: _TOKEN_WIDTH - 1] + "…"
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """Return at most `count` of `total` indices, evenly spaced, first and last among them."""
+    if total <= count:
+        return list(range(total))
+    return [round(index * (total - 1) / (count - 1)) for index in range(count)]

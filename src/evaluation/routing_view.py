@@ -1,0 +1,168 @@
+"""What the routers do with text, for pictures: how probability is spread, and which tokens each expert answers.
+
+B batch, T tokens, D hidden, E experts, L layers, U distinct token ids.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from src.evaluation.controls import AlteredRows, experts_replaced
+from src.evaluation.shares import Share
+from src.model import Transformer
+from src.model.experts import ExpertSource, LayerRows
+from src.model.router import router_entropy, router_probs
+
+COLLAPSED = 1.5
+"""A layer that spreads probability over fewer effective experts than this has collapsed."""
+MIN_OCCURRENCES = 3
+"""A token seen less often says little of an expert."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingView:
+    """The routers of a model over some text."""
+
+    probabilities: Tensor
+    """(L, E) mean router probability."""
+    entropy: Tensor
+    """(L,) mean entropy of the router's choice at a position, in nats: ln E when undecided, 0 when certain."""
+    token_ids: Tensor
+    """(U,) ids that occurred."""
+    counts: Tensor
+    """(U,) how often."""
+    contributions: Tensor | None
+    """(U, L, E) mean norm of g_j * v_j over the id's positions; None where experts read hidden states."""
+
+    @property
+    def effective_experts(self) -> Tensor:
+        """(L,) exponential of the entropy of the mean probability: E when all take part, 1 when one expert is left."""
+        return torch.special.entr(self.probabilities).sum(dim=-1).exp()
+
+    @property
+    def collapsed_layers(self) -> list[int]:
+        """Layers in which about one expert is left."""
+        return (self.effective_experts < min(COLLAPSED, self.probabilities.shape[1])).nonzero().flatten().tolist()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures that belong in a tracker."""
+        return {
+            "router/effective_experts": self.effective_experts.mean().item(),
+            "router/effective_experts_min": self.effective_experts.min().item(),
+            "router/collapsed_layers": float(len(self.collapsed_layers)),
+        }
+
+    def top_tokens(self, layer: int, expert: int, count: int) -> list[tuple[int, float]]:
+        """Return the ids that an expert contributes most to, with the mean norm of what it adds there."""
+        if self.contributions is None:
+            return []
+        often = self.counts >= min(MIN_OCCURRENCES, int(self.counts.max()))
+        norms = self.contributions[:, layer, expert].masked_fill(~often, -math.inf)
+        best = norms.topk(min(count, int(often.sum())))
+        return [(int(self.token_ids[index]), value) for value, index in zip(*map(Tensor.tolist, best), strict=True)]
+
+
+@torch.no_grad()
+def view_routing(model: Transformer, windows: Tensor, *, batch_size: int, share: Share) -> RoutingView | None:
+    """Look at the routers over `windows` (N, T) int64; None in a dense model. Every rank of `share` must call it."""
+    if not model.config.num_experts:
+        return None
+    parts = share.map(lambda batch: _observe(model, batch), windows.split(batch_size))
+    positions = sum(part.positions for part in parts)
+    ids, inverse = torch.cat([part.token_ids for part in parts]).unique(return_inverse=True)  # (U,)
+    counts = torch.zeros(len(ids), dtype=torch.int64).index_add(0, inverse, torch.cat([part.counts for part in parts]))
+    norms = [part.norms for part in parts if part.norms is not None]
+    contributions = None
+    if norms:
+        sums = torch.cat(norms)
+        totals = sums.new_zeros(len(ids), *sums.shape[1:]).index_add(0, inverse, sums)  # (U, L, E)
+        contributions = totals / counts[:, None, None]
+    return RoutingView(
+        probabilities=_total([part.probabilities for part in parts]) / positions,
+        entropy=_total([part.entropy for part in parts]) / positions,
+        token_ids=ids,
+        counts=counts,
+        contributions=contributions,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Observation:
+    """Sums over the positions of one batch."""
+
+    positions: int
+    probabilities: Tensor
+    entropy: Tensor
+    token_ids: Tensor
+    counts: Tensor
+    norms: Tensor | None
+
+
+class _RowNorms(AlteredRows):
+    """Rows as they are; remembers the norm of each."""
+
+    def __init__(self, source: ExpertSource) -> None:
+        super().__init__(source)
+        self.ids = torch.empty(0, dtype=torch.int64)
+        self.norms: dict[int, Tensor] = {}
+
+    def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
+        layer_rows = self.source.rows(token_ids, token_embeddings)
+        self.ids = token_ids
+
+        def remembering(layer: int) -> Tensor:
+            rows = layer_rows(layer)  # (U, E, D)
+            self.norms[layer] = rows.to(torch.promote_types(rows.dtype, torch.float32)).norm(dim=-1)  # (U, E)
+            return rows
+
+        return remembering
+
+
+def _observe(model: Transformer, batch: Tensor) -> _Observation:
+    """Run `batch` (B, T) and sum what the routers did."""
+    token_ids = batch.to(model.embedding.weight.device)
+    norms: Tensor | None = None
+    ids, inverse, counts = token_ids.unique(return_inverse=True, return_counts=True)
+    if model.experts is None:
+        logits = model.trunk(token_ids).router_logits
+    else:
+        recorded = _RowNorms(model.experts)
+        with experts_replaced(model, recorded):
+            logits = model.trunk(token_ids).router_logits
+        gates = [_gates(layer_logits, model.config.top_k) for layer_logits in logits]
+        norms = torch.stack([_sums(gate, recorded, layer, inverse) for layer, gate in enumerate(gates)], dim=1).cpu()
+    probabilities = torch.stack([router_probs(layer_logits).flatten(0, 1).sum(dim=0) for layer_logits in logits])
+    entropy = torch.stack([router_entropy(layer_logits) * token_ids.numel() for layer_logits in logits])
+    return _Observation(
+        positions=token_ids.numel(),
+        probabilities=probabilities.cpu(),
+        entropy=entropy.cpu(),
+        token_ids=ids.cpu(),
+        counts=counts.cpu(),
+        norms=norms,
+    )
+
+
+def _gates(logits: Tensor, top_k: int | None) -> Tensor:
+    """Return mixture weights (B, T, E): zero for experts that are not chosen."""
+    if top_k is None:
+        return router_probs(logits)
+    chosen, experts = logits.topk(top_k, dim=-1)  # (B, T, K)
+    weights = router_probs(chosen)
+    return torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, experts, weights)
+
+
+def _sums(gate: Tensor, recorded: _RowNorms, layer: int, inverse: Tensor) -> Tensor:
+    """Sum |g_j v_j| over the positions of each distinct id: (U, E)."""
+    row_ids, order = recorded.ids.sort()  # the model may have asked for an id more than once
+    distinct = row_ids.unique()
+    norms = recorded.norms[layer][order[torch.searchsorted(row_ids, distinct)]]  # (U, E)
+    contributions = (gate * norms[inverse]).flatten(0, 1)  # (B*T, E)
+    return torch.zeros_like(norms).index_add(0, inverse.flatten(), contributions.to(norms.dtype))
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(dim=0)

@@ -1,17 +1,27 @@
-"""Tokens per second, from Lightning's `Throughput`, under names that say so."""
+"""Speed and memory of training, from Lightning's `Throughput`, under names that say what they are."""
 
 import time
 from typing import Any
 
 import lightning
+import torch
 from lightning.fabric.utilities.throughput import Throughput
 from torch import Tensor
+
+from src.accounting.flops import step_flops
+from src.hardware import matmul_rate, peak_memory_bytes, synchronize
+from src.lightning_module import LanguageModel
 
 WINDOW_STEPS = 10
 
 
 class ThroughputCallback(lightning.Callback):
-    """Logs `train/tokens_per_second` over all devices, averaged over `WINDOW_STEPS` steps without validation."""
+    """Logs speed and memory, averaged over `WINDOW_STEPS` steps without validation.
+
+    `train/tokens_per_second` counts all devices. `train/model_flops_utilization` is the share of the matrix-product
+    rate that this device showed before the first step, at the operations truly executed: experts count as often as
+    they ran. `train/peak_memory_bytes` is this process's, or its accelerator's.
+    """
 
     def __init__(self) -> None:
         """Start counting with the fit."""
@@ -20,7 +30,9 @@ class ThroughputCallback(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Forget what an earlier fit counted."""
-        self._throughput = Throughput(world_size=trainer.world_size, window_size=WINDOW_STEPS)
+        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        rate = matmul_rate(dtype, pl_module.device)
+        self._throughput = Throughput(available_flops=rate, world_size=trainer.world_size, window_size=WINDOW_STEPS)
         self._seconds, self._tokens, self._steps = 0.0, 0, 0
 
     def on_train_batch_start(
@@ -38,13 +50,19 @@ class ThroughputCallback(lightning.Callback):
         batch_idx: int,
     ) -> None:
         """Add one step of (A, B, T+1) windows and log on logging steps."""
-        assert self._throughput is not None
+        assert self._throughput is not None and isinstance(pl_module, LanguageModel)
+        synchronize(pl_module.device)
         micro_batches, size, length = batch.shape
         self._seconds += time.perf_counter() - self._started
         self._tokens += micro_batches * size * (length - 1)
         self._steps += 1
-        self._throughput.update(time=self._seconds, batches=self._steps, samples=self._steps, lengths=self._tokens)
+        flops = int(step_flops(pl_module.model.config, batch[..., :-1]))
+        self._throughput.update(
+            time=self._seconds, batches=self._steps, samples=self._steps, lengths=self._tokens, flops=flops
+        )
         rates = self._throughput.compute()  # holds rates once the window is full
-        rate = rates.get("global/items_per_sec", rates.get("device/items_per_sec"))
+        rate = rates.get("items_per_sec", rates.get("device/items_per_sec"))
         if rate is not None and self._steps % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
             pl_module.log("train/tokens_per_second", float(rate), prog_bar=True)
+            pl_module.log("train/model_flops_utilization", float(rates["device/mfu"]))
+            pl_module.log("train/peak_memory_bytes", float(peak_memory_bytes(pl_module.device)))

@@ -55,7 +55,14 @@ def test_router_losses_enter_the_objective_with_their_weight(tmp_path: Path, sma
 
 def test_every_named_metric_is_logged(trained: RunResult) -> None:
     seen = {name for row in read_metrics(trained.run_dir) for name, value in row.items() if value}
-    scalars = {"loss", "perplexity", "gradient_norm", "tokens_per_second"}
+    scalars = {
+        "loss",
+        "perplexity",
+        "gradient_norm",
+        "tokens_per_second",
+        "model_flops_utilization",
+        "peak_memory_bytes",
+    }
     routing = {f"router/{name}" for name in ("entropy", "load_balance_loss", "z_loss", "max_share")}
     per_layer = {
         f"router/{name}/layer_{layer}" for name in ("entropy", "z_loss", "load_balance_loss") for layer in (0, 1)

@@ -1,10 +1,13 @@
 """Floating-point operations per token, by component: two per multiply-add, in matrix products and the mixture alone.
 
-T tokens, D hidden, F intermediate, E experts, K experts mixed per token, L layers, V vocabulary, U unique ids.
+A micro-batches, B batch, T tokens, D hidden, F intermediate, E experts, K experts mixed per token, L layers, V vocabulary,
+U unique ids.
 """
 
 import math
 from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
 
 from src.model import ModelConfig
 
@@ -82,3 +85,12 @@ def estimated_unique_ids(micro_batch_tokens: int, vocab_size: int) -> int:
     unlimited = HEAPS_SCALE * micro_batch_tokens**HEAPS_EXPONENT
     limited = vocab_size * -math.expm1(-unlimited / vocab_size)
     return max(1, min(micro_batch_tokens, vocab_size, round(limited)))
+
+
+def step_flops(model: ModelConfig, token_ids: Tensor, *, head: bool = True) -> float:
+    """Operations of one training step on micro-batches (A, B, T), experts as often as they run; `head` counts it in."""
+    per_token = training_flops(forward_flops(model, token_ids.shape[-1]), model)
+    if model.architecture == "mole" and model.expert_execution != "per_token":
+        parts = [token_ids] if model.expert_execution == "unique_per_step" else list(token_ids)
+        per_token = once_per_unique_id(per_token, sum(part.unique().numel() for part in parts), token_ids.numel())
+    return token_ids.numel() * (per_token.total - (0 if head else per_token.vocabulary_head))

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from src.hardware import synchronize
 from src.model import ModelConfig, Transformer
 from src.model.experts import LayerExperts, mix
 from src.model.router import Routing, router_probs
@@ -78,7 +79,7 @@ class Parts:
         gradient = torch.ones_like(output)
         started = time.perf_counter()
         output.backward(gradient)
-        _synchronize(self._embeddings.device)
+        synchronize(self._embeddings.device)
         return forward + time.perf_counter() - started
 
 
@@ -142,13 +143,8 @@ def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Resu
     """Run `work` and return its seconds, the device's included, and its result."""
     started = time.perf_counter()
     result = work()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started, result
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

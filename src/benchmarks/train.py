@@ -19,13 +19,14 @@ from torch import Tensor
 
 from src.benchmarks.machine import describe_machine, machine_line
 from src.benchmarks.step_timing import Contestant, Parts
-from src.benchmarks.training_rounds import matmul_rate, paired_ratio, results_table, run_rounds, summarize
+from src.benchmarks.training_rounds import paired_ratio, results_table, run_rounds, summarize
 from src.cli import parser, run_verb
 from src.data.config import DataConfig, TokenizerConfig
 from src.data.packed_tokens import prepare_corpus
 from src.data.windows import training_windows
 from src.errors import UserError
 from src.files import atomic_path, write_text
+from src.hardware import matmul_rate
 from src.model import ModelConfig
 from src.trainer import native_precision
 

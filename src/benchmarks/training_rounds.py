@@ -7,11 +7,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from rich.table import Table
 
-from src.accounting.flops import forward_flops, once_per_unique_id, training_flops
-from src.benchmarks.step_timing import Contestant, Parts, StepTimes, timed
+from src.accounting.flops import step_flops
+from src.benchmarks.step_timing import Contestant, Parts, StepTimes
 from src.cli import progress_bar
 
 
@@ -55,13 +54,6 @@ def paired_ratio(numerator: Sequence[StepTimes], denominator: Sequence[StepTimes
     return statistics.median(mine.compute / theirs.compute for mine, theirs in pairs)
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Measured operations per second of a large matrix product."""
-    left, right = (torch.randn(shape, dtype=dtype, device=device) for shape in ((4096, 1024), (1024, 4096)))
-    seconds = [timed(lambda: left @ right, device)[0] for _ in range(8)]
-    return 2 * 4096 * 1024 * 4096 / statistics.median(seconds[2:])
-
-
 def summarize(
     contestants: Sequence[Contestant], times: dict[str, list[StepTimes]], rate: float, baseline: str
 ) -> list[Result]:
@@ -79,20 +71,10 @@ def _summarize(contestant: Contestant, times: list[StepTimes], baseline: list[St
         backward_seconds=statistics.median(item.backward for item in times),
         optimizer_seconds=statistics.median(item.optimizer for item in times),
         tokens_per_second=tokens / step,
-        model_flops_utilization=executed_flops(contestant) / compute / rate,
+        model_flops_utilization=step_flops(contestant.config, contestant.batch, head=False) / compute / rate,
         peak_bytes=contestant.peak_bytes(),
         against_baseline=paired_ratio(times, baseline),
     )
-
-
-def executed_flops(contestant: Contestant) -> float:
-    """Operations of one step's forward and backward passes, experts as often as they run."""
-    config, batch = contestant.config, contestant.batch
-    per_token = training_flops(forward_flops(config, batch.shape[-1]), config)
-    if config.architecture == "mole" and config.expert_execution != "per_token":
-        parts = [batch] if config.expert_execution == "unique_per_step" else list(batch)
-        per_token = once_per_unique_id(per_token, sum(part.unique().numel() for part in parts), batch.numel())
-    return batch.numel() * (per_token.total - per_token.vocabulary_head)
 
 
 def results_table(results: Sequence[Result], title: str, baseline: str) -> Table:

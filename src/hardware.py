@@ -1,0 +1,38 @@
+"""What the machine under a run can do, measured rather than looked up."""
+
+import resource
+import statistics
+import sys
+import time
+
+import torch
+
+_PROCESSOR_SIZE, _ACCELERATOR_SIZE, _REPEATS = 1024, 8192, 6
+"""Widths of a product large enough to reach the rate and small enough to be over at once."""
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second of a large matrix product: what model FLOPs utilisation is measured against."""
+    size = _PROCESSOR_SIZE if device.type == "cpu" else _ACCELERATOR_SIZE
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    seconds: list[float] = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        _ = left @ right
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds[2:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: allocated on an accelerator, resident for a process on the processor."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,7 @@
 """Floating-point operations per token, by component: two per multiply-add, in matrix products and the mixture alone.
 
-A micro-batches, B batch, T tokens, D hidden, F intermediate, E experts, K experts mixed per token, L layers, V vocabulary,
-U unique ids.
+A micro-batches, B batch, T tokens, D hidden, F intermediate, E experts, K experts mixed per token, L layers,
+V vocabulary, U unique ids.
 """
 
 import math

@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(results_table(accumulated["results"], f"{len(text.windows)} accumulated micro-batches", "unique"))
     console.print(f"unique takes {accumulated['unique_against_unique_per_step']:.2f}x unique_per_step")
     points = sweep(options, text, dtype) if options.plot is not None else []
-    if points:
+    if options.plot is not None:
         plot_sweep(points, f"MoLE-{options.experts}E, {options.layers} layers of {options.shape}", options.plot)
     if options.json is not None:
         record: dict[str, Any] = {"machine": machine, "text": text.describe(), "rounds": options.rounds}

@@ -15,7 +15,7 @@ from src.lut.integrity import sha256
 from src.lut.layout import Shard, TableLayout, plan_shards, tokens_per_shard
 from src.lut.quantization import CODECS
 
-FORMAT_VERSION = 0
+FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 COUNTS_NAME = "token_counts.safetensors"
 MAX_SIZE = 2**31

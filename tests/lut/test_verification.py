@@ -200,6 +200,7 @@ def test_a_manifest_with_junk_in_it_is_a_named_error_even_with_a_right_seal(soun
         b'{"format_version": true}',
         b'{"format_version": 99}',
         b'{"format_version": 0}',
+        b'{"format_version": 1}',
         b'{"format_version": {"a": [' + b"[" * 900 + b"]" * 900 + b"]}}",
     ],
 )

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from src.data.document_mask import document_mask
 from src.evaluation.routing import RoutingMetrics
 from src.model import ModelConfig, Transformer
 from src.model.experts import ExpertRows
@@ -44,11 +45,26 @@ class LanguageModel(lightning.LightningModule):
     byte_lengths: Tensor
 
     def __init__(
-        self, model: ModelConfig, objective: ObjectiveConfig, optimizer: OptimizerConfig, byte_lengths: Tensor
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+        byte_lengths: Tensor,
+        *,
+        document_separator: int | None = None,
     ) -> None:
-        """Create the model; `byte_lengths` (V,) int64 are the UTF-8 bytes that each id stands for."""
+        """Create the model.
+
+        Args:
+            model: its shape.
+            objective: what is minimised.
+            optimizer: how.
+            byte_lengths: (V,) int64, the UTF-8 bytes that each id stands for.
+            document_separator: the id that ends a document, where attention must not cross documents; None lets it.
+        """
         super().__init__()
         self.automatic_optimization = False
+        self.document_separator = document_separator
         self.objective, self.optimizer_config = objective, optimizer
         self.model = Transformer(model)
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
@@ -102,7 +118,7 @@ class LanguageModel(lightning.LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Score one batch of held-out windows (B, T+1)."""
-        trunk = self.model.trunk(batch[:, :-1])
+        trunk = self.model.trunk(batch[:, :-1], attention_mask=self._document_mask(batch[:, :-1]))
         losses = token_losses(trunk.hidden_states, self.model.head, batch[:, 1:])  # (B, T)
         self.validation_loss.update(losses)
         self.validation_bytes.update(self.byte_lengths[batch[:, 1:]].float())
@@ -122,7 +138,9 @@ class LanguageModel(lightning.LightningModule):
 
     def _losses(self, windows: Tensor, expert_rows: ExpertRows | None) -> tuple[Tensor, Tensor]:
         """Return the language-model loss of (B, T+1) windows and the objective, which may add router losses."""
-        trunk = self.model.trunk(windows[:, :-1], expert_rows=expert_rows)
+        token_ids = windows[:, :-1]
+        mask = self._document_mask(token_ids)
+        trunk = self.model.trunk(token_ids, attention_mask=mask, expert_rows=expert_rows)
         loss = next_token_loss(trunk.hidden_states, self.model.head, windows[:, 1:])
         objective = loss
         if trunk.router_logits and self.objective.load_balance_weight:
@@ -137,6 +155,10 @@ class LanguageModel(lightning.LightningModule):
         if trunk.router_logits and self._logs_this_step:
             self.routing.update(trunk.router_logits)
         return loss, objective
+
+    def _document_mask(self, token_ids: Tensor) -> Tensor | None:
+        """Return which positions of (B, T) may attend to which (B, T, T), where documents are kept apart."""
+        return None if self.document_separator is None else document_mask(token_ids, self.document_separator)
 
     def _log_step(self, loss: Tensor, gradient_norm: Tensor) -> None:
         self.log("train/loss", loss, prog_bar=True, sync_dist=self._logs_this_step)

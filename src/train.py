@@ -23,6 +23,7 @@ from src.config import RunConfig, describe, load_config, load_run_config
 from src.data.datamodule import PackedDataModule
 from src.data.packed_tokens import PackedCorpus, prepare_corpus
 from src.data.progress import progress_report
+from src.data.tokenizer import separator_id
 from src.evaluation.held_out import held_out
 from src.evaluation.report import Report, update_report
 from src.evaluation.suite import prepare_suite
@@ -66,7 +67,10 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
     suite = prepare_suite(text, config.evaluation)
     for note in suite.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
-    module = LanguageModel(config.model, config.objective, config.optimizer, text.byte_lengths)
+    separator = separator_id(corpus.tokenizer) if config.data.document_mask else None
+    module = LanguageModel(
+        config.model, config.objective, config.optimizer, text.byte_lengths, document_separator=separator
+    )
     if config.trainer.compile:
         module.model.compile_layers()
     start = None if resume is None else Resumption.plan(resume, config.trainer.max_steps, corpus.fingerprint)

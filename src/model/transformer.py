@@ -79,7 +79,9 @@ class Transformer(nn.Module):
         Args:
             token_ids: ids in [0, V).
             cache: earlier keys and values; the new ones are appended.
-            attention_mask: booleans (B, S), False where a position is padding; padding goes on the left.
+            attention_mask: booleans (B, S), False where a position is padding; padding goes on the left. Or, without
+                a cache, (B, T, T), True where the first position may attend to the second if that comes earlier; each
+                must be allowed to see itself.
         """
         return self.head(self.hidden_states(token_ids, cache=cache, attention_mask=attention_mask))
 
@@ -144,6 +146,9 @@ class Transformer(nn.Module):
         if attention_mask is None:
             mask = causal_mask(num_new, num_total, device) if num_cached and num_new > 1 else None
             return torch.arange(num_cached, num_total, device=device), mask
+        if attention_mask.shape == (*token_ids.shape, num_new) and not num_cached:
+            mask = causal_mask(num_new, num_new, device) & attention_mask.unsqueeze(1)  # (B, 1, T, T)
+            return torch.arange(num_new, device=device), mask
         if attention_mask.shape != (token_ids.shape[0], num_total):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, cached + new tokens) = "

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from src.cli import add_form_options, parser, run_verb
-from src.data.tokenizer import END_OF_TEXT, load_tokenizer
+from src.data.tokenizer import END_OF_TEXT
 from src.errors import UserError
+from src.evaluation.run_tokenizer import load_run_tokenizer
 from src.inference import InferenceModel, load_model, stream
 from src.inference.sampling import Sampling
 from src.run_directory import RunDirectory
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--cache-mb", type=float, default=0, help="MiB of table rows kept in memory (default: 0)")
     given = options.parse_args(arguments)
     run = RunDirectory(given.run).require()
-    tokenizer = load_tokenizer(run.tokenizer_path)
+    tokenizer = load_run_tokenizer(run)
     sampling = _sampling(given.temperature, given.top_k, given.top_p, given.seed)
     prompt = None if given.interactive else _prompt(given.prompt, given.prompt_file)
     with load_model(

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from src.data.config import DataConfig
 from src.data.packed_tokens import PackedCorpus, prepare_corpus
-from src.data.tokenizer import byte_lengths, load_tokenizer
+from src.data.tokenizer import byte_lengths
 from src.data.windows import validation_windows
 from src.evaluation.corpora import windows_by_source
+from src.evaluation.run_tokenizer import load_run_tokenizer
 from src.run_directory import RunDirectory
 
 
@@ -53,7 +54,7 @@ def held_out_of_run(run: RunDirectory, config: DataConfig) -> tuple[HeldOut, str
     Returns them and, where the corpus on this machine is not the one the run was trained on, a sentence that says
     so: documents keep their side of the split, but scores are over other text.
     """
-    corpus = prepare_corpus(config, load_tokenizer(run.tokenizer_path))
+    corpus = prepare_corpus(config, load_run_tokenizer(run))
     found = held_out(corpus, config, run.model_config().vocab_size)
     recorded = _recorded_corpus(run)
     if recorded in (None, corpus.fingerprint):

@@ -4,10 +4,8 @@ Nothing is readable before `publish` writes the manifest. An interrupted build g
 and ends with the same bytes. Memory holds two chunks, never a table: one is written while the next is computed.
 """
 
-import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,10 +13,12 @@ from pathlib import Path
 from torch import Tensor
 
 from src.errors import LutError
-from src.files import atomic_path, sync_directory, write_text
-from src.lut.build_lock import LOCK_NAME, building
+from src.files import atomic_path, write_text
+from src.lut.background import Background
+from src.lut.build_directory import clear, is_built, is_empty, is_recorded, require_space, tidy
+from src.lut.build_lock import building
 from src.lut.layout import SHARD_BYTES
-from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, Manifest, read_manifest
+from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, Manifest
 from src.lut.plan import MEMORY_BYTES, PLAN_NAME, BuildPlan, plan
 from src.lut.row_errors import write_row_errors
 from src.lut.shard_writer import Journal, ShardFile, disk_errors, encode_chunk, is_finished, journal_path
@@ -44,17 +44,17 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
         LutError: the directory holds something else, another process is building in it, or the disk is too small.
     """
     finished = (plan.lut_dir / MANIFEST_NAME).exists()
-    if finished and resume and not overwrite and _is_recorded(plan) and _is_built(plan):
+    if finished and resume and not overwrite and is_recorded(plan) and is_built(plan):
         return  # interrupted while it tidied up, which is what is left to do
     if finished and not overwrite:
         raise LutError(f"{plan.lut_dir}: holds a finished table; choose another --lut name, or --overwrite it")
-    continues = resume and not finished and _is_recorded(plan)
+    continues = resume and not finished and is_recorded(plan)
     with disk_errors(plan.lut_dir):
         plan.lut_dir.mkdir(parents=True, exist_ok=True)
     with disk_errors(plan.lut_dir), building(plan.lut_dir, shared=continues):
         if not continues:
-            _clear(plan, resume=resume, overwrite=overwrite)
-        _require_space(plan)
+            clear(plan, resume=resume, overwrite=overwrite)
+        require_space(plan)
         write_text(plan.lut_dir / PLAN_NAME, plan.text)
 
 
@@ -64,12 +64,12 @@ def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: 
     LutError when the disk is full (what is written stays), or when another process builds here.
     """
     report = progress or _silent
-    with building(plan.lut_dir, shared=world_size > 1), ExitStack() as opened, _Background(report) as disk:
-        if not _is_recorded(plan):
+    with building(plan.lut_dir, shared=world_size > 1), ExitStack() as opened, Background(report) as disk:
+        if not is_recorded(plan):
             raise LutError(
                 f"{plan.lut_dir}: is not prepared for this build; prepare it, and build in one place at a time"
             )
-        built = _is_built(plan)
+        built = is_built(plan)
         for shard in plan.shards[rank::world_size]:
             if built or is_finished(plan, shard):
                 report(shard.num_tokens)
@@ -89,7 +89,7 @@ def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: 
 def publish(plan: BuildPlan) -> Manifest:
     """Write token counts, row errors and, last, the manifest; from here on the table can be opened."""
     with disk_errors(plan.lut_dir), building(plan.lut_dir, shared=False, wait=True):
-        if not _is_built(plan):
+        if not is_built(plan):
             missing = [shard.file_name for shard in plan.shards if not is_finished(plan, shard)]
             if missing:
                 raise LutError(
@@ -97,7 +97,7 @@ def publish(plan: BuildPlan) -> Manifest:
                 )
             _write_companions(plan)
             plan.manifest.write(plan.lut_dir)
-        _tidy(plan)
+        tidy(plan)
     return plan.manifest
 
 
@@ -135,101 +135,29 @@ def build_lut(
         tokenizer=tokenizer,
         token_counts=token_counts,
     )
-    if resume and not overwrite and _is_built(build):
-        return publish(build) if _is_recorded(build) else build.manifest
-    if rank == 0 or _is_empty(build.lut_dir):
+    if resume and not overwrite and is_built(build):
+        return publish(build) if is_recorded(build) else build.manifest
+    if rank == 0 or is_empty(build.lut_dir):
         prepare(build, resume=resume, overwrite=overwrite)
     else:
         _join(build)
     write_shards(build, rank, world_size, progress)
-    if all(is_finished(build, shard) for shard in build.shards) or _is_built(build):
+    if all(is_finished(build, shard) for shard in build.shards) or is_built(build):
         return publish(build)
     return build.manifest
-
-
-class _Background:
-    """Does one job at a time in a thread, while the caller prepares the next; reports what each returns."""
-
-    def __init__(self, report: Progress) -> None:
-        self._report, self._executor = report, ThreadPoolExecutor(1, thread_name_prefix="lut-writer")
-        self._job: Future[int] | None = None
-
-    def submit(self, job: Callable[[], int]) -> None:
-        """Wait for the job before, then start this one; raises what the one before raised."""
-        self.wait()
-        self._job = self._executor.submit(job)
-
-    def wait(self) -> None:
-        """Wait for the job that is under way, if any."""
-        if self._job is not None:
-            job, self._job = self._job, None
-            self._report(job.result())
-
-    def __enter__(self) -> "_Background":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._executor.shutdown()
 
 
 def _silent(_: int) -> None:
     """Report progress to nobody."""
 
 
-def _is_recorded(plan: BuildPlan) -> bool:
-    path = plan.lut_dir / PLAN_NAME
-    return path.is_file() and path.read_bytes() == plan.text.encode()
-
-
-def _is_built(plan: BuildPlan) -> bool:
-    return (plan.lut_dir / MANIFEST_NAME).is_file() and read_manifest(plan.lut_dir) == plan.manifest
-
-
-def _is_empty(lut_dir: Path) -> bool:
-    return not lut_dir.is_dir() or not any(lut_dir.iterdir())
-
-
 def _join(plan: BuildPlan) -> None:
     """Wait until rank 0 has prepared the directory for this plan."""
     until = time.monotonic() + JOIN_SECONDS
-    while not _is_recorded(plan):
+    while not is_recorded(plan):
         if time.monotonic() > until:
             raise LutError(f"{plan.lut_dir}: rank 0 did not prepare it within {JOIN_SECONDS:.0f} s; did it fail?")
         time.sleep(0.05)
-
-
-def _clear(plan: BuildPlan, *, resume: bool, overwrite: bool) -> None:
-    """Remove what an earlier build left, if that is allowed."""
-    (plan.lut_dir / MANIFEST_NAME).unlink(missing_ok=True)  # first, so that no half-replaced table is ever readable
-    sync_directory(plan.lut_dir)
-    leftovers = sorted((*plan.lut_dir.glob("rows-*"), *plan.lut_dir.glob(".*.tmp")))
-    if leftovers and resume and not overwrite:
-        raise LutError(
-            f"{plan.lut_dir}: holds an unfinished table of other weights or another precision; "
-            "remove the directory, or --overwrite it"
-        )
-    for leftover in leftovers:
-        leftover.unlink()
-
-
-def _tidy(plan: BuildPlan) -> None:
-    """Remove what only a build needs, and what a killed one left; the plan is last, for it says that this is due."""
-    for shard in plan.shards:
-        journal_path(plan, shard).unlink(missing_ok=True)
-    for stray in (*plan.lut_dir.glob(".*.tmp"), *plan.lut_dir.glob("rows-*.partial")):
-        stray.unlink(missing_ok=True)
-    for name in (PLAN_NAME, LOCK_NAME):
-        (plan.lut_dir / name).unlink(missing_ok=True)
-
-
-def _require_space(plan: BuildPlan) -> None:
-    present = sum(path.stat().st_blocks * 512 for path in plan.lut_dir.glob("rows-*"))
-    free = shutil.disk_usage(plan.lut_dir).free
-    if plan.file_bytes - present > free:
-        raise LutError(
-            f"{plan.lut_dir}: the table needs {plan.file_bytes - present:,} more bytes, but {free:,} are free; "
-            "free some space or choose a smaller --dtype"
-        )
 
 
 def _write_companions(plan: BuildPlan) -> None:

@@ -21,8 +21,9 @@ from src.lut.layout import SHARD_BYTES
 from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, Manifest
 from src.lut.plan import MEMORY_BYTES, PLAN_NAME, BuildPlan, plan
 from src.lut.row_errors import write_row_errors
+from src.lut.row_source import RowSource
 from src.lut.shard_writer import Journal, ShardFile, disk_errors, encode_chunk, is_finished, journal_path
-from src.lut.sources import RowSource, open_source
+from src.lut.sources import open_source
 from src.model import Transformer
 from src.run_directory import RunDirectory
 

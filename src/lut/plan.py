@@ -11,7 +11,7 @@ from torch import Tensor
 from src.lut.integrity import sha256
 from src.lut.layout import SHARD_BYTES, Shard, TableLayout, plan_shards, tokens_per_shard
 from src.lut.manifest import FORMAT_VERSION, Manifest, shard_record
-from src.lut.sources import RowSource
+from src.lut.row_source import RowSource
 from src.lut.table_rows import TableRows
 
 PLAN_NAME = "plan.json"

@@ -1,4 +1,4 @@
-"""What tables are built from: anything that gives one layer's expert rows for a run of token ids.
+"""What tables are built from: a model in memory, a run directory, or (`table_rows`) another table.
 
 U token ids, L layers, E experts, D hidden, F intermediate.
 """
@@ -7,7 +7,6 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from src.errors import LutError
 from src.lut.manifest import MANIFEST_NAME
+from src.lut.row_source import RowSource
 from src.lut.table_rows import TableRows
 from src.model import ModelConfig, Transformer
 from src.model.experts import EmbeddingExperts, LayerExperts, StackedExperts
@@ -24,72 +24,6 @@ from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ACTIVATION_BYTES = 32 * 2**20
 """What the activations of one expert may take; more tokens are computed in turns."""
-
-
-class TableSizes(Protocol):
-    """The sizes that a table takes over from its source."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        ...
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        ...
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        ...
-
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        ...
-
-
-class TableIdentity(Protocol):
-    """The weights that rows stand for; None where they are not known."""
-
-    @property
-    def backbone(self) -> str | None:
-        """SHA-256 of the backbone."""
-        ...
-
-    @property
-    def training_form(self) -> str | None:
-        """SHA-256 of backbone and experts."""
-        ...
-
-
-class RowSource(Protocol):
-    """Gives expert rows. A builder asks for the layers of a run of ids in order, then for the next run of ids."""
-
-    @property
-    def config(self) -> TableSizes:
-        """The table's sizes."""
-        ...
-
-    @property
-    def identity(self) -> TableIdentity:
-        """The weights that the rows stand for."""
-        ...
-
-    @property
-    def rows_from(self) -> str:
-        """What makes the rows, in words, for the manifest; an interrupted build goes on with the same alone."""
-        ...
-
-    @property
-    def held_row_bytes(self) -> int:
-        """Bytes that the source keeps in memory for each id of the run that was asked for last."""
-        ...
-
-    def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
-        """Return the rows (num_tokens, E, D) float32 of consecutive ids."""
-        ...
 
 
 def require_lookup_form(config: ModelConfig) -> None:

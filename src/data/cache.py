@@ -7,6 +7,7 @@ whole it is called `<name>.building`, and can be resumed.
 import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -71,7 +72,7 @@ def prepare_source(source: SourceConfig, config: DataConfig, tokenizer: Tokenize
                 building = target.with_suffix(".building")
                 before = inputs_of(files)
                 records = prepare_shards(building, source, files, tokenizer, config, report)
-                _require_unchanged(before, inputs_of(files), source)
+                _require_unchanged(before, inputs_of(files), source, building)
                 _write_index(building, records, tokenizer)
                 building.replace(target)
                 sync_directory(target.parent)
@@ -132,6 +133,7 @@ def _open(path: Path, source: SourceConfig, tokenizer: Tokenizer) -> PreparedSou
     return prepared
 
 
-def _require_unchanged(before: object, after: object, source: SourceConfig) -> None:
+def _require_unchanged(before: object, after: object, source: SourceConfig, building: Path) -> None:
     if before != after:
+        shutil.rmtree(building)  # it holds a bit of both
         raise DataError(f"{source.label}: its files changed while they were read; run again when they are at rest")

@@ -60,7 +60,8 @@ class SourceConfig:
     revision: str | None = None
     """Branch, tag or commit on the hub. Only a commit pins the text: changes behind a name are not noticed."""
     streaming: bool = False
-    """Read the hub dataset as it downloads instead of storing it first."""
+    """Read the hub dataset as it downloads instead of storing it first; going on after an interruption then downloads
+    again what was done, without tokenizing it."""
     text_field: str = "text"
     """The key or column that holds a document's text."""
     document_start: str | None = None

@@ -89,7 +89,8 @@ def prepare_corpus(
     Raises:
         DataError: text or tokenizer cannot be used, or a split has no full window.
     """
-    tokenizer = tokenizer or choose_tokenizer(config, report)
+    if tokenizer is None:
+        tokenizer = choose_tokenizer(config, report)
     if vocab_size is not None:
         require_room(tokenizer, vocab_size)
     sources = [prepare_source(source, config, tokenizer, report) for source in config.all_sources()]

@@ -7,13 +7,11 @@ import json
 from collections.abc import Iterator
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
-
-from src.data.files import READ_BYTES, OpenFile, format_suffix, open_file
+from src.data.files import OpenFile, format_suffix, open_file
 from src.data.json_array import array_items
+from src.data.parquet_column import parquet_values
 from src.errors import DataError
 
 Problem = Literal["malformed UTF-8", "broken JSON", "missing text", "empty"]
@@ -23,7 +21,6 @@ TEXT_BYTES = 16 << 20
 """A text file longer than this is cut at line ends into several documents, so that memory stays bounded."""
 LINE_BYTES = 64 << 20
 """A longer line is refused: it is not text, or not one record a line."""
-_PARQUET_ROWS = 64
 
 
 class Record(NamedTuple):
@@ -69,7 +66,10 @@ def read_records(path: Path, text_field: str, *, lines: bool, skip: int = 0) -> 
     with open_file(path) as opened:
         match format_suffix(path):
             case ".parquet":
-                rows = _parquet_rows(opened.data, path, text_field, skip)
+                rows = (
+                    (row, _text_or_problem(value, text_field))
+                    for row, value in parquet_values(opened.data, path, text_field, skip)
+                )
             case ".jsonl":
                 rows = _json_lines(opened.data, path, text_field, skip)
             case ".json" if _starts_with_bracket(opened.data):
@@ -86,6 +86,10 @@ def read_records(path: Path, text_field: str, *, lines: bool, skip: int = 0) -> 
 def text_of(row: object, text_field: str) -> str:
     """Return the text of a decoded row; Malformed when it has none."""
     value: object = row.get(text_field) if isinstance(row, dict) else row
+    if isinstance(value, bytes):
+        value = _decode(value)
+        if isinstance(value, Malformed):
+            raise value
     if not isinstance(value, str):
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
         raise Malformed("missing text", f"no text in {text_field!r} (found {keys[:100]})")
@@ -145,42 +149,6 @@ def _json_items(data: BinaryIO, path: Path, text_field: str, skip: int) -> Itera
     for number, (line, item) in enumerate(array_items(data, path)):
         if number >= skip:
             yield line, _text_or_problem(item, text_field)
-
-
-def _parquet_rows(data: BinaryIO, path: Path, text_field: str, skip: int) -> Iterator[Row]:
-    if path.suffix != ".parquet":
-        raise DataError(f"{path}: Parquet compresses inside; unpack the file and drop its ending {path.suffix}")
-    try:
-        table = pyarrow.parquet.ParquetFile(data, buffer_size=READ_BYTES)
-        if text_field not in table.schema_arrow.names:
-            columns = ", ".join(table.schema_arrow.names)
-            raise DataError(f"{path}: has no column {text_field!r}, only {columns}; set text_field to one of them")
-        first = 0
-        for group in range(table.num_row_groups):
-            num_rows = table.metadata.row_group(group).num_rows
-            if first + num_rows > skip:
-                yield from _group_rows(table, group, first, text_field, skip)
-            first += num_rows
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); fetch it again") from error
-
-
-def _group_rows(
-    table: pyarrow.parquet.ParquetFile, group: int, first: int, text_field: str, skip: int
-) -> Iterator[Row]:
-    number = first
-    for batch in table.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[text_field], use_threads=False):
-        for value in batch.column(0):
-            number += 1
-            if number > skip:
-                yield number, _parquet_text(value, text_field)
-
-
-def _parquet_text(value: Any, text_field: str) -> str | Malformed:
-    try:
-        return _text_or_problem(value.as_py(), text_field)
-    except UnicodeDecodeError as error:
-        return Malformed("malformed UTF-8", f"not UTF-8 at byte {error.start}")
 
 
 def _lines(data: BinaryIO, path: Path) -> Iterator[bytes]:

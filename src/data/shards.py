@@ -75,6 +75,8 @@ class ShardWriter:
         """Make the shard whole; `tally` comes without token counts."""
         with self._path(".hashes").open("wb") as handle:
             hashes.tofile(handle)
+            handle.flush()
+            os.fsync(handle.fileno())
         for handle in self._files.values():
             handle.flush()
             os.fsync(handle.fileno())

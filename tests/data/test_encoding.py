@@ -35,6 +35,7 @@ def test_ids_are_those_of_the_library_with_separators() -> None:
     assert encoded.token_ids.tolist() == [token for ids in expected for token in ids]
     assert encoded.lengths.tolist() == [len(ids) for ids in expected]
     assert encoded.token_ids.dtype == np.uint16
+    assert len(encoder([]).token_ids) == 0
 
 
 def test_long_documents_are_tokenized_in_pieces_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +85,6 @@ def test_a_process_that_dies_is_one_clear_error_and_leaves_none_behind() -> None
 
 
 def test_hashes_are_remembered_while_memory_lasts() -> None:
-    values = [random.Random(1).getrandbits(64) for _ in range(1)]
     generator = random.Random(2)
     values = [0, 2**64 - 1, *(generator.getrandbits(64) for _ in range(60_000))]
     seen = HashSet(memory_mb=1)

@@ -4,6 +4,8 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -150,6 +152,12 @@ def test_parquet_with_nulls_and_other_columns(tmp_path: Path) -> None:
         ("missing text", "t.parquet:2"),
         ("empty", "t.parquet:3"),
     ]
+    raw = pyarrow.array([b"good", b"caf\xe9"], pyarrow.binary())
+    latin = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())  # what a careless writer leaves
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "latin.parquet")
+    source = SourceConfig(files=[f"{tmp_path}/latin.parquet"])
+    assert texts_of(source) == ["good"]
+    assert skipped_of(source) == [("malformed UTF-8", "latin.parquet:2", "not UTF-8 at byte 3 of the line")]
     with pytest.raises(DataError, match=r"t.parquet: has no column 'text', only id, content; set text_field to one of"):
         texts_of(SourceConfig(files=[str(path)]))
 

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from src.data.datamodule import NO_WINDOW
 from src.data.document_mask import document_mask
 from src.evaluation.routing import RoutingMetrics
 from src.model import ModelConfig, Transformer
@@ -69,7 +70,7 @@ class LanguageModel(lightning.LightningModule):
         self.model = Transformer(model)
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
         self.routing = RoutingMetrics(model.num_layers, model.num_experts, model.top_k)
-        self.validation_loss, self.validation_bytes = MeanMetric(), MeanMetric()
+        self.validation_loss, self.validation_bytes = _exact_mean(), _exact_mean()
         self.validation_routing = self.routing.clone()
 
     def configure_model(self) -> None:
@@ -117,13 +118,17 @@ class LanguageModel(lightning.LightningModule):
         return torch.stack(losses)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Score one batch of held-out windows (B, T+1)."""
-        trunk = self.model.trunk(batch[:, :-1], attention_mask=self._document_mask(batch[:, :-1]))
-        losses = token_losses(trunk.hidden_states, self.model.head, batch[:, 1:])  # (B, T)
+        """Score one batch of held-out windows (B, T+1), without those that are only there to keep ranks in step."""
+        real = batch[:, 0] != NO_WINDOW  # (B,)
+        token_ids, targets = batch[:, :-1].clamp(min=0), batch[real, 1:]
+        trunk = self.model.trunk(token_ids, attention_mask=self._document_mask(token_ids))
+        if not real.any():
+            return
+        losses = token_losses(trunk.hidden_states[real], self.model.head, targets)  # (B, T)
         self.validation_loss.update(losses)
-        self.validation_bytes.update(self.byte_lengths[batch[:, 1:]].float())
+        self.validation_bytes.update(self.byte_lengths[targets].float())
         if trunk.router_logits:
-            self.validation_routing.update(trunk.router_logits)
+            self.validation_routing.update([logits[real] for logits in trunk.router_logits])
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out loss in its three units, and the routing."""
@@ -161,10 +166,12 @@ class LanguageModel(lightning.LightningModule):
         return None if self.document_separator is None else document_mask(token_ids, self.document_separator)
 
     def _log_step(self, loss: Tensor, gradient_norm: Tensor) -> None:
-        self.log("train/loss", loss, prog_bar=True, sync_dist=self._logs_this_step)
+        if self._logs_this_step:  # not `sync_dist`, which Lightning wants to be the same at every step
+            loss = self.trainer.strategy.reduce(loss.clone(), reduce_op="mean")
+        self.log("train/loss", loss, prog_bar=True)
         if not self._logs_this_step:
             return
-        self.log("train/perplexity", loss.exp(), sync_dist=True)
+        self.log("train/perplexity", loss.exp())
         self.log("train/gradient_norm", gradient_norm)
         if self.model.config.num_experts:
             self.log_dict({f"train/{name}": value for name, value in self.routing.compute().items()})
@@ -190,3 +197,10 @@ class LanguageModel(lightning.LightningModule):
         """Under DDP, exchange gradients only with the last micro-batch."""
         no_sync = getattr(self.trainer.strategy.model, "no_sync", None)
         return nullcontext() if last or no_sync is None else no_sync()
+
+
+def _exact_mean() -> MeanMetric:
+    """A mean whose sum does not depend on how many ranks share it: float32 would round millions of summands."""
+    metric = MeanMetric()
+    metric.set_dtype(torch.float64)
+    return metric

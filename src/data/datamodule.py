@@ -1,6 +1,7 @@
 """Lightning's view of a packed corpus. One training batch is what one device needs for one optimiser step."""
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import lightning
@@ -13,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from src.data.config import DataConfig
 from src.data.packed_tokens import PackedCorpus
 from src.data.windows import Mixture
+
+NO_WINDOW = -1
+"""Stands for every id of a window that is none."""
 
 
 class StepSampler(Sampler[int]):
@@ -76,11 +80,16 @@ class PackedDataModule(lightning.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """This rank's share of the held-out windows, in batches (B, T+1)."""
+        """This rank's share of the held-out windows, in batches (B, T+1).
+
+        Every rank gets as many, for sharded models compute in step: windows of `NO_WINDOW` fill up what is missing.
+        """
         trainer = self.trainer
         assert trainer is not None
         windows = self.held_out[trainer.global_rank :: trainer.world_size]
-        return DataLoader(_Windows(windows), batch_size=self.config.micro_batch_size)
+        missing = math.ceil(len(self.held_out) / trainer.world_size) - len(windows)
+        filled = torch.cat([windows, windows.new_full((missing, self.held_out.shape[1]), NO_WINDOW)])
+        return DataLoader(_Windows(filled), batch_size=self.config.micro_batch_size)
 
 
 class _Windows(Dataset[Tensor]):

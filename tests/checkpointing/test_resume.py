@@ -1,0 +1,202 @@
+"""A run that goes on: from its checkpoint on the same numbers, or a refusal that says why."""
+
+import csv
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from src.checkpointing.files import CheckpointFiles
+from src.checkpointing.resume import compare_configs
+from src.checkpointing.signals import Preempted
+from src.config import RunConfig, load_run_config
+from src.errors import ConfigError, RunError, UserError
+from src.lightning_module import LanguageModel
+from src.run_directory import RunDirectory
+from src.train import RunResult, main, resumed_config, train
+from tests.conftest import small_config
+from tests.distributed.processes import start
+from tests.test_lightning_module import ONLY_TRAIN, read_metrics
+
+METRICS = ("train/loss", "train/gradient_norm", "val/loss", "train/learning_rate/backbone")
+ACCUMULATING = (*ONLY_TRAIN, "trainer.precision=bf16-mixed", "data.micro_batch_size=2", "data.sequence_length=16")
+
+
+def logged(run: Path) -> dict[str, dict[int, float]]:
+    rows = read_metrics(run)
+    return {name: {int(row["step"]): float(row[name]) for row in rows if row.get(name)} for name in METRICS}
+
+
+def resume(run: Path, *overrides: str) -> RunResult:
+    directory = RunDirectory(run)
+    return train(resumed_config(directory, None, overrides), directory)
+
+
+class Signalled:
+    """Sends this process a signal in the middle of the accumulation of step `step`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> None:
+        losses, calls = LanguageModel._losses, 0
+
+        def signalling(module: LanguageModel, *arguments: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == 4 * step - 2:
+                signal.raise_signal(signum)
+            return losses(module, *arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(LanguageModel, "_losses", signalling)
+
+
+@pytest.mark.parametrize(
+    ("signum", "step", "workers", "more"),
+    [
+        (signal.SIGTERM, 5, 0, ()),
+        (signal.SIGUSR1, 8, 2, ()),  # a validation follows step 8, and comes before the checkpoint
+        (signal.SIGTERM, 6, 0, ("checkpoint.ema_decay=0.9",)),
+    ],
+)
+def test_a_stop_signal_loses_no_step(
+    signum: int,
+    step: int,
+    workers: int,
+    more: tuple[str, ...],
+    tmp_path: Path,
+    small_overrides: Sequence[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    common = (*ACCUMULATING, *more, "trainer.max_steps=12")
+    whole = train(small_config(small_overrides, tmp_path, *common, "name=whole")).run_dir
+    with monkeypatch.context() as patch:
+        Signalled(patch, step, signum)
+        with pytest.raises(Preempted) as stopped:
+            train(small_config(small_overrides, tmp_path, *common, "name=part", f"data.num_workers={workers}"))
+    assert (stopped.value.step, stopped.value.exit_code) == (step, 128 + signum)
+    part = tmp_path / "part"
+    assert CheckpointFiles(part / "checkpoints").steps()[-1] == step
+    assert max(logged(part)["train/loss"]) == step - 1  # counted from 0
+    resume(part, f"data.num_workers={2 - workers}")
+    assert logged(part) == logged(whole)
+    assert RunDirectory(part).path.joinpath("checkpoints", "last.ckpt").resolve().name == "step-00000012.ckpt"
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_repeats_what_it_lost(tmp_path: Path, small_overrides: Sequence[str]) -> None:
+    common = (*ACCUMULATING, "trainer.max_steps=300", "checkpoint.every_steps=50", "trainer.val_check_interval=120")
+    whole = train(small_config(small_overrides, tmp_path, *common, "name=whole")).run_dir
+    part = RunDirectory(tmp_path / "part")
+    moments, files = random.Random(0), CheckpointFiles(part.checkpoints_path)
+    go_on = partial(train, small_config(small_overrides, tmp_path, *common, "name=part"))
+    for kill in range(5):
+        known = files.steps()[-1:]
+        process = start(go_on, tmp_path / "log")
+        until = time.monotonic() + 90
+        while files.steps()[-1:] == known:
+            assert process.is_alive() and time.monotonic() < until, (tmp_path / "log").read_text()
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.4))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        workers = f"data.num_workers={2 * (kill % 2)}"
+        go_on = partial(resume, part.path, workers)
+    go_on()
+    found, expected = logged(part.path), logged(whole)
+    for name in METRICS:
+        assert found[name].items() <= expected[name].items(), name
+        assert max(found[name]) == max(expected[name])
+    assert len(found["train/loss"]) >= 295  # a step that was killed between its checkpoint and its log entry
+
+
+def begun_config(small_overrides: Sequence[str], directory: Path) -> RunConfig:
+    return small_config(small_overrides, directory, *ONLY_TRAIN, "trainer.max_steps=4")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory, small_overrides: Sequence[str]) -> Path:
+    """A run of 4 steps; treat its directory as read-only."""
+    return train(begun_config(small_overrides, tmp_path_factory.mktemp("begun"))).run_dir
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("model.hidden_size=32", "model.hidden_size: 64 -> 32 (model shapes the weights)"),
+        ("data.seed=1", "data.seed: 0 -> 1 (data decides which windows each step reads)"),
+        ("data.global_batch_size=16", "data.global_batch_size: 8 -> 16 (data decides which windows"),
+        ("optimizer.beta1=0.8", "optimizer.beta1: 0.9 -> 0.8 (optimizer is part of the optimiser's state)"),
+        ("seed=3", "seed: 0 -> 3 (seed decided the weights that training began with)"),
+    ],
+)
+def test_what_cannot_change_is_refused_by_name(override: str, reason: str, begun: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        resumed_config(RunDirectory(begun), None, [override, "trainer.max_steps=8"])
+
+
+def test_what_changes_is_said(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(begun)
+    overrides = ["trainer.max_steps=8", "data.num_workers=2", "optimizer.gradient_clip_norm=2"]
+    now = resumed_config(run, None, overrides)
+    assert (now.trainer.max_steps, now.data.num_workers, now.optimizer.gradient_clip_norm) == (8, 2, 2)
+    told = capsys.readouterr().err
+    for change in ("trainer.max_steps: 4 -> 8", "data.num_workers: 0 -> 2", "optimizer.gradient_clip_norm: 1.0 -> 2.0"):
+        assert change in told
+    before = load_run_config(run).to_dict()
+    assert compare_configs(run, before, before) == []
+
+
+def test_a_run_that_cannot_go_on_says_why(begun: Path, tmp_path: Path) -> None:
+    def refusal(run: Path, *overrides: str) -> str:
+        with pytest.raises(UserError) as refused:
+            resume(run, *overrides)
+        return str(refused.value)
+
+    assert "has finished its 4 steps" in refusal(begun)
+    copy = tmp_path / "copy"
+    shutil.copytree(begun, copy)
+    report = copy / "report.json"
+    report.write_text(report.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    assert "was trained on corpus 0" in refusal(copy, "trainer.max_steps=8")
+    shutil.rmtree(copy / "checkpoints")
+    assert "holds no checkpoint" in refusal(copy, "trainer.max_steps=8")
+    with pytest.raises(RunError, match="no such run directory"):
+        main(["--resume", str(tmp_path / "none")])
+
+
+def test_metrics_after_the_checkpoint_are_replaced_and_the_rest_kept(begun: Path, tmp_path: Path) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(begun, run)
+    with (run / "metrics.csv").open(newline="") as handle:
+        header = next(csv.reader(handle))
+    with (run / "metrics.csv").open("a", newline="") as handle:  # logged after the checkpoint, before a kill
+        csv.DictWriter(handle, header).writerow({"step": "5", "train/loss": "99"})
+    resume(run, "trainer.max_steps=8", "trainer.log_every_n_steps=1")
+    losses = logged(run)["train/loss"]
+    assert list(losses) == list(range(8))
+    assert losses[5] != 99
+    assert {step: losses[step] for step in range(4)} == logged(begun)["train/loss"]
+
+
+@pytest.mark.slow
+def test_the_verb_ends_with_128_and_the_signal(tmp_path: Path, small_overrides: Sequence[str]) -> None:
+    endless = ("trainer.max_steps=1000000", "checkpoint.every_steps=5", "trainer.val_check_interval=1000000")
+    overrides = [*small_overrides, f"output_dir={tmp_path}", *endless, "data.micro_batch_size=2"]
+    command = [sys.executable, "-m", "src.train", *overrides, "trainer.devices=2", "trainer.strategy=ddp"]
+    files = CheckpointFiles(tmp_path / "quickstart" / "checkpoints")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while files.newest() is None:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert told.count("SIGTERM: stopped after step") == 1
+    assert not (tmp_path / "quickstart" / "lut").exists()

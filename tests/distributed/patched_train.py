@@ -1,0 +1,63 @@
+"""`src.train` with small shards and, on one rank, a fault: a script, so that ranks that Lightning starts run it too.
+
+`FAULT` is `<place>:<rank>`; places are the keys of `FAULTS`.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import callbacks.reparameterize
+from callbacks import EvaluationCallback
+from src import train
+from src.cli import run_verb
+from src.lightning_module import LanguageModel
+from src.lut import builder
+
+SHARD_BYTES = 2**18
+MESSAGE = "the injected fault"
+
+
+def fail(*_: object, **__: object) -> Any:
+    raise RuntimeError(MESSAGE)
+
+
+def fail_in_step() -> None:
+    step = LanguageModel.training_step
+
+    def failing_step(self: LanguageModel, *arguments: Any) -> Any:
+        return fail() if self.trainer.global_step == 3 else step(self, *arguments)
+
+    LanguageModel.training_step = failing_step
+
+
+def fail_in_evaluation() -> None:
+    EvaluationCallback.on_train_end = fail
+
+
+def fail_in_build() -> None:
+    builder.write_shards = fail
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "step": fail_in_step,
+    "evaluation": fail_in_evaluation,
+    "build": fail_in_build,
+}
+
+
+def main() -> None:
+    callbacks.reparameterize.builder.plan = partial(builder.plan, shard_bytes=SHARD_BYTES)
+    place, _, rank = os.environ.get("FAULT", "").partition(":")
+    if place and rank == os.environ.get("LOCAL_RANK", "0"):
+        FAULTS[place]()
+    train.main()
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,114 @@
+"""A rank that fails, wherever it is, ends all of them soon, with an exit code, and with its reason printed once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from src.checkpointing.files import CheckpointFiles
+from src.errors import TrainingError
+from src.lightning_module import LanguageModel
+from src.train import train
+from tests.conftest import CONFIGS, small_config
+from tests.distributed.patched_train import MESSAGE
+
+SCRIPT = Path(__file__).parent / "patched_train.py"
+LIMIT_SECONDS = 60
+TWO = ("trainer.devices=2", "data.micro_batch_size=2", "trainer.precision=32-true")
+
+
+class Run:
+    """A training of two ranks that Lightning starts, as a user would start it."""
+
+    def __init__(self, overrides: Sequence[str], directory: Path, fault: str = "") -> None:
+        self.log, self.files = directory / "log", CheckpointFiles(directory / "quickstart" / "checkpoints")
+        command = [sys.executable, str(SCRIPT), *overrides, *TWO, f"output_dir={directory}"]
+        with self.log.open("w") as log:
+            environment = {**os.environ, "FAULT": fault, "OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, cwd=CONFIGS.parent, start_new_session=True
+            )
+
+    def wait(self) -> int:
+        """Wait for all ranks to be gone and return the exit code of the first."""
+        code = self.process.wait(LIMIT_SECONDS)
+        until = time.monotonic() + LIMIT_SECONDS
+        while self.alive() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not self.alive()
+        return code
+
+    def alive(self) -> list[psutil.Process]:
+        """Processes of the run's session: ranks and their loader workers."""
+        return [process for process in psutil.process_iter() if _session(process) == self.process.pid]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The two ranks, in order, once a checkpoint shows that they are training."""
+        until = time.monotonic() + LIMIT_SECONDS
+        while self.files.newest() is None:
+            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
+            time.sleep(0.05)
+        return sorted(self.alive(), key=lambda process: int(process.environ().get("LOCAL_RANK", "0")))
+
+
+def _session(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid) if process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "strategy"), [("step:1", "ddp"), ("evaluation:0", "ddp"), ("build:1", "ddp"), ("build:0", "fsdp2")]
+)
+def test_a_rank_that_raises_ends_the_run(
+    fault: str, strategy: str, tmp_path: Path, small_overrides: Sequence[str]
+) -> None:
+    run = Run([*small_overrides, f"trainer.strategy={strategy}", "trainer.max_steps=5"], tmp_path, fault)
+    assert run.wait() == 1
+    text = run.log.read_text()
+    assert text.count(f"RuntimeError: {MESSAGE}") == 1, text
+    assert text.count("Traceback") == 1, text
+    assert f"rank {fault[-1]} failed" in text
+    assert not (tmp_path / "quickstart" / "lut" / "manifest.json").exists() or fault.startswith("evaluation")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_run(killed: int, tmp_path: Path, small_overrides: Sequence[str]) -> None:
+    endless = ("trainer.strategy=ddp", "trainer.max_steps=1000000", "checkpoint.every_steps=5")
+    run = Run([*small_overrides, *endless, "trainer.val_check_interval=1000000"], tmp_path)
+    victim = run.ranks()[killed]
+    victim.send_signal(signal.SIGKILL)
+    assert run.wait() == (1 if killed else -signal.SIGKILL)
+    text = run.log.read_text()
+    assert text.count("was killed") == 1, text
+    assert str(victim.pid) in text
+    assert "Traceback" not in text
+
+
+def test_a_step_that_is_not_finite_names_the_rank_that_saw_it(
+    tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = LanguageModel._losses
+
+    def broken(self: LanguageModel, *arguments: object) -> object:
+        loss, objective = losses(self, *arguments)  # type: ignore[arg-type]
+        bad = self.trainer.global_step == 6 and self.trainer.global_rank == 1
+        return loss * (float("nan") if bad else 1), objective
+
+    monkeypatch.setattr(LanguageModel, "_losses", broken)
+    config = small_config(small_overrides, tmp_path, *TWO, "trainer.strategy=ddp_fork", "trainer.max_steps=9")
+    with pytest.raises(Exception, match=r"step 7: not finite;") as failed:
+        train(config)
+    text = str(failed.value)
+    assert TrainingError.__name__ in text
+    assert "rank 1: losses of its micro-batches nan, nan, sample numbers [50, 51, 54, 55]" in text
+    assert "rank 0:" not in text.partition("TrainingError")[2]

@@ -10,9 +10,7 @@ from safetensors.numpy import load
 from src.errors import LutFormatError
 from src.lut.integrity import sha256
 from src.lut.layout import CHECKSUM_BYTES
-from src.lut.manifest import Manifest, ShardRecord
-
-COUNTS_NAME = "token_counts.safetensors"
+from src.lut.manifest import COUNTS_NAME, Manifest, ShardRecord
 
 
 def check_shard(lut_dir: Path, record: ShardRecord) -> None:

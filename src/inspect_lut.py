@@ -15,12 +15,15 @@ from src.config import load_run_config
 from src.data.tokenizer import load_tokenizer
 from src.errors import UserError
 from src.evaluation.held_out import held_out_of_run
-from src.evaluation.token_weights import TokenWeights, measure_token_weights
+from src.evaluation.token_weights import TokenWeights, measure_token_weights, windows_with
 from src.files import write_text
 from src.inference import load_model
 from src.lut import read_manifest
 from src.lut.neighbors import Neighborhood, find_neighbors
 from src.run_directory import RunDirectory
+
+MAX_WINDOWS = 64
+"""Held-out windows that are routed at most."""
 
 
 def single_token(text: str, tokenizer: Tokenizer) -> int:
@@ -47,8 +50,12 @@ def token_weights(run: RunDirectory, lut: str, token_id: int) -> TokenWeights:
     text, warning = held_out_of_run(run, load_run_config(run).data)
     if warning is not None:
         stderr_console().print(f"note: {warning}")
-    with load_model(run.path, experts="lut", lut=lut) as model, progress_bar("routing text (windows)", 64) as advance:
-        return measure_token_weights(model, text.windows, token_id, max_windows=64, progress=advance)
+    inputs = windows_with(text.windows, token_id, MAX_WINDOWS)
+    with (
+        load_model(run.path, experts="lut", lut=lut) as model,
+        progress_bar("routing text (windows)", len(inputs)) as advance,
+    ):
+        return measure_token_weights(model, inputs, token_id, progress=advance)
 
 
 def chosen_layers(given: argparse.Namespace, num_layers: int) -> Sequence[int]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from src import inspect_lut
 from src.data.tokenizer import load_tokenizer
 from src.errors import UserError
-from src.evaluation.token_weights import measure_token_weights
+from src.evaluation.token_weights import measure_token_weights, windows_with
 from src.inference import load_model
 from src.lut import LutStore
 from src.lut.neighbors import find_neighbors
@@ -44,9 +44,10 @@ def test_rows_neighbors_and_weights_are_those_of_the_table(
 
 
 def test_weights_are_the_mean_over_occurrences(trained: RunResult) -> None:
-    windows = torch.tensor([[5, 7, 7, 9, 1], [1, 2, 3, 4, 7], [7, 1, 1, 1, 1]])  # the last token is only predicted
+    # the last token of a window is only predicted
+    windows = torch.tensor([[5, 7, 7, 9, 1], [1, 2, 3, 4, 7], [7, 1, 1, 1, 1]])
     with load_model(trained.run_dir, experts="lut") as model:
-        found = measure_token_weights(model, windows, 7)
+        found = measure_token_weights(model, windows_with(windows, 7, 9), 7)
         assert found.occurrences == 3
         assert found.shares is not None
         logits = model.trunk(windows[:, :-1]).router_logits
@@ -54,7 +55,7 @@ def test_weights_are_the_mean_over_occurrences(trained: RunResult) -> None:
             probs = layer_logits.softmax(-1)
             expected = (probs[0, 1] + probs[0, 2] + probs[2, 0]) / 3
             torch.testing.assert_close(found.shares[layer], expected)
-        assert measure_token_weights(model, windows, 400).shares is None
+        assert measure_token_weights(model, windows_with(windows, 400, 9), 400).shares is None
 
 
 def test_mistakes_are_shown_with_what_would_be_right(trained: RunResult, tmp_path: Path) -> None:

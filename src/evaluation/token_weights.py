@@ -22,20 +22,19 @@ class TokenWeights:
     """(L, E): mean weight of each expert, rows sum to 1; None where the token does not occur."""
 
 
+def windows_with(windows: Tensor, token_id: int, limit: int) -> Tensor:
+    """Return the inputs (B, T) of at most `limit` windows (N, T+1) that hold the token."""
+    inputs = windows[:, :-1]
+    return inputs[(inputs == token_id).any(dim=1)][:limit]
+
+
 @torch.no_grad()
 def measure_token_weights(
-    model: Transformer,
-    windows: Tensor,
-    token_id: int,
-    *,
-    max_windows: int = 64,
-    progress: Callable[[int], None] | None = None,
+    model: Transformer, inputs: Tensor, token_id: int, *, progress: Callable[[int], None] | None = None
 ) -> TokenWeights:
-    """Run the windows (N, T+1) int64 that hold the token, `max_windows` of them at most, and average its routing."""
-    inputs = windows[:, :-1]
-    inputs = inputs[(inputs == token_id).any(dim=1)][:max_windows]
+    """Run inputs (B, T) int64, one window at a time, and average the routing where the token occurs."""
     sums, occurrences = torch.zeros(model.config.num_layers, model.config.num_experts), 0
-    for window in inputs.unsqueeze(1):  # (1, T), one at a time
+    for window in inputs.unsqueeze(1):  # (1, T)
         here = window == token_id  # (1, T)
         logits = model.trunk(window).router_logits
         sums += torch.stack([router_probs(layer)[here].float().sum(dim=0) for layer in logits])  # (L, E)

@@ -6,6 +6,7 @@ Importing it must stay cheap (no torch): every tokenizing process does.
 import itertools
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -81,9 +82,6 @@ def serve(descriptor: int) -> None:
     with Connection(descriptor) as connection:
         tokenizer, separator_id = connection.recv()
         encoder = Encoder(Tokenizer.from_str(tokenizer), separator_id)
-        while True:
-            try:
-                texts = connection.recv()
-            except (EOFError, ConnectionResetError):
-                return
-            connection.send(encoder(texts))
+        with suppress(EOFError, OSError):  # the process that sends batches is done, or was killed
+            while True:
+                connection.send(encoder(connection.recv()))

@@ -83,7 +83,7 @@ def test_values_between_two_levels_take_the_nearer_and_in_the_middle_the_lower(p
 
 @pytest.mark.parametrize("precision", PACKED)
 @settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-20, 14))
+@given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-20, 12))
 def test_the_error_is_bounded_by_half_a_gap_and_the_rounding_of_the_scale(
     precision: str, seed: int, exponent: int
 ) -> None:

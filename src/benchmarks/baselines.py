@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from src.lut import LutStore
 from src.lut.layout import ALIGNMENT, plan_shards
+from src.lut.readers.memory import release_pages
 from src.lut.readers.shard_files import ShardFiles
 
 DEPTH = 16
@@ -50,24 +51,31 @@ class RawReads:
         self.files.close()
 
 
-def memmap_copy(store: LutStore, capacity: int) -> Callable[[Tensor], object]:
-    """Return what a user without this project would do: index a memory map, row by row."""
-    layout = store.layout
-    shards = plan_shards(layout)
-    maps = [
-        np.memmap(
-            store.lut_dir / shard.file_name,
-            dtype=np.uint8,
-            mode="r",
-            offset=shard.rows_offset(layout),
-            shape=(shard.num_tokens, layout.row_bytes),
-        )
-        for shard in shards
-    ]
-    step, rows = shards[0].num_tokens, np.ones((capacity, layout.row_bytes), dtype=np.uint8)
+class MemmapCopy:
+    """What a user without this project would do: index a memory map, row by row."""
 
-    def copy(token_ids: Tensor) -> None:
+    def __init__(self, store: LutStore, capacity: int) -> None:
+        """Map the shards."""
+        layout = store.layout
+        shards = plan_shards(layout)
+        self._maps = [
+            np.memmap(
+                store.lut_dir / shard.file_name,
+                dtype=np.uint8,
+                mode="r",
+                offset=shard.rows_offset(layout),
+                shape=(shard.num_tokens, layout.row_bytes),
+            )
+            for shard in shards
+        ]
+        self._step, self._rows = shards[0].num_tokens, np.ones((capacity, layout.row_bytes), dtype=np.uint8)
+
+    def __call__(self, token_ids: Tensor) -> None:
+        """Copy the rows."""
         for position, token_id in enumerate(token_ids.tolist()):
-            rows[position] = maps[token_id // step][token_id % step]
+            self._rows[position] = self._maps[token_id // self._step][token_id % self._step]
 
-    return copy
+    def release_pages(self) -> None:
+        """Unmap what was touched, or it would stay warm for every contender."""
+        for pages in self._maps:
+            release_pages(pages)

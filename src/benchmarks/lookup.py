@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from src.benchmarks import page_cache
-from src.benchmarks.baselines import RawReads, memmap_copy
+from src.benchmarks.baselines import MemmapCopy, RawReads
 from src.benchmarks.machine import machine_line
 from src.benchmarks.random_run import scratch_directory, write_table
 from src.benchmarks.results import add_common_options, describe_run, print_targets, write_results
@@ -27,6 +28,7 @@ from src.benchmarks.text_ids import TextIds, load_text_ids
 from src.cli import parser, progress_bar, run_verb
 from src.errors import LutFormatError
 from src.lut import LutStore, read_manifest
+from src.lut.readers.memory import MemmapReader
 from src.run_directory import Identity
 
 COUNTS = (1, 8, 32, 256, 2048)
@@ -47,26 +49,31 @@ def measure(lut_dir: Path, text: TextIds, rounds: int) -> tuple[Cells, int]:
     before = page_cache.bytes_read()
     with ExitStack() as stack:
         contenders: dict[str, Callable[[Tensor], object]] = {}
+        release: list[Callable[[], None]] = []
         for reader in (*READERS, "memmap"):
             for verify in (False, True):
                 store = stack.enter_context(LutStore.open(lut_dir, reader=reader, verify_rows=verify))
                 contenders[f"{reader}{' + checksum' if verify else ''}"] = store.gather
+                if isinstance(store.reader, MemmapReader):
+                    release.append(store.reader.release_pages)
         store = stack.enter_context(LutStore.open(lut_dir, reader="pread"))
-        contenders["memmap copy"] = memmap_copy(store, max(COUNTS))
+        copy = contenders["memmap copy"] = MemmapCopy(store, max(COUNTS))
+        release.append(copy.release_pages)
         raw = RawReads(store, max(COUNTS))
         stack.callback(raw.close)
         contenders["raw O_DIRECT"] = raw
+        drop = partial(page_cache.drop, lut_dir, release)
         with progress_bar("rounds", rounds * len(COUNTS) * 2) as advance:
             for state in ("cold", "warm"):
                 for count in COUNTS:
-                    cells[state, count] = _cell(lut_dir, text, contenders, state, count, rounds, advance)
+                    cells[state, count] = _cell(text, contenders, drop, state, count, rounds, advance)
     return cells, page_cache.bytes_read() - before
 
 
 def _cell(
-    lut_dir: Path,
     text: TextIds,
     contenders: dict[str, Callable[[Tensor], object]],
+    drop: Callable[[], None],
     state: str,
     count: int,
     rounds: int,
@@ -79,7 +86,7 @@ def _cell(
         def one(number: int) -> float:
             taken: list[float] = []
             for token_ids in requests[number]:
-                page_cache.drop(lut_dir) if state == "cold" else contender(token_ids)
+                drop() if state == "cold" else contender(token_ids)
                 start = time.perf_counter()
                 contender(token_ids)
                 taken.append(time.perf_counter() - start)

@@ -20,7 +20,7 @@ from src.lut.integrity import check_rows, row_checksum
 from src.lut.layout import TableLayout, plan_shards
 from src.lut.manifest import Manifest, read_manifest
 from src.lut.opening import check_shard, read_checksums, read_token_counts
-from src.lut.readers import READERS, Fetch, open_reader
+from src.lut.readers import READERS, Fetch, Reader, open_reader
 from src.lut.readers.aligned import BufferPool
 from src.lut.readers.memory import MemoryReader
 from src.lut.readers.reader import Bytes, Done
@@ -87,6 +87,11 @@ class LutStore:
         for record in manifest.shards:
             check_shard(Path(lut_dir), record)
         return cls(Path(lut_dir), manifest, reader=reader, cache_mb=cache_mb, verify_rows=verify_rows, device=device)
+
+    @property
+    def reader(self) -> Reader:
+        """How rows are read."""
+        return self._reader
 
     @property
     def stats(self) -> ReadStats:

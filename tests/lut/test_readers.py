@@ -47,9 +47,7 @@ def open_named(name: str, lut_dir: Path) -> Reader:
     layout = read_manifest(lut_dir).layout
     shards = plan_shards(layout)
     if name == "mixed":
-        return MixedReader(
-            PreadReader(lut_dir, layout, shards), DirectReader(lut_dir, layout, shards), single=True, batch=True
-        )
+        return MixedReader(PreadReader(lut_dir, layout, shards), DirectReader(lut_dir, layout, shards), {1: True})
     return open_reader(name, lut_dir, layout, shards)
 
 
@@ -218,6 +216,7 @@ def test_systems_without_linux_calls_read_too(table: tuple[Path, Bytes], monkeyp
 def test_a_window_of_reads_is_started_ahead(table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     lut_dir, expected = table
     monkeypatch.setattr(pread_module, "IN_FLIGHT_BYTES", 1)
+    monkeypatch.setattr(pread_module, "MANY_ROWS", 1000)
     reader, ids = open_named("pread", lut_dir), random.Random(1).sample(range(VOCAB), 100)
     drop_page_cache(lut_dir)
     assert np.array_equal(read(reader, ids, expected.shape[1]), expected[ids])

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,7 +21,8 @@ from src.lut.readers.shard_files import ShardFiles
 ReaderName = Literal["auto", "memory", "memmap", "pread", "direct"]
 READERS: tuple[ReaderName, ...] = get_args(ReaderName)
 PROBE_ROUNDS = 3
-PROBE_BATCH = 8
+PROBE_SIZES = (1, 8, 64)
+"""Rows at a time; a request is served as the largest of these that it reaches was fastest."""
 DIRECT_ADVANTAGE = 0.87
 """Unbuffered reads must take less than this share of buffered ones, because they leave nothing in the page cache."""
 
@@ -46,14 +47,15 @@ def open_reader(
 class MixedReader:
     """Resident rows from the page cache; cold ones past it where that was faster when the table was opened."""
 
-    def __init__(self, buffered: PreadReader, direct: DirectReader, *, single: bool, batch: bool) -> None:
-        """Read cold rows with `direct` when one row is awaited (`single`), or when there are several (`batch`)."""
+    def __init__(self, buffered: PreadReader, direct: DirectReader, direct_from: Mapping[int, bool]) -> None:
+        """`direct_from` says, by number of rows, whether cold ones are read past the page cache from there on."""
         self._buffered, self._direct = buffered, direct
-        self._single, self._batch = single, batch
+        self._direct_from = sorted(direct_from.items(), reverse=True)
 
     def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived, *, background: bool) -> Fetch:
-        """Begin to read with the reader that suits the number of rows."""
-        use_direct = self._batch if len(wanted) > 1 else self._single and not background
+        """Begin to read as suits the number of rows; one row in the background needs no thread when buffered."""
+        use_direct = next((direct for size, direct in self._direct_from if len(wanted) >= size), False)
+        use_direct = use_direct and not (background and len(wanted) == 1)
         if not use_direct:
             return self._buffered.start(wanted, rows, arrived, background=background)
         cold, resident = self._buffered.start_resident(wanted, rows, arrived)
@@ -78,19 +80,18 @@ class _Both:
 
 
 def choose_reader(lut_dir: Path, layout: TableLayout, shards: Sequence[Shard]) -> Reader:
-    """Time a few cold rows, one and several at a time, buffered and unbuffered (some milliseconds)."""
+    """Time a few cold rows, one, several and many at a time, buffered and unbuffered (some hundredths of a second)."""
     buffered = PreadReader(lut_dir, layout, shards)
-    enough = layout.vocab_size >= 2 * PROBE_ROUNDS * (1 + PROBE_BATCH)
+    enough = layout.vocab_size >= 2 * PROBE_ROUNDS * PROBE_SIZES[-1]
     if not enough or not hasattr(os, "posix_fadvise") or not hasattr(os, "O_DIRECT"):
         return buffered
     try:
         direct = DirectReader(lut_dir, layout, shards)
     except OSError:  # nobody asked for unbuffered reads, so there is nothing to warn of
         return buffered
-    single = _direct_is_faster(buffered, direct, 1, lut_dir, layout, shards)
-    batch = _direct_is_faster(buffered, direct, PROBE_BATCH, lut_dir, layout, shards)
-    if single or batch:
-        return MixedReader(buffered, direct, single=single, batch=batch)
+    direct_from = {size: _direct_is_faster(buffered, direct, size, lut_dir, layout, shards) for size in PROBE_SIZES}
+    if any(direct_from.values()):
+        return MixedReader(buffered, direct, direct_from)
     direct.close()
     return buffered
 

@@ -1,8 +1,10 @@
 """Rows that need no file access per request: a copy of the table, and the memory map that is the oracle."""
 
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +81,18 @@ class MemmapReader:
             arrived(token_id, position)
         return Done()
 
+    def release_pages(self) -> None:
+        """Unmap what was touched; a mapped page stays in the page cache whatever is advised."""
+        for pages in self._maps:
+            release_pages(pages)
+
     def close(self) -> None:
         """Drop the maps."""
         self._maps.clear()
         self._files.close()
+
+
+def release_pages(pages: "np.memmap[Any, np.dtype[np.uint8]]") -> None:
+    """Take the pages of a map out of this process; they are read or found again at the next touch."""
+    if isinstance(pages.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        pages.base.madvise(mmap.MADV_DONTNEED)

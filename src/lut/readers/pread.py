@@ -6,6 +6,7 @@ read collects it. Elsewhere threads block in its place.
 """
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from src.lut.readers.workers import WorkerPool
 IN_FLIGHT_BYTES = 8 * 2**20
 """Reads started ahead of their collection: deep enough for any device, small beside a tight memory limit."""
 PROBE_BYTES = 4096
+MANY_ROWS = 64
+"""From so many rows on, a few threads share the copying: it, not the disk, is what then takes time."""
+COPYING_THREADS = 4
 
 
 class PreadReader:
@@ -37,10 +41,15 @@ class PreadReader:
         read = _Reads(self._files, self._nowait, rows, arrived)
         if self._nowait is None:
             return self._pool.start(read.collect, wanted, background=background)
-        ahead = [pair for pair in wanted[: self._window] if not read.try_now(*pair)]
-        if not ahead and len(wanted) <= self._window:
-            return Done()
-        return _Collection(read, ahead, wanted[self._window :])
+        if len(wanted) > MANY_ROWS:
+            parts = min(COPYING_THREADS, os.cpu_count() or 1)
+            window = max(1, self._window // parts)
+            shares = [wanted[part::parts] for part in range(parts)]
+            return self._pool.start(
+                lambda share: _Collection(read, share, window).finish(), shares, background=background
+            )
+        collection = _Collection(read, wanted, self._window)
+        return collection if collection.start() else Done()
 
     def start_resident(self, wanted: Wanted, rows: Bytes, arrived: Arrived) -> tuple[Wanted, Fetch]:
         """Copy resident rows; return those that are wholly cold, whose reads were not started, and a fetch of the rest.
@@ -54,7 +63,8 @@ class PreadReader:
         cold = [pair for pair in wanted if not read.first_page_resident(pair[0])]
         distinct = set(cold)
         warm = [pair for pair in wanted if pair not in distinct] if distinct else wanted
-        return cold, _Collection(read, [pair for pair in warm if not read.try_now(*pair)], ())
+        resident = _Collection(read, warm, self._window)
+        return cold, resident if resident.start() else Done()
 
     def close(self) -> None:
         """Close files, end threads."""
@@ -101,25 +111,26 @@ class _Reads:
 
 
 class _Collection:
-    """Rows whose reads are under way, and a tail whose reads start as the first ones are collected."""
+    """Rows in order: resident ones are copied on the way, up to `window` reads of cold ones are under way."""
 
-    def __init__(self, read: _Reads, ahead: Wanted, tail: Wanted) -> None:
-        self._read, self._ahead, self._tail = read, list(ahead), iter(tail)
+    def __init__(self, read: _Reads, wanted: Wanted, window: int) -> None:
+        self._read, self._left, self._window = read, iter(wanted), window
+        self._under_way: deque[tuple[int, int]] = deque()
+
+    def start(self) -> bool:
+        """Start reads until the window is full; whether any row is missing."""
+        while len(self._under_way) < self._window:
+            pair = next(self._left, None)
+            if pair is None:
+                break
+            if not self._read.try_now(*pair):
+                self._under_way.append(pair)
+        return bool(self._under_way)
 
     def finish(self) -> None:
-        """Collect in order; one collected row lets the next cold one start."""
-        collected = 0
-        self._start_next()
-        while collected < len(self._ahead):
-            self._read.collect(self._ahead[collected])
-            collected += 1
-            self._start_next()
-
-    def _start_next(self) -> None:
-        for pair in self._tail:
-            if not self._read.try_now(*pair):
-                self._ahead.append(pair)
-                return
+        """Collect the reads in order, starting another for each."""
+        while self.start():
+            self._read.collect(self._under_way.popleft())
 
 
 def _nowait_flag(descriptor: int) -> int | None:

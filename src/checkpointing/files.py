@@ -13,7 +13,7 @@ from pathlib import Path
 from src.files import sync_directory
 
 _ENTRY = re.compile(r"step-(\d+)\.ckpt")
-_UNFINISHED = ".step-*.tmp"
+_UNFINISHED = ".*step-*.tmp"
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as distributed_checkpoint
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 _FILE_PREFIX, _PARTS_PREFIX = "model.", "state_dict.model."
 
@@ -32,5 +32,5 @@ def _read_parts(path: Path) -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is all it takes
-        distributed_checkpoint.load(parts, storage_reader=FileSystemReader(path), no_dist=True)
+        load(parts, storage_reader=FileSystemReader(path), no_dist=True)
     return {name.removeprefix(_PARTS_PREFIX): tensor for name, tensor in parts.items()}

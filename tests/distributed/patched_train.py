@@ -33,7 +33,7 @@ def fail_in_step() -> None:
     def failing_step(self: LanguageModel, *arguments: Any) -> Any:
         return fail() if self.trainer.global_step == 3 else step(self, *arguments)
 
-    LanguageModel.training_step = failing_step
+    LanguageModel.training_step = failing_step  # type: ignore[method-assign]
 
 
 def fail_in_evaluation() -> None:
@@ -51,13 +51,13 @@ FAULTS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None, fault: str = "") -> None:
     callbacks.reparameterize.builder.plan = partial(builder.plan, shard_bytes=SHARD_BYTES)
-    place, _, rank = os.environ.get("FAULT", "").partition(":")
+    place, _, rank = fault.partition(":")
     if place and rank == os.environ.get("LOCAL_RANK", "0"):
         FAULTS[place]()
-    train.main()
+    train.main(arguments)
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    run_verb(partial(main, fault=os.environ.get("FAULT", "")))

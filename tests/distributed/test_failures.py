@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,8 @@ from src.errors import TrainingError
 from src.lightning_module import LanguageModel
 from src.train import train
 from tests.conftest import CONFIGS, small_config
-from tests.distributed.patched_train import MESSAGE
+from tests.distributed.patched_train import MESSAGE, main
+from tests.distributed.processes import start_ranks, wait
 
 SCRIPT = Path(__file__).parent / "patched_train.py"
 LIMIT_SECONDS = 60
@@ -64,19 +66,31 @@ def _session(process: psutil.Process) -> int | None:
         return None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fault", "strategy"), [("step:1", "ddp"), ("evaluation:0", "ddp"), ("build:1", "ddp"), ("build:0", "fsdp2")]
-)
-def test_a_rank_that_raises_ends_the_run(
-    fault: str, strategy: str, tmp_path: Path, small_overrides: Sequence[str]
-) -> None:
-    run = Run([*small_overrides, f"trainer.strategy={strategy}", "trainer.max_steps=5"], tmp_path, fault)
-    assert run.wait() == 1
-    text = run.log.read_text()
+def check_reason(text: str, rank: int) -> None:
     assert text.count(f"RuntimeError: {MESSAGE}") == 1, text
     assert text.count("Traceback") == 1, text
-    assert f"rank {fault[-1]} failed" in text
+    assert f"rank {rank} failed" in text
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_ends_what_lightning_started(tmp_path: Path, small_overrides: Sequence[str]) -> None:
+    run = Run([*small_overrides, "trainer.strategy=ddp", "trainer.max_steps=5"], tmp_path, "step:1")
+    assert run.wait() == 1
+    check_reason(run.log.read_text(), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "strategy"),
+    [("step:0", "fsdp2"), ("evaluation:0", "ddp"), ("evaluation:1", "fsdp2"), ("build:1", "ddp"), ("build:0", "fsdp2")],
+)
+def test_a_rank_that_raises_ends_the_others(
+    fault: str, strategy: str, tmp_path: Path, small_overrides: Sequence[str]
+) -> None:
+    arguments = [*small_overrides, *TWO, f"trainer.strategy={strategy}", "trainer.max_steps=5"]
+    ranks = start_ranks(partial(main, [*arguments, f"output_dir={tmp_path}"], fault), tmp_path / "logs")
+    assert wait(ranks, LIMIT_SECONDS) == [1, 1]
+    check_reason("".join((tmp_path / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)), int(fault[-1]))
     assert not (tmp_path / "quickstart" / "lut" / "manifest.json").exists() or fault.startswith("evaluation")
 
 

@@ -1,0 +1,115 @@
+"""Checkpoints appear whole or not at all, and cost no memory."""
+
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from src.checkpointing.files import CheckpointFiles, best_steps
+from src.checkpointing.streaming import StreamingCheckpointIO, tensor_bytes
+from src.errors import TrainingError
+from tests.conftest import CONFIGS
+
+MEBIBYTE = 2**20
+
+
+def state(mebibytes: int) -> dict[str, object]:
+    quarter = torch.ones(mebibytes * MEBIBYTE // 16)
+    return {"state_dict": {"a": quarter, "b": quarter.clone()}, "optimizer_states": [{0: quarter + 1, 1: quarter + 2}]}
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    writer = StreamingCheckpointIO()
+    written = {**state(1), "step": 7, "text": "none"}
+    writer.save_checkpoint(written, tmp_path / "x.ckpt")
+    read = writer.load_checkpoint(tmp_path / "x.ckpt")
+    assert read["step"] == 7
+    assert torch.equal(read["state_dict"]["a"], torch.ones(MEBIBYTE // 16))
+    assert torch.equal(read["optimizer_states"][0][1], torch.full((MEBIBYTE // 16,), 3.0))
+    assert tensor_bytes(written) == MEBIBYTE
+    assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    files = CheckpointFiles(tmp_path)
+    for step in (2, 4):
+        StreamingCheckpointIO().save_checkpoint(state(1), files.path(step))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * MEBIBYTE, hard))  # to a writer a full disk by another number
+    try:
+        with pytest.raises(TrainingError) as full:
+            StreamingCheckpointIO().save_checkpoint(state(8), files.path(6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for part in (
+        "step-00000006.ckpt",
+        "8,388,608 bytes",
+        "last good checkpoint is step-00000004.ckpt",
+        "(step-00000002",
+    ):
+        assert part in str(full.value)
+    assert files.steps() == [2, 4]
+    assert torch.equal(StreamingCheckpointIO().load_checkpoint(files.path(4))["state_dict"]["a"][:1], torch.ones(1))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+    files = CheckpointFiles(tmp_path)
+    losses = {2: 3.0, 4: 1.0, 6: 1.0, 8: 2.0, 10: 4.0}
+    for step in losses:
+        files.path(step).touch()
+    files.path(12).mkdir()  # parts of ranks
+    (tmp_path / ".step-00000014.ckpt.tmp").mkdir()
+    (tmp_path / "..step-00000016.ckpt.tmp.99.tmp").touch()
+    files.remove_unfinished()
+    assert files.steps() == [2, 4, 6, 8, 10, 12]
+    assert len(list(tmp_path.iterdir())) == 6
+    assert best_steps(losses, 2) == [4, 6]
+    files.prune(losses, keep_last=2, keep_best=1)
+    assert files.steps() == [4, 10, 12]
+    for step in (10, 12):
+        files.link("last", step)
+    assert (tmp_path / "last.ckpt").is_dir()
+    assert files.newest() == files.path(12)
+
+
+@pytest.mark.slow
+def test_a_gigabyte_costs_no_memory(tmp_path: Path) -> None:
+    """In a process of its own: what an earlier test left in this one's heap would hide what is taken."""
+    script = f"""
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, {str(CONFIGS.parent)!r})
+        from tests.checkpointing.test_streaming import most_memory_while_saving
+        print(most_memory_while_saving(1024, Path({str(tmp_path)!r})))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 64 * MEBIBYTE
+
+
+def most_memory_while_saving(mebibytes: int, directory: Path) -> int:
+    """Return by how many bytes resident memory grew at most while a state was saved."""
+    StreamingCheckpointIO().save_checkpoint(state(1), directory / "warm.ckpt")
+    large, process = state(mebibytes), psutil.Process(os.getpid())
+    before, peak, done = process.memory_info().rss, 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    StreamingCheckpointIO().save_checkpoint(large, directory / "large.ckpt")
+    done.set()
+    watcher.join()
+    assert (directory / "large.ckpt").stat().st_size >= mebibytes * MEBIBYTE
+    (directory / "large.ckpt").unlink()
+    return peak - before

@@ -94,8 +94,8 @@ class DataConfig:
     """The simple way to name a corpus: paths, folders and globs of one source (see `sources`). With both empty the
     corpus is the running Python's standard library."""
     sources: list[SourceConfig] = field(default_factory=list[SourceConfig])
-    """Several corpora, or one that needs more than `files`. Each has one of embedded, files and hub (with subset, split,
-    revision, streaming), and may have name, text_field, document_start and weight, their share of training windows."""
+    """Several corpora, or one that needs more than `files`. Each has one of embedded, files and hub (that with subset,
+    split, revision, streaming), and may have name, text_field, document_start and weight, its share of windows."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     sequence_length: int = 256
     """T: tokens per window."""

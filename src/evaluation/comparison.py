@@ -87,8 +87,8 @@ def print_comparison(rows: list[Comparison], first: str, second: str, console: C
 
 def print_evaluation(evaluation: Evaluation, name: str, console: Console) -> None:
     """Print what one model scored: texts, tasks, and the loss by how often an id occurs in the training text."""
-    texts = Table(title=f"{name}: text", title_justify="left")
-    for heading in ("", "loss (nats/token)", "std. error", "perplexity", "bits per byte", "tokens"):
+    texts = Table(title=f"{name}: text", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("", "nats/token", "std. error", "perplexity", "bits per byte", "tokens"):
         texts.add_column(heading, justify="right" if heading else "left")
     for text in evaluation.texts:
         texts.add_row(text.corpus, *_text_cells(text))
@@ -111,7 +111,7 @@ def _text_cells(text: TextScore) -> list[str]:
 
 
 def _tasks_table(tasks: list[TaskScore], name: str) -> Table:
-    table = Table(title=f"{name}: tasks", title_justify="left")
+    table = Table(title=f"{name}: tasks", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("", "metric", "score", "std. error", "documents"):
         table.add_column(heading, justify="left" if heading in ("", "metric") else "right")
     for task in tasks:
@@ -124,7 +124,8 @@ def _tasks_table(tasks: list[TaskScore], name: str) -> Table:
 
 
 def _bands_table(texts: list[TextScore], name: str) -> Table:
-    table = Table(title=f"{name}: loss by how often the predicted id occurs in training", title_justify="left")
+    title = f"{name}: loss by occurrences of the predicted id in training"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("occurrences")
     counts = sorted({(band.least, band.name) for text in texts for band in text.bands})
     for text in texts:

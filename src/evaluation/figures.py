@@ -107,8 +107,8 @@ def _top(view: RoutingView, layer: int, expert: int) -> list[tuple[int, float]]:
 
 def _visible(tokenizer: Tokenizer, token_id: int) -> str:
     """Return a token's text with its white space visible, in characters that every font has."""
-    text = tokenizer.decode([token_id], skip_special_tokens=False).replace("\n", "\\n").replace("\t", "\\t")
-    visible = text.encode("ascii", "backslashreplace").decode().replace(" ", "·")
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    visible = text.encode("unicode_escape").decode().replace(" ", "·")
     return visible if len(visible) <= _TOKEN_WIDTH else visible[: _TOKEN_WIDTH - 1] + "…"
 
 

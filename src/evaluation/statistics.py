@@ -80,7 +80,7 @@ def student_t_tail(statistic: float, degrees: int) -> float:
     angle = math.atan(statistic / math.sqrt(degrees))
 
     def area(start: float) -> float:
-        angles = torch.linspace(start, math.pi / 2, 20_001, dtype=torch.float64)
+        angles = torch.linspace(start, math.pi / 2, 200_001, dtype=torch.float64)
         return float(torch.trapezoid(angles.cos().clamp(min=0) ** (degrees - 1), angles))
 
     return area(angle) / area(0.0)

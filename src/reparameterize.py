@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from src.checkpointing.weights import read_weights
 from src.cli import parser, progress_bar, run_verb, stderr_console
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import RunError
@@ -19,8 +19,6 @@ from src.lut.quantization import CODECS
 from src.lut.sources import COMPUTE_DTYPES, open_source
 from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
 
-_MODULE_PREFIX = "model."
-
 
 def adopt_checkpoint(run: RunDirectory, checkpoint: str, *, overwrite: bool) -> None:
     """Write a Lightning checkpoint's weights as the run's training form: how an interrupted fit is put to use.
@@ -28,10 +26,9 @@ def adopt_checkpoint(run: RunDirectory, checkpoint: str, *, overwrite: bool) -> 
     RunError when the checkpoint does not exist, or the run already holds other weights and `overwrite` is off.
     """
     path = run.checkpoints_path / f"{checkpoint}.ckpt" if checkpoint in ("last", "best") else Path(checkpoint)
-    if not path.is_file():
+    if not path.exists():
         raise RunError(f"{path}: no such checkpoint; {_available(run)}")
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
-    weights = {name.removeprefix(_MODULE_PREFIX): state[name] for name in state if name.startswith(_MODULE_PREFIX)}
+    weights = read_weights(path)
     if run.backbone_path.is_file() and not overwrite:
         experts = {name: weights[name] for name in weights if name.startswith(EXPERTS_PREFIX)}
         found = identify({name: weights[name] for name in weights if name not in experts}, experts)

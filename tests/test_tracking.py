@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from src.config import WandbConfig
+from src.run_directory import RunDirectory
 from src.tracking import wandb_mode
-from src.train import train
+from src.train import resumed_config, train
 from tests.conftest import small_config
 
 
@@ -43,3 +44,14 @@ def test_an_offline_run_holds_config_and_metrics(
     assert "expert_intermediate_size" in shown.stdout
     raw = b"".join(path.read_bytes() for path in record.rglob("*") if path.is_file())
     assert b"do-not-record-me" not in raw
+
+
+def test_a_resumed_run_is_the_same_run_at_wandb(tmp_path: Path, small_overrides: Sequence[str]) -> None:
+    results = ("lut.at_fit_end=false", "evaluation.at_fit_end=false", "trainer.precision=32-true")
+    config = small_config(small_overrides, tmp_path, *results, "trainer.max_steps=4", "wandb.mode=offline")
+    run = RunDirectory(train(config).run_dir)
+    train(resumed_config(run, None, ["trainer.max_steps=8"]), run)
+    records = [path.name for path in run.path.glob("wandb/offline-run-*")]
+    identity = json.loads(run.report_path.read_text())["wandb_id"]
+    assert len(records) == 2
+    assert {name.rpartition("-")[2] for name in records} == {identity}

@@ -70,6 +70,7 @@ def check_reason(text: str, rank: int) -> None:
     assert text.count(f"RuntimeError: {MESSAGE}") == 1, text
     assert text.count("Traceback") == 1, text
     assert f"rank {rank} failed" in text
+    assert "lost contact" not in text, text
 
 
 @pytest.mark.slow

@@ -99,10 +99,17 @@ class EvaluationCallback(lightning.Callback):
         return trainer.global_step % (every * interval) == 0
 
     def _initial_score(self, trainer: lightning.Trainer, model: Transformer) -> Score:
-        windows, size = self.suite.text.windows, self.config.batch_size
-        with evaluating(model), progress_bar("scoring the untrained model (windows)", len(windows)) as advance:
-            losses = window_losses(model, windows, batch_size=size, share=_share(trainer), progress=advance)
-        return summarize(losses, windows, self.suite.text.byte_lengths)
+        text, size = self.suite.text, self.config.batch_size
+        with evaluating(model), progress_bar("scoring the untrained model (windows)", len(text.windows)) as advance:
+            losses = window_losses(
+                model,
+                text.windows,
+                batch_size=size,
+                share=_share(trainer),
+                progress=advance,
+                document_separator=text.document_separator,
+            )
+        return summarize(losses, text.windows, text.byte_lengths)
 
     def _evaluate(self, trainer: lightning.Trainer, model: Transformer) -> Evaluation:
         with evaluating(model):

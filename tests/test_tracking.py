@@ -5,14 +5,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from src.config import WandbConfig
+from src.publishing import NOT_LOGGED, without_paths
 from src.run_directory import RunDirectory
 from src.tracking import wandb_mode
 from src.train import resumed_config, train
-from tests.conftest import small_config
+from tests.conftest import CONFIGS, STDLIB, small_config
 
 
 def test_auto_is_online_with_a_key_and_offline_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -27,23 +29,83 @@ def test_auto_is_online_with_a_key_and_offline_without(monkeypatch: pytest.Monke
     assert wandb_mode(WandbConfig(mode="disabled")) == "disabled"
 
 
-def test_an_offline_run_holds_config_and_metrics(
-    tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("SECRET_OF_THE_USER", "do-not-record-me")
-    config = small_config(
-        small_overrides, tmp_path, "trainer.precision=32-true", "trainer.max_steps=12", "wandb.mode=offline"
-    )
-    run = train(config).run_dir
+def records(run: Path) -> list[dict[str, Any]]:
+    """Read the only W&B record of a run as W&B itself does."""
     (record,) = run.glob("wandb/offline-run-*")
     wandb = Path(sys.executable).parent / "wandb"
     shown = subprocess.run([wandb, "leet", "inspect", "--json", record], capture_output=True, text=True, check=True)
-    for name in ("train/loss", "train/router/entropy", "train/tokens_per_second", "final/difference", "lut/bytes"):
-        assert json.dumps(name)[1:-1] in shown.stdout, name
-    assert "expert_intermediate_size" in shown.stdout
-    raw = b"".join(path.read_bytes() for path in record.rglob("*") if path.is_file())
-    assert b"do-not-record-me" not in raw
+    return [json.loads(line) for line in shown.stdout.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def offline_run(tmp_path_factory: pytest.TempPathFactory, small_overrides: Sequence[str]) -> Path:
+    """A run of a few steps with two validations, recorded offline."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WANDB_API_KEY", raising=False)
+        patch.setenv("SECRET_OF_THE_USER", "do-not-record-me")
+        options = ["trainer.precision=32-true", "trainer.max_steps=12", "trainer.val_check_interval=6"]
+        tracking = ["wandb.mode=offline", "wandb.log_table=true"]
+        return train(small_config(small_overrides, tmp_path_factory.mktemp("runs"), *options, *tracking)).run_dir
+
+
+def test_an_offline_run_holds_config_versions_and_metrics(offline_run: Path) -> None:
+    found = records(offline_run)
+    names = {name for record in found if record["type"] == "history" for name in record["history"]["item"]}
+    assert names >= {
+        "train/loss",
+        "train/router/entropy",
+        "train/tokens_per_second",
+        "val/loss",
+        "val/router/effective_experts",
+        "final/difference",
+        "final/lookup_form/next_passage/acc",
+        "lut/bytes",
+    }
+    (config,) = (record["run"]["config"]["update"] for record in found if record["type"] == "run")
+    assert config["model"]["expert_intermediate_size"] == 128
+    assert config["code"]["version"]
+    report = json.loads((offline_run / "report.json").read_text())
+    assert config["fingerprints"]["dataset"] == report["corpus"]["fingerprint"]
+    assert config["fingerprints"]["tokenizer"] == report["corpus"]["tokenizer"]
+
+
+def test_an_offline_run_holds_pictures_and_tables_of_each_validation(offline_run: Path) -> None:
+    (media,) = offline_run.glob("wandb/offline-run-*/files/media")
+    items = [record["history"]["item"] for record in records(offline_run) if record["type"] == "history"]
+    for name in ("router_probability", "router_entropy", "expert_tokens"):
+        shown = [item for item in items if f"figures/{name}._type" in item]
+        assert [item["trainer/global_step"] for item in shown] == [6, 12]
+        last = media.parent / shown[-1][f"figures/{name}.filenames"][0]
+        assert last.read_bytes() == (offline_run / "figures" / f"{name}.png").read_bytes()
+    tables = sorted((media / "table" / "tables").glob("samples*.json"), key=lambda path: path.stat().st_size)
+    samples = json.loads(tables[-1].read_text())
+    assert samples["columns"] == ["step", "prompt", "text"]
+    assert [row[0] for row in samples["data"]] == [6, 12]
+    assert all(row[2].startswith("def ") for row in samples["data"])
+    tokens = json.loads(next((media / "table" / "tables").glob("expert_tokens*.json")).read_text())
+    assert {(row[0], row[1]) for row in tokens["data"]} == {(layer, expert) for layer in (0, 1) for expert in range(4)}
+
+
+def test_report_and_table_are_artifacts(offline_run: Path) -> None:
+    artifacts = {
+        record["artifact"]["name"]: {entry["path"] for entry in record["artifact"]["manifest"]["contents"]}
+        for record in records(offline_run)
+        if record["type"] == "artifact"
+    }
+    assert artifacts["report-quickstart"] == {"report.json"}
+    assert artifacts["lut-quickstart"] >= {"manifest.json", "rows-00000.safetensors", "token_counts.safetensors"}
+
+
+def test_nothing_outside_the_run_is_recorded(offline_run: Path, cache_dir: Path) -> None:
+    (record,) = offline_run.glob("wandb/offline-run-*")
+    recorded = [*record.glob("*.wandb"), *(path for path in (record / "files").rglob("*") if path.is_file())]
+    raw = b"".join(path.read_bytes() for path in recorded).replace(str(offline_run).encode(), b"RUN")
+    outside = (offline_run.parent, cache_dir, STDLIB, Path.home(), Path(sys.executable).parent, CONFIGS.parent)
+    for secret in ("do-not-record-me", *map(str, outside)):
+        assert secret.encode() not in raw, secret
+    (run,) = (record["run"] for record in records(offline_run) if record["type"] == "run")
+    assert run["host"] == "not recorded"
+    assert run["config"]["update"]["output_dir"] == "(a path: not logged)"
 
 
 def test_a_resumed_run_is_the_same_run_at_wandb(tmp_path: Path, small_overrides: Sequence[str]) -> None:
@@ -55,3 +117,16 @@ def test_a_resumed_run_is_the_same_run_at_wandb(tmp_path: Path, small_overrides:
     identity = json.loads(run.report_path.read_text())["wandb_id"]
     assert len(records) == 2
     assert {name.rpartition("-")[2] for name in records} == {identity}
+
+
+def test_paths_of_a_config_are_left_out_and_names_stay() -> None:
+    config = {
+        "name": "try",
+        "init_from": None,
+        "data": {"files": ["/a/b", "c"], "sources": [{"hub": "org/set", "files": []}, {"hub": "/disk/set"}]},
+    }
+    assert without_paths(config) == {
+        "name": "try",
+        "init_from": None,
+        "data": {"files": [NOT_LOGGED] * 2, "sources": [{"hub": "org/set", "files": []}, {"hub": NOT_LOGGED}]},
+    }

@@ -90,7 +90,7 @@ def load_tasks(names: Sequence[str], local_data: Path | None, limit: int | None 
     """
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            definition = {"include": str(Path(lm_eval.__file__).parent / "tasks" / PUBLISHED[name].definition)}
+            definition = {"include": str(Path(str(lm_eval.__file__)).parent / "tasks" / PUBLISHED[name].definition)}
             if local_data is not None:
                 definition |= _local_data(name, read_rows(local_data, name, limit), Path(folder))
             (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump({**definition, "task": name}), encoding="utf-8")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from src.data.config import DataConfig
 from src.data.packed_tokens import PackedCorpus, prepare_corpus
-from src.data.tokenizer import byte_lengths
+from src.data.tokenizer import byte_lengths, separator_id
 from src.data.windows import validation_windows
 from src.evaluation.corpora import windows_by_source
 from src.evaluation.run_tokenizer import load_run_tokenizer
@@ -29,6 +29,8 @@ class HeldOut:
     """(V,) int64: how often each id occurs in the training text."""
     by_source: dict[str, Tensor]
     """Windows (N, T+1) of each source, where the corpus has several."""
+    document_separator: int | None
+    """The id that ends documents, where the model keeps them apart; None where it sees whole windows."""
 
     @property
     def text(self) -> str:
@@ -45,6 +47,7 @@ def held_out(corpus: PackedCorpus, config: DataConfig, vocab_size: int) -> HeldO
         corpus_fingerprint=corpus.fingerprint,
         token_counts=corpus.token_counts(vocab_size),
         by_source=windows_by_source(corpus, config.sequence_length, config.validation_windows),
+        document_separator=separator_id(corpus.tokenizer) if config.document_mask else None,
     )
 
 

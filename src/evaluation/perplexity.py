@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from src.data.document_mask import document_mask
 from src.evaluation.shares import Share
 from src.model import Transformer
 from src.model.loss import token_losses
@@ -72,13 +73,19 @@ def window_losses(
     batch_size: int = 16,
     share: Share = Share(),  # noqa: B008 - frozen
     progress: Progress | None = None,
+    document_separator: int | None = None,
 ) -> Tensor:
-    """Return the loss of each predicted token (N, T) in nats, on the CPU; ranks of `share` take turns with batches."""
+    """Return the loss of each predicted token (N, T) in nats, on the CPU; ranks of `share` take turns with batches.
+
+    With `document_separator` positions see their own document only, as in training with `data.document_mask`.
+    """
     device = model.embedding.weight.device
 
     def losses(batch: Tensor) -> Tensor:
-        token_ids = batch.to(device)
-        return token_losses(model.hidden_states(token_ids[:, :-1]), model.head, token_ids[:, 1:]).cpu()  # (B, T)
+        token_ids, targets = batch[:, :-1].to(device), batch[:, 1:].to(device)  # (B, T)
+        mask = None if document_separator is None else document_mask(token_ids, document_separator)
+        hidden_states = model.hidden_states(token_ids, attention_mask=mask)
+        return token_losses(hidden_states, model.head, targets).cpu()  # (B, T)
 
     batches = windows.split(batch_size)
     scored = iter(batches)

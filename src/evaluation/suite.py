@@ -102,7 +102,14 @@ def _score_text(
     name: str, model: Transformer, windows: Tensor, text: HeldOut, batch_size: int, share: Share, progress: Progress
 ) -> TextScore:
     with progress(f"{name} (windows)", len(windows)) as advance:
-        losses = window_losses(model, windows, batch_size=batch_size, share=share, progress=advance)  # (N, T)
+        losses = window_losses(  # (N, T)
+            model,
+            windows,
+            batch_size=batch_size,
+            share=share,
+            progress=advance,
+            document_separator=text.document_separator,
+        )
     return TextScore(
         corpus=name,
         score=summarize(losses, windows, text.byte_lengths),

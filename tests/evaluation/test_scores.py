@@ -8,7 +8,7 @@ import torch
 
 from src.evaluation.controls import PermutedRows, ZeroedRows, experts_replaced
 from src.evaluation.equivalence import compare_greedy, logit_distance
-from src.evaluation.perplexity import score_windows, zlib_bits_per_byte
+from src.evaluation.perplexity import score_windows, window_losses, zlib_bits_per_byte
 from src.evaluation.routing import RoutingMetrics
 from src.model import ModelConfig, Transformer
 
@@ -48,6 +48,15 @@ def test_a_score_is_the_mean_over_tokens_and_bytes_are_those_of_the_targets(mode
     assert (score.tokens, score.bytes) == (40, size)
     assert score.bits_per_byte == pytest.approx(total / math.log(2) / size, rel=1e-5)
     assert score.perplexity == pytest.approx(math.exp(total / 40), rel=1e-4)
+
+
+def test_documents_kept_apart_are_scored_as_if_alone(model: Transformer) -> None:
+    windows = torch.tensor([[5, 6, 0, 7, 8, 9, 3]])
+    losses = window_losses(model, windows, document_separator=0)
+    for first, last in ((0, 3), (3, 6)):
+        alone = window_losses(model, windows[:, first : last + 1])
+        torch.testing.assert_close(losses[:, first:last], alone)
+    assert not torch.allclose(losses, window_losses(model, windows))
 
 
 def test_zlib_is_zlib() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from callbacks import ReparameterizeCallback
 from src.config import load_run_config
 from src.inference import load_model
-from src.lightning_module import LanguageModel
+from src.lightning_module import LanguageModel, StepOutput
 from src.lut import LutStore, read_manifest
 from src.run_directory import Identity, RunDirectory, identify
 from src.train import RunResult, train
@@ -52,7 +52,9 @@ class _Raises(lightning.Callback):
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: object, batch_idx: int
+    ) -> None:
         if trainer.global_step == 3:
             raise self.error
 
@@ -116,8 +118,8 @@ def test_evaluation_leaves_training_as_it_was(tmp_path: Path, small_overrides: S
 class _Idle(LanguageModel):
     """Holds trained weights and trains no further."""
 
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        pass
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> StepOutput:
+        return StepOutput(losses=torch.zeros(1), gradient_norm=torch.zeros(()), finite=True)
 
 
 @pytest.mark.slow
@@ -137,7 +139,8 @@ def test_two_ranks_build_the_table_of_one(tmp_path: Path, trained: RunResult) ->
         max_epochs=1,
         callbacks=[ReparameterizeCallback(tmp_path, dtype="float32", tokenizer=manifest.tokenizer)],
     )
-    trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(2, 1, 1, 2, dtype=torch.int64), batch_size=None))
+    batches = torch.utils.data.TensorDataset(torch.zeros(2, 1, 1, 2, dtype=torch.int64))
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     shards = sorted((tmp_path / "lut").glob("rows-*"))
     assert shards
     for shard in shards:

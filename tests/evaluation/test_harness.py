@@ -1,11 +1,8 @@
 """The adapter to lm-eval: eight tasks offline, scored as plain loops score them. Needs the extra `eval`."""
 
-import random
 import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -93,27 +90,6 @@ def test_a_long_text_is_scored_whole(text: HeldOut, model: InferenceModel) -> No
         )
         expected += sum(float(log_probs[place - last, ids[place]]) for place in range(first, last))
     assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_training_would_not_notice(folder: Path, text: HeldOut, model: InferenceModel) -> None:
-    suite = prepare_suite(text, EvaluationConfig(tasks=["piqa", "hellaswag"], local_data=str(folder), task_limit=4))
-
-    def drawn() -> tuple[Any, ...]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
-
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(5)
-    expected = drawn()
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(5)
-    model.train()
-    model.norm.eval()
-    with evaluating(model):
-        assert not model.training
-        evaluate_model(model, suite, batch_size=8)
-    assert model.training and model.blocks[0].training and not model.norm.training
-    model.eval()
-    assert drawn() == expected
 
 
 def test_forms_are_compared_on_published_tasks(

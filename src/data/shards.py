@@ -153,10 +153,12 @@ class TokenSequence:
                     f"bytes; remove {file.parent} to prepare it again"
                 )
 
-    def chunks(self, size: int = 1 << 22) -> Iterator[NDArray[np.integer]]:
-        """Yield all ids in order, at most `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.read(start, min(size, len(self) - start))
+    def chunks(self, size: int = 1 << 20) -> Iterator[NDArray[np.integer]]:
+        """Yield all ids in order, at most `size` at a time, without mapping them: mapped pages count as memory."""
+        width = np.dtype(self.dtype).itemsize
+        for file, length in zip(self.files, np.diff(self._ends, prepend=0).tolist(), strict=True):
+            for start in range(0, length, size):
+                yield np.fromfile(file, self.dtype, count=min(size, length - start), offset=start * width)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the maps out: a copy in another process opens its own."""

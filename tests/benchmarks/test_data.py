@@ -30,5 +30,6 @@ def test_memory_is_bounded_and_figures_are_written(tmp_path: Path) -> None:
     assert figures["ratio"] == pytest.approx(
         figures["megabytes_per_second"] / (sum(figures["raw_megabytes_per_second"]) / 2)
     )
+    assert figures["processor_ratio"] > 0.4
     assert 0 < figures["loader_milliseconds"] < 20
     assert figures["machine"]["cores"] >= 1

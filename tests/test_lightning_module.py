@@ -20,6 +20,7 @@ from tests.conftest import small_config
 ONLY_TRAIN = (
     "lut.at_fit_end=false",
     "evaluation.at_fit_end=false",
+    "evaluation.dashboard=false",
     "trainer.precision=32-true",
     "trainer.log_every_n_steps=1",
     "trainer.val_check_interval=4",

@@ -27,7 +27,8 @@ from tests.distributed.processes import start
 from tests.test_lightning_module import ONLY_TRAIN, read_metrics
 
 METRICS = ("train/loss", "train/gradient_norm", "val/loss", "train/learning_rate/backbone")
-ACCUMULATING = (*ONLY_TRAIN, "trainer.precision=bf16-mixed", "data.micro_batch_size=2", "data.sequence_length=16")
+SMALLER = ("model.num_layers=1", "model.num_experts=2", "data.sequence_length=16", "data.validation_windows=8")
+ACCUMULATING = (*ONLY_TRAIN, *SMALLER, "trainer.precision=bf16-mixed", "data.micro_batch_size=2")
 
 
 def logged(run: Path) -> dict[str, dict[int, float]]:
@@ -91,7 +92,7 @@ def test_a_stop_signal_loses_no_step(
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_repeats_what_it_lost(tmp_path: Path, small_overrides: Sequence[str]) -> None:
     common = (*ACCUMULATING, "trainer.max_steps=300", "checkpoint.every_steps=50", "trainer.val_check_interval=120")
-    common = (*common, "model.num_layers=1", "model.num_experts=2", "data.global_batch_size=4")
+    common = (*common, "data.global_batch_size=4")
     whole = train(small_config(small_overrides, tmp_path, *common, "name=whole")).run_dir
     part = RunDirectory(tmp_path / "part")
     moments, files = random.Random(0), CheckpointFiles(part.checkpoints_path)

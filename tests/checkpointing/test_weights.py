@@ -19,7 +19,12 @@ from src.train import resumed_config, train
 from tests.conftest import small_config
 from tests.test_lightning_module import ONLY_TRAIN, read_metrics
 
-TRAIN = ("evaluation.at_fit_end=false", "trainer.precision=32-true", "trainer.log_every_n_steps=1")
+TRAIN = (
+    "evaluation.at_fit_end=false",
+    "evaluation.dashboard=false",
+    "trainer.precision=32-true",
+    "trainer.log_every_n_steps=1",
+)
 
 
 def written(run: Path) -> dict[str, Tensor]:
@@ -38,7 +43,9 @@ def test_the_table_can_be_of_the_best_weights(tmp_path: Path, small_overrides: S
     # the learning rate is ruinous after the warm-up, so that an early checkpoint is the best one
     ruin = ("optimizer.learning_rate=5.0", "optimizer.warmup_steps=100", "trainer.val_check_interval=4")
     keep = ("checkpoint.final_weights=best", "checkpoint.keep_last=2", "checkpoint.every_steps=6")
-    run = train(small_config(small_overrides, tmp_path, *TRAIN, *ruin, *keep, "trainer.max_steps=26")).run_dir
+    run = train(
+        small_config(small_overrides, tmp_path, *TRAIN, *ruin, *keep, "trainer.max_steps=26", "model.num_layers=1")
+    ).run_dir
     losses = {int(row["step"]) + 1: float(row["val/loss"]) for row in read_metrics(run) if row.get("val/loss")}
     best = min(losses, key=lambda step: losses[step])
     files = CheckpointFiles(run / "checkpoints")

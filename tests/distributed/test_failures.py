@@ -22,7 +22,7 @@ from tests.distributed.processes import start_ranks, wait
 
 SCRIPT = Path(__file__).parent / "patched_train.py"
 LIMIT_SECONDS = 60
-TWO = ("trainer.devices=2", "data.micro_batch_size=2", "trainer.precision=32-true")
+TWO = ("trainer.devices=2", "data.micro_batch_size=2", "trainer.precision=32-true", "evaluation.dashboard=false")
 
 
 class Run:

@@ -55,7 +55,12 @@ def test_every_strategy_builds_the_same_table(
 ) -> None:
     monkeypatch.setattr("callbacks.reparameterize.builder.plan", partial(builder.plan, shard_bytes=2**18))
     # the best checkpoint is that of step 10, whatever the step after it does, so all tables are of its weights
-    best = ("checkpoint.final_weights=best", "evaluation.at_fit_end=false", "trainer.val_check_interval=10")
+    best = (
+        "checkpoint.final_weights=best",
+        "evaluation.dashboard=false",
+        "evaluation.at_fit_end=false",
+        "trainer.val_check_interval=10",
+    )
     begun = small_config(small_overrides, tmp_path, *best, "trainer.precision=32-true", "trainer.max_steps=10")
     original = train(begun).run_dir
     tables: dict[str, list[bytes]] = {}

@@ -17,7 +17,7 @@ from src.benchmarks.text_ids import TextIds
 from src.cli import progress_bar
 from src.inference import InferenceModel, load_model
 from src.inference.disk_experts import DiskExperts
-from src.inference.generation import PREFILL_CHUNK_POSITIONS, PREFILL_CHUNK_TOKENS, prefill
+from src.inference.generation import PREFILL_CHUNK_POSITIONS, PREFILL_CHUNK_TOKENS, prefetch, prefill
 from src.lut import read_manifest
 from src.model import KeyValueCache
 
@@ -74,8 +74,7 @@ def _share_backbone(dense: InferenceModel, models: Sequence[InferenceModel]) -> 
 def decode_step(model: InferenceModel, token_ids: Tensor, cache: KeyValueCache) -> float:
     """Take one step of (B,) sampled ids: request their rows, run the model, sample; return its seconds."""
     start = time.perf_counter()
-    if model.experts is not None:
-        model.experts.prefetch(token_ids.unique())
+    prefetch(model, token_ids)
     hidden_states = model.hidden_states(token_ids.unsqueeze(1), cache=cache)
     model.head(hidden_states[:, -1]).argmax(dim=-1)
     return time.perf_counter() - start

@@ -128,8 +128,8 @@ def _steps(
         next_ids = torch.where(stopped, next_ids, sampled)
         stopped = stopped | torch.isin(next_ids, stops)
         last = step + 1 == max_new_tokens or bool(stopped.all())
-        if model.experts is not None and not last:
-            model.experts.prefetch(next_ids.unique())  # the disk works while this step is handed out
+        if not last:
+            prefetch(model, next_ids)  # the disk works while this step is handed out
         yield next_ids
         if last:
             return
@@ -143,18 +143,19 @@ def prefill(
     """Feed prompts (B, T) in chunks; return the last chunk's hidden states. A chunk's rows are read a chunk ahead."""
     chunks = token_ids.split(chunk_tokens, dim=1)
     hidden_states = token_ids.new_empty(0)
-    _prefetch(model, chunks[0])
+    prefetch(model, chunks[0])
     for index, chunk in enumerate(chunks):
         if index + 1 < len(chunks):
-            _prefetch(model, chunks[index + 1])
+            prefetch(model, chunks[index + 1])
         visible = None if mask is None else mask[:, : cache.length + chunk.shape[1]]
         hidden_states = model.hidden_states(chunk, cache=cache, attention_mask=visible)
     return hidden_states
 
 
-def _prefetch(model: Transformer, token_ids: Tensor) -> None:
+def prefetch(model: Transformer, token_ids: Tensor) -> None:
+    """Let the source of expert rows start on those of the ids, in any shape, that come next."""
     if model.experts is not None:
-        model.experts.prefetch(token_ids.unique())
+        model.experts.prefetch(token_ids.unique() if token_ids.numel() > 1 else token_ids.flatten())
 
 
 def _fit(

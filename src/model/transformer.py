@@ -133,7 +133,7 @@ class Transformer(nn.Module):
 
     def _distinct(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids (U,) whose rows are needed and, per position, which of them it holds (B, T)."""
-        if self.config.expert_execution == "per_token":
+        if self.config.expert_execution == "per_token" or token_ids.numel() == 1:  # one id is distinct unsorted
             return token_ids.flatten(), torch.arange(token_ids.numel(), device=token_ids.device).view_as(token_ids)
         return token_ids.unique(return_inverse=True)
 

@@ -74,6 +74,13 @@ class TrainerConfig:
         if self.max_time is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", self.max_time):
             raise ConfigError(f'trainer.max_time: {self.max_time!r}, but it must be DD:HH:MM:SS, such as "00:00:04:00"')
 
+    @property
+    def stated_devices(self) -> int:
+        """Devices on all machines, one on each where `devices` leaves their number open."""
+        if "," in self.devices:  # a list of indices
+            return self.num_nodes * len([index for index in self.devices.split(",") if index.strip()])
+        return self.num_nodes * (int(self.devices) if self.devices.isdecimal() else 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:

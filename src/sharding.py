@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from src.model import Transformer
 from src.model.experts import EmbeddingExperts
@@ -66,18 +66,32 @@ def _named_optimizer_state(
     return {"state": {name_of[number]: value for number, value in state["state"].items()}, "param_groups": groups}
 
 
+def shard_groups(model: Transformer) -> list[nn.Module]:
+    """Return the modules that are whole only while they compute: each block, and each layer's experts."""
+    return [*model.blocks, *(model.experts if isinstance(model.experts, EmbeddingExperts) else ())]
+
+
+def shard_dimension(parameter: Tensor, devices: int) -> int:
+    """Return the dimension that devices split: the second of stacked experts, for there may be fewer than devices.
+
+    FSDP2 wants any but the first to divide evenly.
+    """
+    return 1 if parameter.dim() == 3 and parameter.shape[1] % devices == 0 else 0
+
+
 def shard_model(model: Transformer, mesh: DeviceMesh) -> None:
-    """Shard `model` in place over `mesh`: a group per block, a group per layer's experts, the rest in one.
+    """Shard `model` in place over `mesh`: a group for each of `shard_groups`, the rest in one.
 
     The rest, embedding and head among it, stays whole from a forward pass until its backward pass, so that the loss
     can read the head. All ranks must hold the same weights before.
     """
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    if isinstance(model.experts, EmbeddingExperts):
-        for layer_experts in model.experts:
-            fully_shard(layer_experts, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(shard_dimension(parameter, mesh.size()))
+
+    for group in shard_groups(model):
+        fully_shard(group, mesh=mesh, shard_placement_fn=placement)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, shard_placement_fn=placement)
     register_fsdp_forward_method(model, "trunk")
 
 

@@ -73,7 +73,10 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
     )
     if config.trainer.compile:
         module.model.compile_layers()
-    start = None if resume is None else Resumption.plan(resume, config.trainer.max_steps, corpus.fingerprint)
+    start = None
+    if resume is not None:
+        limits = config.trainer
+        start = Resumption.plan(resume, max_steps=limits.max_steps, strategy=limits.strategy, corpus=corpus.fingerprint)
     if config.init_from is not None and start is None:
         start_from_run(module.model, RunDirectory(Path(config.init_from)), corpus.tokenizer)
     run = create_run(config, corpus) if start is None else continue_run(config, start.run)
@@ -156,6 +159,7 @@ def dry_run(config: RunConfig, unique_ids: int | None = None, json_path: Path | 
         sequence_length=config.data.sequence_length,
         micro_batch_size=config.data.micro_batch_size,
         precision=config.trainer.precision,
+        micro_batches=config.data.micro_batches_per_step(config.trainer.stated_devices),
         unique_ids=unique_ids,
     )
     print_account(costs, Console())

@@ -8,7 +8,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, Timer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 
 from callbacks import (
     BestWeightsCallback,
@@ -36,6 +36,8 @@ def build_trainer(
 ) -> lightning.Trainer:
     """Translate the config into Lightning's Trainer."""
     config = run_config.trainer
+    # Gradients live in DDP's buckets, not beside them, also where Lightning chooses DDP by itself.
+    StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True)
     return lightning.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,

@@ -1,21 +1,28 @@
 """The dry run's figures against the paper's, over the configs that name its models; FLOPs against a counter."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from src import train
 from src.accounting import Account, account
 from src.accounting.flops import Flops, estimated_unique_ids, forward_flops, lookup_flops
-from src.accounting.storage import count_parameters, training_memory
+from src.accounting.storage import count_parameters
+from src.accounting.training_memory import expert_memory, sharded_memory, whole_memory
 from src.config import load_config
 from src.errors import ConfigError
 from src.lut.quantization import CODECS
 from src.model import ModelConfig, Transformer
+from src.sharding import shard_model
 
 PAPER = Path("configs/paper")
 GIB, KIB = 2**30, 2**10
@@ -238,7 +245,7 @@ def test_training_memory_is_what_adamw_allocates(precision: str, size: int) -> N
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randint(40, (2, 8))).sum().backward()
     optimizer.step()
-    memory = training_memory(count_parameters(TINY_MOLE).trained, precision)
+    memory = whole_memory(count_parameters(TINY_MOLE).trained, precision)
     states = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
     assert memory.weights == sum(parameter.nbytes for parameter in model.parameters())
     assert memory.gradients == sum(
@@ -246,6 +253,52 @@ def test_training_memory_is_what_adamw_allocates(precision: str, size: int) -> N
     )
     assert memory.optimizer_states == sum(state.nbytes for state in states)
     assert memory.total == 4 * memory.weights
+
+
+@pytest.mark.parametrize("devices", [4, 5])
+@pytest.mark.parametrize("model", [TINY, TINY_MOE, TINY_MOLE], ids=["dense", "moe", "mole"])
+def test_sharded_memory_is_what_the_first_of_many_devices_holds(model: ModelConfig, devices: int) -> None:
+    torch.distributed.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
+    try:
+        built = Transformer(model)
+        shard_model(built, init_device_mesh("cpu", (devices,)))
+        parts = [parameter.to_local().nbytes for parameter in built.parameters() if isinstance(parameter, DTensor)]
+        assert len(parts) == len(list(built.parameters()))
+    finally:
+        torch.distributed.destroy_process_group()
+    memory = sharded_memory(model, "32-true", devices)
+    assert memory.weights == memory.gradients == memory.optimizer_states / 2 == sum(parts)
+    vocabulary = 2 * model.vocab_size * model.hidden_size * 4
+    assert 2 * vocabulary < memory.gathered <= 2 * 4 * count_parameters(model).trained
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_expert_memory_is_what_autograd_keeps_for_each_id(precision: str) -> None:
+    model = Transformer(TINY_MOLE)
+    kept = {num_ids: bytes_kept(model, num_ids, precision) for num_ids in (8, 24)}
+    once = 16 * (TINY_MOLE.hidden_size * 4 + 8)  # ids and embeddings, the same for all layers: too few to count
+    accounted = expert_memory(TINY_MOLE, "unique", 16, precision).kept_bytes
+    assert kept[24] - kept[8] == accounted + once
+    gradients = TINY_MOLE.num_layers * 16 * TINY_MOLE.num_experts * TINY_MOLE.hidden_size * 4
+    assert expert_memory(TINY_MOLE, "unique_per_step", 16, precision).kept_bytes == accounted + gradients
+
+
+def bytes_kept(model: Transformer, num_ids: int, precision: str) -> int:
+    """What a forward pass over 30 positions with so many distinct ids leaves for the backward pass."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()  # held, so that its address stays its own
+        storages[storage.data_ptr()] = storage
+        return tensor
+
+    token_ids = (torch.arange(30) % num_ids).view(2, 15)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled="16" in precision),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        model.trunk(token_ids)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 @pytest.mark.parametrize("name", ["160m-dense", "160m-moe-10e", "410m-mole-16e"])
@@ -267,3 +320,21 @@ def test_the_dry_runs_own_options_are_refused_without_it(capsys: pytest.CaptureF
     with pytest.raises(SystemExit, match="2"):
         train.main(["--unique-ids", "5"])
     assert "--unique-ids and --json belong to --dry-run" in capsys.readouterr().err
+
+
+def test_the_readmes_table_of_devices_is_what_the_dry_run_says() -> None:
+    pattern = r"^\| ([0-9a-z]+-[0-9a-z-]+) \| ([\d,]+) M \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (.+) \|$"
+    rows = re.findall(pattern, Path("README.md").read_text(), re.MULTILINE)
+    assert {row[0] for row in rows} == {path.stem for path in PAPER.glob("*.yaml")} - {"base"}
+    for name, parameters, *memory, experts in rows:
+        config = load_config(PAPER / f"{name}.yaml")
+        costs = account(
+            config.model,
+            sequence_length=config.data.sequence_length,
+            micro_batch_size=config.data.micro_batch_size,
+            precision=config.trainer.precision,
+        )
+        assert parameters == f"{costs.parameters.trained / 1e6:,.0f}"
+        assert memory == [f"{kind.total / GIB:.2f}" for kind in costs.memory]
+        kept = {item.execution: item.kept_bytes / GIB for item in costs.expert_memory}
+        assert experts == (f"{kept['unique']:.2f} ({kept['per_token']:.2f})" if kept else "-")

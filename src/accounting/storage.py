@@ -1,4 +1,4 @@
-"""What a config stores: parameters, the part that is offloaded at inference, and training memory.
+"""What a config stores: parameters, and the part of them that is offloaded at inference.
 
 Builds the model on the meta device: shapes, no storage.
 
@@ -41,20 +41,6 @@ class Offload:
     bytes_per_token: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingMemory:
-    """Bytes on each device that hold as long as training does; activations and DDP's buckets come on top."""
-
-    weights: int
-    gradients: int
-    optimizer_states: int
-
-    @property
-    def total(self) -> int:
-        """All three."""
-        return self.weights + self.gradients + self.optimizer_states
-
-
 def count_parameters(model: ModelConfig) -> Parameters:
     """Count the model's parameters as it is built."""
     with torch.device("meta"):
@@ -91,13 +77,6 @@ def offloaded_bytes(model: ModelConfig, parameters: Parameters) -> tuple[list[Of
         else:
             offload.append(Offload(precision=precision, total_bytes=total, bytes_per_token=per_token))
     return offload, skipped
-
-
-def training_memory(num_parameters: int, precision: str) -> TrainingMemory:
-    """Weights, gradients and AdamW's two moments, all of one type; autocast keeps them in float32."""
-    size = {"bf16-true": 2, "64-true": 8}.get(precision, 4)
-    stored = num_parameters * size
-    return TrainingMemory(weights=stored, gradients=stored, optimizer_states=2 * stored)
 
 
 def _table_sizes(model: ModelConfig) -> dict[str, int]:

@@ -20,6 +20,9 @@ def print_account(account: Account, console: Console) -> None:
     console.print(_flops(account))
     console.print(_assumptions(account), style="dim", highlight=False)
     console.print(_memory(account))
+    if account.expert_memory:
+        console.print(_expert_memory(account))
+    console.print("Other activations come on top.", style="dim")
 
 
 def _parameters(account: Account) -> Table:
@@ -80,13 +83,29 @@ def _assumptions(account: Account) -> str:
 
 
 def _memory(account: Account) -> Table:
-    memory = account.memory
-    table = _table("training memory per device, without activations", "size")
-    table.add_row("weights", _bytes(memory.weights))
-    table.add_row("gradients", _bytes(memory.gradients))
-    table.add_row("AdamW's two moments", _bytes(memory.optimizer_states))
+    kinds = [
+        "alone or DDP" if memory.strategy == "whole" else f"FSDP2 over {memory.devices}" for memory in account.memory
+    ]
+    table = _table("training memory per device", *kinds)
+    for name, label in (
+        ("weights", "weights"),
+        ("gradients", "gradients"),
+        ("optimizer_states", "AdamW's two moments"),
+        ("gathered", "gathered for a while, at most"),
+    ):
+        table.add_row(label, *(_bytes(size) if (size := getattr(memory, name)) else "-" for memory in account.memory))
     table.add_section()
-    table.add_row("total", _bytes(memory.total), style="bold")
+    table.add_row("total", *(_bytes(memory.total) for memory in account.memory), style="bold")
+    return table
+
+
+def _expert_memory(account: Account) -> Table:
+    table = _table("experts' activations, by execution", "ids at once", "size")
+    for memory in account.expert_memory:
+        name = memory.execution
+        if name == "unique_per_step":
+            name += f" (of {account.micro_batches} micro-batches)"
+        table.add_row(name, f"{memory.token_ids:,}", _bytes(memory.kept_bytes))
     return table
 
 

@@ -85,11 +85,12 @@ class Resumption:
     """Optimiser steps that the checkpoint holds."""
 
     @classmethod
-    def plan(cls, run: RunDirectory, max_steps: int, corpus: str) -> "Resumption":
+    def plan(cls, run: RunDirectory, *, max_steps: int, strategy: str, corpus: str) -> "Resumption":
         """Choose the newest checkpoint of `run`, which trains to `max_steps` on the corpus of that fingerprint.
 
         Raises:
-            RunError: there is no checkpoint, no step is left, or the corpus is not the one that the run began with.
+            RunError: there is no checkpoint, no step is left, `trainer.strategy` cannot load it, or the corpus is not
+                the one that the run began with.
         """
         newest = CheckpointFiles(run.checkpoints_path).newest()
         if newest is None:
@@ -103,6 +104,12 @@ class Resumption:
                 f"{run.path}: has finished its {step} steps; write its weights and table with `python -m "
                 f"src.reparameterize --run {run.path} --checkpoint last`, or train longer with trainer.max_steps "
                 f"above {step}"
+            )
+        if newest.is_dir() and strategy != "fsdp2":
+            raise RunError(
+                f"{newest}: holds one part per device, which trainer.strategy {strategy} cannot load; resume with "
+                f"trainer.strategy=fsdp2, or write its weights with `python -m src.reparameterize --run {run.path} "
+                "--checkpoint last` and start a new run from them with init_from"
             )
         _require_same_corpus(run, corpus)
         return cls(run, newest, step)

@@ -164,6 +164,10 @@ def test_a_run_that_cannot_go_on_says_why(begun: Path, tmp_path: Path) -> None:
     assert "has finished its 4 steps" in refusal(begun)
     copy = tmp_path / "copy"
     shutil.copytree(begun, copy)
+    parts = copy / "checkpoints" / "step-00000005.ckpt"  # as fsdp2 writes them with checkpoint.sharded
+    parts.mkdir()
+    assert "one part per device, which trainer.strategy auto cannot load" in refusal(copy, "trainer.max_steps=8")
+    parts.rmdir()
     report = copy / "report.json"
     report.write_text(report.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
     assert "was trained on corpus 0" in refusal(copy, "trainer.max_steps=8")

@@ -76,7 +76,7 @@ def decode_step(model: InferenceModel, token_ids: Tensor, cache: KeyValueCache) 
     start = time.perf_counter()
     prefetch(model, token_ids)
     hidden_states = model.hidden_states(token_ids.unsqueeze(1), cache=cache)
-    model.head(hidden_states[:, -1]).argmax(dim=-1)
+    model.head(hidden_states[:, -1]).max(dim=-1)
     return time.perf_counter() - start
 
 

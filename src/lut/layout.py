@@ -7,6 +7,7 @@ and any interruption yields the same bytes.
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 from src.lut.quantization import FloatCodec, codec
 
@@ -29,22 +30,22 @@ class TableLayout:
     shard_bytes: int = SHARD_BYTES
     """Rows of a shard fit in this many bytes, unless a single row is larger."""
 
-    @property
+    @cached_property
     def vector_bytes(self) -> int:
         """Bytes of one expert's vector."""
         return codec(self.precision).vector_bytes(self.hidden_size)
 
-    @property
+    @cached_property
     def layer_bytes(self) -> int:
         """Bytes of one token's row that belong to one layer; layers lie one after another."""
         return self.num_experts * self.vector_bytes
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one token's row: what one lookup reads for all layers."""
         return self.num_layers * self.layer_bytes
 
-    @property
+    @cached_property
     def table_bytes(self) -> int:
         """Bytes of all rows, without headers and checksums."""
         return self.vocab_size * self.row_bytes

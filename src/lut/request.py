@@ -77,5 +77,4 @@ def layer_decoder(codes: Tensor, layout: TableLayout) -> Callable[[int], Tensor]
 
 
 def _vectors(codes: Tensor, layout: TableLayout) -> Tensor:
-    vector_bytes = codes.shape[1] // (layout.num_layers * layout.num_experts)
-    return codes.view(len(codes), layout.num_layers, layout.num_experts, vector_bytes)
+    return codes.view(-1, layout.num_layers, layout.num_experts, layout.vector_bytes)

@@ -4,6 +4,7 @@ U token ids, L layers, E experts, D hidden.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor
 
 from src.errors import LutError
-from src.lut.cache import Ids, Positions, RowCache
+from src.lut.cache import RowCache
 from src.lut.gate import Gate
 from src.lut.integrity import check_rows, row_checksum
-from src.lut.layout import TableLayout, plan_shards
+from src.lut.layout import plan_shards
 from src.lut.manifest import Manifest, read_manifest
 from src.lut.opening import check_shard, read_checksums, read_token_counts
 from src.lut.readers import READERS, Fetch, Reader, open_reader
 from src.lut.readers.aligned import BufferPool
 from src.lut.readers.memory import MemoryReader
-from src.lut.readers.reader import Bytes, Done
+from src.lut.readers.reader import Bytes, Done, Wanted
 from src.lut.readers.workers import after_fork_in_child
 from src.lut.request import ReadStats, RowRequest, decode
 
@@ -105,11 +106,14 @@ class LutStore:
         `out` is an optional contiguous (U, row_bytes) uint8 CPU buffer to read into; without it one is reused that
         nobody refers to any more. Raises IndexError naming an id outside [0, V), LutError after `close`.
         """
-        return self._request(token_ids, out, background=True)
+        return RowRequest(self.layout, *self._read(token_ids, out, background=True))
 
     def gather(self, token_ids: Tensor) -> Tensor:
         """Return the rows (U, L, E, D) of `token_ids` (U,) int64."""
-        return self._request(token_ids, None, background=False).wait()
+        codes, finish = self._read(token_ids, None, background=False)
+        if finish is not None:
+            finish()
+        return self.decode(codes)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Turn (U, row_bytes) stored bytes into (U, L, E, D) rows."""
@@ -134,39 +138,37 @@ class LutStore:
     def _reset_lock(self) -> None:
         self._lock = threading.Lock()
 
-    def _request(self, token_ids: Tensor, out: Tensor | None, *, background: bool) -> RowRequest:
-        ids = _checked_ids(token_ids, self.layout)
+    def _read(
+        self, token_ids: Tensor, out: Tensor | None, *, background: bool
+    ) -> tuple[Tensor, Callable[[], None] | None]:
+        """Return stored bytes (U, row_bytes), and what completes them where they are not yet."""
+        ids = _checked_ids(token_ids, self.layout.vocab_size)
         with self._gate:
             if isinstance(self._reader, MemoryReader):
-                self._count(len(ids), hits=0, misses=0)
-                return RowRequest(self.layout, _select(self._reader.table, token_ids, out), None)
-            codes = self._buffers.take(len(ids), self.layout.row_bytes) if out is None else out
-            rows = codes.numpy()
-            cache, missing = self._cache, None
-            if cache is not None:
-                missing = cache.copy_hits(ids, rows)
-                self._count(len(ids), hits=len(ids) - len(missing), misses=len(missing))
-            else:
-                self._count(len(ids), hits=0, misses=0)
-            fetch = self._start(ids, rows, missing, background=background)
-        if isinstance(fetch, Done) and missing is None:
-            return RowRequest(self.layout, codes, None)
-        return RowRequest(self.layout, codes, partial(self._finish, fetch, cache, ids, rows, missing))
+                self._count(len(ids), read=0)
+                return _select(self._reader.table, token_ids, out), None
+            rows = self._buffers.take(len(ids), self.layout.row_bytes) if out is None else out.numpy()
+            codes = torch.from_numpy(rows) if out is None else out
+            cache = self._cache
+            if cache is None:
+                self._count(len(ids), read=len(ids))
+                fetch = self._start(list(zip(ids, range(len(ids)), strict=True)), rows, background=background)
+                return codes, None if isinstance(fetch, Done) else partial(self._finish, fetch)
+            wanted = np.array(ids, dtype=np.int64)
+            missing = cache.copy_hits(wanted, rows)
+            self._count(len(ids), read=len(missing))
+            pairs = list(zip(wanted[missing].tolist(), missing.tolist(), strict=True))
+            fetch = self._start(pairs, rows, background=background)
+            return codes, partial(self._finish, fetch, partial(cache.insert, wanted, rows, missing)) if pairs else None
 
-    def _start(self, ids: Ids, rows: Bytes, missing: Positions | None, *, background: bool) -> Fetch:
-        if missing is None:
-            wanted = [(token_id, position) for position, token_id in enumerate(ids.tolist())]
-        else:
-            wanted = list(zip(ids[missing].tolist(), missing.tolist(), strict=True))
-        if not wanted:
-            return Done()
+    def _start(self, wanted: Wanted, rows: Bytes, *, background: bool) -> Fetch:
         return self._reader.start(wanted, rows, partial(self._arrived, rows), background=background)
 
-    def _finish(self, fetch: Fetch, cache: RowCache | None, ids: Ids, rows: Bytes, missing: Positions | None) -> None:
+    def _finish(self, fetch: Fetch, keep: Callable[[], None] | None = None) -> None:
         with self._gate:
             fetch.finish()
-            if cache is not None and missing is not None and len(missing):
-                cache.insert(ids, rows, missing)
+            if keep is not None:
+                keep()
 
     def _arrived(self, rows: Bytes, token_id: int, position: int) -> None:
         """Check a row as soon as it is there, on the thread that brought it; a damaged one raises LutFormatError."""
@@ -174,14 +176,15 @@ class LutStore:
             ids = np.array([token_id], dtype=np.int64)
             check_rows(ids, rows[position : position + 1], self._checksums[ids], str(self.lut_dir))
 
-    def _count(self, rows: int, *, hits: int, misses: int) -> None:
+    def _count(self, rows: int, *, read: int) -> None:
         with self._lock:
             stats = self._stats
             stats.requests += 1
             stats.rows += rows
-            stats.bytes += (rows - hits) * self.layout.row_bytes
-            stats.cache_hits += hits
-            stats.cache_misses += misses
+            stats.bytes += read * self.layout.row_bytes
+            if self._cache is not None:
+                stats.cache_hits += rows - read
+                stats.cache_misses += read
 
     def _seeded_cache(self, cache_mb: float) -> RowCache | None:
         num_slots = int(cache_mb * 2**20) // self.layout.row_bytes
@@ -194,9 +197,11 @@ class LutStore:
             frequent = frequent[counts[frequent] > 0].astype(np.int64)
             for start in range(0, len(frequent), SEED_ROWS):
                 ids = np.sort(frequent[start : start + SEED_ROWS])
-                rows = self._buffers.take(len(ids), self.layout.row_bytes).numpy()
-                self._start(ids, rows, None, background=False).finish()
-                cache.insert(ids, rows, np.arange(len(ids)))
+                rows = self._buffers.take(len(ids), self.layout.row_bytes)
+                positions = np.arange(len(ids))
+                pairs = list(zip(ids.tolist(), positions.tolist(), strict=True))
+                self._start(pairs, rows, background=False).finish()
+                cache.insert(ids, rows, positions)
         return cache
 
     def _verify_table(self, table: Tensor) -> None:
@@ -206,13 +211,13 @@ class LutStore:
             check_rows(ids.numpy(), rows, self._checksums[ids.numpy()], str(self.lut_dir))
 
 
-def _checked_ids(token_ids: Tensor, layout: TableLayout) -> Ids:
-    ids = token_ids.detach().cpu().numpy()
-    if ids.ndim != 1 or ids.dtype != np.int64:
-        raise ValueError(f"token_ids must be one-dimensional int64, found shape {ids.shape} and {ids.dtype}")
-    vocab_size = layout.vocab_size
-    if any(not 0 <= token_id < vocab_size for token_id in ids.tolist()):
-        bad = next(token_id for token_id in ids.tolist() if not 0 <= token_id < vocab_size)
+def _checked_ids(token_ids: Tensor, vocab_size: int) -> list[int]:
+    if token_ids.dim() != 1 or token_ids.dtype != torch.int64:
+        shape = tuple(token_ids.shape)
+        raise ValueError(f"token_ids must be one-dimensional int64, found shape {shape} and {token_ids.dtype}")
+    ids: list[int] = token_ids.tolist()
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        bad = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
         raise IndexError(f"token id {bad} is outside the table's vocabulary [0, {vocab_size})")
     return ids
 

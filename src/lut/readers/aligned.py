@@ -5,8 +5,6 @@ import sys
 import threading
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from src.lut.layout import ALIGNMENT
 from src.lut.readers.reader import Bytes
@@ -41,12 +39,11 @@ class BufferPool:
     def _reset_lock(self) -> None:
         self._lock = threading.Lock()
 
-    def take(self, num_rows: int, row_bytes: int) -> Tensor:
-        """Return a (num_rows, row_bytes) uint8 tensor with undefined contents."""
+    def take(self, num_rows: int, row_bytes: int) -> Bytes:
+        """Return (num_rows, row_bytes) bytes with undefined contents."""
         size = num_rows * row_bytes
         with self._lock:
-            buffer = self._free(size)
-            return torch.from_numpy(buffer[:size].reshape(num_rows, row_bytes))
+            return self._free(size)[:size].reshape(num_rows, row_bytes)
 
     def _free(self, size: int) -> Bytes:
         fitting: Bytes | None = None

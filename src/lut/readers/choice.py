@@ -21,8 +21,9 @@ from src.lut.readers.shard_files import ShardFiles
 ReaderName = Literal["auto", "memory", "memmap", "pread", "direct"]
 READERS: tuple[ReaderName, ...] = get_args(ReaderName)
 PROBE_ROUNDS = 3
-PROBE_SIZES = (1, 8, 64)
-"""Rows at a time; a request is served as the largest of these that it reaches was fastest."""
+PROBE_SIZES = (8, 64)
+"""Rows at a time; a request is served as the largest of these that it reaches was fastest. Fewer are always buffered:
+one unbuffered read saves a copy and no more than that, and finding out whether a row is resident costs as much."""
 DIRECT_ADVANTAGE = 0.87
 """Unbuffered reads must take less than this share of buffered ones, because they leave nothing in the page cache."""
 
@@ -53,10 +54,8 @@ class MixedReader:
         self._direct_from = sorted(direct_from.items(), reverse=True)
 
     def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived, *, background: bool) -> Fetch:
-        """Begin to read as suits the number of rows; one row in the background needs no thread when buffered."""
-        use_direct = next((direct for size, direct in self._direct_from if len(wanted) >= size), False)
-        use_direct = use_direct and not (background and len(wanted) == 1)
-        if not use_direct:
+        """Begin to read as suits the number of rows."""
+        if not next((direct for size, direct in self._direct_from if len(wanted) >= size), False):
             return self._buffered.start(wanted, rows, arrived, background=background)
         cold, resident = self._buffered.start_resident(wanted, rows, arrived)
         if not cold:
@@ -80,7 +79,7 @@ class _Both:
 
 
 def choose_reader(lut_dir: Path, layout: TableLayout, shards: Sequence[Shard]) -> Reader:
-    """Time a few cold rows, one, several and many at a time, buffered and unbuffered (some hundredths of a second)."""
+    """Time a few cold rows, several and many at a time, buffered and unbuffered (some hundredths of a second)."""
     buffered = PreadReader(lut_dir, layout, shards)
     enough = layout.vocab_size >= 2 * PROBE_ROUNDS * PROBE_SIZES[-1]
     if not enough or not hasattr(os, "posix_fadvise") or not hasattr(os, "O_DIRECT"):
@@ -101,7 +100,7 @@ def _direct_is_faster(
 ) -> bool:
     """Compare the best of some rounds on rows spread over the table, taken out of the page cache first."""
     files = ShardFiles(lut_dir, layout, shards)
-    rows = BufferPool().take(count, layout.row_bytes).numpy()
+    rows = BufferPool().take(count, layout.row_bytes)
     rows.fill(0)  # touch the pages
     spread = iter(range(0, layout.vocab_size, max(1, layout.vocab_size // (2 * PROBE_ROUNDS * count))))
     best: dict[Reader, float] = {buffered: float("inf"), direct: float("inf")}

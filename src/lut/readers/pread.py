@@ -39,6 +39,9 @@ class PreadReader:
     def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived, *, background: bool) -> Fetch:
         """Copy resident rows; start the reads of the others."""
         read = _Reads(self._files, self._nowait, rows, arrived)
+        if len(wanted) == 1 and not background:
+            read.collect(wanted[0])
+            return Done()
         if self._nowait is None:
             return self._pool.start(read.collect, wanted, background=background)
         if len(wanted) > MANY_ROWS:

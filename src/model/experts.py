@@ -120,8 +120,7 @@ def _mix_few(expert_rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
     Several rows are gathered first, so that both forms multiply tensors of one layout and round alike.
     """
     rows = expert_rows if inverse.numel() == 1 else expert_rows.index_select(0, inverse.flatten())  # (B*T, E, D)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    mixed = torch.bmm(weights.flatten(0, 1).unsqueeze(1).to(rows.dtype), rows)  # (B*T, 1, D)
+    mixed = (weights.flatten(0, 1).unsqueeze(-1) * rows).sum(dim=1)  # (B*T, D), in the weights' float32
     return mixed.view(*inverse.shape, -1)  # (B, T, D)
 
 

@@ -30,8 +30,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, hidden_states: Tensor) -> Routing:
-        """Route (B, T, D) hidden states, already normed."""
-        logits = nn.functional.linear(hidden_states, self.weight)  # (B, T, E)
+        """Route (B, T, D) hidden states, already normed, in at least float32 unless autocast says otherwise.
+
+        It decides, so it should not round; and a CPU needs several times as long for so small a bfloat16 product.
+        """
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))  # (B, T, E)
         if self.top_k is None:
             return Routing(logits, router_probs(logits), None)
         chosen, experts = logits.topk(self.top_k, dim=-1)  # (B, T, K)

@@ -83,14 +83,15 @@ def sharded_memory(model: ModelConfig, precision: str, devices: int) -> DeviceMe
 def expert_memory(model: ModelConfig, execution: str, num_ids: int, precision: str) -> ExpertMemory:
     """Memory that embedding experts take for the backward pass when they run on `num_ids` ids at once.
 
-    Per layer and id: the normed embedding, every expert's F values before and after GELU, and its row in at least
-    float32, which the mixture keeps. Checkpointing keeps the rows alone. `unique_per_step` adds their gradients.
+    Per layer and id: the normed embedding, every expert's input, its F values before and after GELU, and its row in at
+    least float32, which the mixture keeps. Checkpointing keeps the rows alone. `unique_per_step` adds their gradients.
     """
     stored = value_bytes(precision)
     computed, wide = 2 if "16" in precision else stored, max(stored, 4)
     vectors, inner = model.num_experts * model.hidden_size, model.num_experts * model.expert_intermediate_size
     if not model.gradient_checkpointing:
-        per_id = wide * vectors + 2 * computed * inner + (computed + stored) * model.hidden_size + stored
+        inputs = computed * (model.hidden_size if computed == stored else vectors)  # autocast repeats what it casts
+        per_id = wide * vectors + 2 * computed * inner + inputs + stored * (model.hidden_size + 1)
     else:
         per_id = vectors * (wide if execution == "unique_per_step" else computed)
     if execution == "unique_per_step":

@@ -1,6 +1,7 @@
 """One table build with its limits measured beside it.
 
-The rate of the same matrix products is sampled between chunks, so that a machine whose speed drifts treats both alike.
+The rate of the same matrix products is sampled before, between chunks and after, so that a machine whose speed drifts
+treats both alike; the best of the three counts, since between chunks the disk's thread works beside them.
 """
 
 import os
@@ -63,7 +64,9 @@ class MatmulProbe:
     num_tokens: int
     dtype: torch.dtype
     seconds: float = field(default=0.0, init=False)
-    flops: float = field(default=0.0, init=False)
+    """Spent on products between chunks."""
+    _flops: float = field(default=0.0, init=False)
+    _quiet_rates: list[float] = field(default_factory=list[float], init=False)
 
     def __post_init__(self) -> None:
         """Draw weights and inputs, and run once to warm up."""
@@ -74,12 +77,26 @@ class MatmulProbe:
         self._multiply()
 
     def sample(self) -> None:
-        """Time a few products."""
+        """Time a few products between two chunks."""
+        seconds, flops = self._timed(_MATMULS_PER_CHUNK)
+        self.seconds += seconds
+        self._flops += flops
+
+    def sample_alone(self) -> None:
+        """Time more of them while nothing else works."""
+        seconds, flops = self._timed(10 * _MATMULS_PER_CHUNK)
+        self._quiet_rates.append(flops / seconds)
+
+    @property
+    def rate(self) -> float:
+        """Floating-point operations a second."""
+        return max(self._flops / self.seconds, *self._quiet_rates)
+
+    def _timed(self, count: int) -> tuple[float, float]:
         start = time.perf_counter()
-        for _ in range(_MATMULS_PER_CHUNK):
+        for _ in range(count):
             self._multiply()
-        self.seconds += time.perf_counter() - start
-        self.flops += _MATMULS_PER_CHUNK * 4 * self.num_tokens * self._up.numel()
+        return time.perf_counter() - start, count * 4.0 * self.num_tokens * self._up.numel()
 
     def _multiply(self) -> None:
         _ = (self._inputs @ self._up) @ self._down
@@ -93,6 +110,7 @@ def measure_build(
     num_tokens = min(plan.chunk_tokens, turn_tokens(config.expert_intermediate_size, COMPUTE_DTYPES[compute_dtype]))
     probe = MatmulProbe(config, num_tokens, COMPUTE_DTYPES[compute_dtype])
     write_rates = [measure_writes(lut_dir.parent)]
+    probe.sample_alone()
     with progress_bar("building the table (rows)", config.vocab_size) as advance, _peak_rss() as growth:
 
         def report(num_rows: int) -> None:
@@ -104,12 +122,13 @@ def measure_build(
         builder.write_shards(plan, progress=report)
         builder.publish(plan)
         seconds = time.perf_counter() - start - probe.seconds
+    probe.sample_alone()
     write_rates.append(measure_writes(lut_dir.parent))
     expert_flops = 4 * config.hidden_size * config.expert_intermediate_size
     return BuildFigures(
         table_bytes=plan.file_bytes,
         build_seconds=seconds,
-        matmul_flops=probe.flops / probe.seconds,
+        matmul_flops=probe.rate,
         write_bytes_per_second=sum(write_rates) / len(write_rates),
         needed_flops=config.vocab_size * config.num_layers * config.num_experts * expert_flops,
         rss_growth_bytes=growth[0],

@@ -112,18 +112,7 @@ class Contestant:
     def peak_bytes(self) -> int | None:
         """Memory that a step takes at its peak above what is resident before it; None where it cannot be told."""
         self.step()
-        if self.batch.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.step()
-            return torch.cuda.max_memory_allocated() - before
-        if sys.platform != "linux":
-            return None
-        _release_freed_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
-        before = _status_bytes("VmRSS")
-        self.step()
-        return _status_bytes("VmHWM") - before
+        return peak_bytes(self.step, self.batch.device)
 
     def _share_rows(self) -> StepRows:
         with _autocast(self.batch.device, self.dtype):
@@ -145,6 +134,22 @@ def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Resu
     result = work()
     synchronize(device)
     return time.perf_counter() - started, result
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """Memory that `work` takes at its peak above what is resident before it; None where it cannot be told."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform != "linux":
+        return None
+    _release_freed_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
+    before = _status_bytes("VmRSS")
+    work()
+    return _status_bytes("VmHWM") - before
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

@@ -80,18 +80,18 @@ def _summarize(contestant: Contestant, times: list[StepTimes], baseline: list[St
 def results_table(results: Sequence[Result], title: str, baseline: str) -> Table:
     """Lay the results out for a terminal."""
     table = Table(title=title, title_justify="left")
-    headings = ("", "forward", "backward", "optimizer", "tokens/s", "MFU", "peak memory", f"fwd+bwd / {baseline}")
-    for heading in headings:
+    table.caption = f"fwd, bwd, step: seconds forward, backward, of the optimizer; over {baseline}: fwd + bwd"
+    for heading in ("", "fwd", "bwd", "step", "tokens/s", "MFU", "peak MiB", f"over {baseline}"):
         table.add_column(heading, justify="right" if heading else "left")
     for result in results:
         table.add_row(
             result.name,
-            f"{result.forward_seconds:.2f} s",
-            f"{result.backward_seconds:.2f} s",
-            f"{result.optimizer_seconds:.2f} s",
+            f"{result.forward_seconds:.2f}",
+            f"{result.backward_seconds:.2f}",
+            f"{result.optimizer_seconds:.2f}",
             f"{result.tokens_per_second:,.0f}",
             f"{result.model_flops_utilization:.0%}",
-            "" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:,.0f} MiB",
+            "" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:,.0f}",
             f"{result.against_baseline:.2f}",
         )
     return table

@@ -4,14 +4,21 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal, cast, get_args
 
+import lightning
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from src.checkpointing.files import CheckpointFiles
 from src.checkpointing.weights import read_weights
 from src.config import load_run_config
+from src.lightning_module import LanguageModel
 from src.lut import LutStore, builder
+from src.model import ModelConfig
+from src.optimization import ObjectiveConfig, OptimizerConfig
 from src.run_directory import RunDirectory
 from src.train import resumed_config, train
 from tests.conftest import small_config
@@ -23,6 +30,7 @@ ARCHITECTURES = {
     "moe": ("model.expert_input=hidden", "model.top_k=2", "model.intermediate_size=0"),
     "mole": (),
 }
+Execution = Literal["per_token", "unique", "unique_per_step"]
 STRATEGIES = {"ddp": "trainer.strategy=ddp", "fsdp2": "trainer.strategy=fsdp2"}
 TWO = ("trainer.devices=2", "data.micro_batch_size=2")
 
@@ -47,6 +55,70 @@ def test_two_ranks_reproduce_one_process(architecture: str, tmp_path: Path, smal
             expected, found = column(tmp_path / "alone", metric), column(tmp_path / name, metric)
             assert len(expected) == count
             assert found == pytest.approx(expected, abs=1e-6 if "loss" in metric else 1e-5), (name, metric)
+
+
+class KeepGradients(lightning.Callback):
+    """Writes what the optimiser just used, from the first rank."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.is_global_zero:
+            torch.save({name: value.grad for name, value in pl_module.named_parameters()}, self.path)
+
+
+def one_step(execution: Execution, devices: int, path: Path) -> None:
+    """Take one optimiser step on 8 windows, as 8 / `devices` micro-batches of one on each rank, in float64."""
+    torch.manual_seed(0)
+    model = ModelConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        intermediate_size=24,
+        num_experts=3,
+        expert_intermediate_size=20,
+        expert_execution=execution,
+        init_std=0.2,
+    )
+    optimizer = OptimizerConfig(gradient_clip_norm=0)
+    module = LanguageModel(model, ObjectiveConfig(load_balance_weight=0.01), optimizer, torch.ones(40).long())
+    windows = torch.randint(40, (8, 1, 9))
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        precision="64-true",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[KeepGradients(path)],
+    )
+    mine = windows[trainer.global_rank :: devices]  # (8 / devices, 1, 9)
+    trainer.fit(module, DataLoader(cast(Dataset[Tensor], [mine]), batch_size=None))
+
+
+@pytest.mark.slow
+def test_every_execution_gives_the_same_gradients_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    executions: tuple[Execution, ...] = get_args(Execution)
+    paths: dict[tuple[Execution, int], Path] = {
+        (name, devices): tmp_path / f"{name}-{devices}.pt" for name in executions for devices in (1, 2)
+    }
+    for (execution, devices), path in paths.items():
+        step = partial(one_step, execution, devices, path)
+        if devices == 1:
+            step()
+        else:
+            run_ranks(step, tmp_path / f"{execution}-logs")
+    expected = torch.load(paths["per_token", 1])
+    assert all(gradient.dtype == torch.float64 and gradient.abs().max() > 1e-6 for gradient in expected.values())
+    for path in paths.values():
+        for name, gradient in torch.load(path).items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-10, rtol=0, msg=f"{path.name}: {name}")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from callbacks.random_state import RandomStateCallback
 from callbacks.rank_failure import RankFailureCallback
 from callbacks.reparameterize import ReparameterizeCallback
 from callbacks.throughput import ThroughputCallback
+from callbacks.time_limit import TimeLimit
 
 __all__ = [
     "BestWeightsCallback",
@@ -22,4 +23,5 @@ __all__ = [
     "ReparameterizeCallback",
     "StepProgressBar",
     "ThroughputCallback",
+    "TimeLimit",
 ]

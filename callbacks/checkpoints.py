@@ -1,5 +1,6 @@
 """Checkpoints on schedule, after each validation, after the last step, and when the process is told to stop."""
 
+import math
 from typing import Any
 
 import lightning
@@ -57,6 +58,9 @@ class CheckpointCallback(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """After a checkpoint, let the metrics of its step, which are logged after it, reach the disk too."""
+        # A checkpoint written in a validation holds this count before the step was counted, and Lightning only makes up
+        # for it where it validates at once again, which the interval of a resumed run may not want.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         if self._saved_step == trainer.global_step:
             _flush(trainer)
 
@@ -109,6 +113,8 @@ class CheckpointCallback(Checkpoint):
         self.files.prune(self.losses, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
 
     def _record(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):  # nothing is lower than what is not a number
+            return
         losses = {**self.losses, step: loss}
         self.losses = {best: losses[best] for best in best_steps(losses, self.config.keep_best)}
 
@@ -136,4 +142,5 @@ def _flush(trainer: lightning.Trainer) -> None:
 def _validation_follows(trainer: lightning.Trainer) -> bool:
     """Whether Lightning validates after this step (it asks itself the same question)."""
     interval = trainer.val_check_batch
-    return isinstance(interval, int) and trainer.enable_validation and trainer.global_step % interval == 0
+    is_due = isinstance(interval, int) and trainer.global_step % interval == 0
+    return trainer.enable_validation and (is_due or (trainer.should_stop and trainer.fit_loop._can_stop_early))

@@ -15,7 +15,7 @@ from src.evaluation.samples import sample_text
 from src.evaluation.shares import Share
 from src.files import atomic_path
 from src.lightning_module import LanguageModel
-from src.publishing import log_figures, log_table
+from src.publishing import log_figures, log_table, logged_step
 from src.run_directory import RunDirectory
 from src.sharding import is_sharded
 
@@ -82,9 +82,10 @@ class DashboardCallback(lightning.Callback):
             self.samples.append([step, self.config.sample_prompt, sample])
 
     def _log(self, trainer: lightning.Trainer, view: RoutingView | None) -> None:
-        step, loggers, tokenizer = trainer.global_step, trainer.loggers, self.text.tokenizer
+        step, logged, loggers = trainer.global_step, logged_step(trainer), trainer.loggers
+        tokenizer = self.text.tokenizer
         if self.samples:
-            log_table(loggers, "samples", ["step", "prompt", "text"], self.samples, step)
+            log_table(loggers, "samples", ["step", "prompt", "text"], self.samples, logged)
         if view is None:
             return
         figures = {
@@ -94,10 +95,10 @@ class DashboardCallback(lightning.Callback):
         if view.contributions is not None:
             figures["expert_tokens"] = expert_tokens(view, tokenizer, step)
             columns = ["layer", "expert", "rank", "token", "mean norm of g*v"]
-            log_table(loggers, "expert_tokens", columns, expert_token_rows(view, tokenizer), step)
-        log_figures(loggers, {name: self._save(name, figure) for name, figure in figures.items()}, step)
+            log_table(loggers, "expert_tokens", columns, expert_token_rows(view, tokenizer), logged)
+        log_figures(loggers, {name: self._save(name, figure) for name, figure in figures.items()}, logged)
         for logger in loggers:
-            logger.log_metrics({f"val/{key}": value for key, value in view.metrics().items()}, step=step)
+            logger.log_metrics({f"val/{key}": value for key, value in view.metrics().items()}, step=logged)
 
     def _save(self, name: str, figure: Figure) -> Path:
         path = self.run.path / "figures" / f"{name}.png"

@@ -22,7 +22,7 @@ from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
 from src.lightning_module import LanguageModel
 from src.model import Transformer
-from src.publishing import publish_results
+from src.publishing import logged_step, publish_results
 from src.run_directory import RunDirectory
 
 
@@ -145,7 +145,7 @@ class EvaluationCallback(lightning.Callback):
 
     def _log(self, trainer: lightning.Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics, step=logged_step(trainer))
 
 
 def _share(trainer: lightning.Trainer) -> Share:

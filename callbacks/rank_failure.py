@@ -39,10 +39,16 @@ class RankFailureCallback(lightning.Callback):
             self._watch = ParentWatch(self.record)
             self._watch.start()
 
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """No longer watch: from here on ranks end one by one."""
+        self._stop_watching()
+
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         """Say why, unless another rank did, and end the ranks that this process started."""
+        if isinstance(exception, Preempted):
+            self._stop_watching()
         if isinstance(exception, Preempted | KeyboardInterrupt) or not _are_scripts(trainer):
             return
         children = _children(trainer)
@@ -50,6 +56,10 @@ class RankFailureCallback(lightning.Callback):
         self.reported = True
         for child in children:
             child.send_signal(signal.SIGKILL)
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
 
     def _reason(self, exception: BaseException, rank: int, children: list[Popen[bytes]]) -> str:
         """Say what happened; a rank that lost another waits a moment to learn how that one ended."""

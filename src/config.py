@@ -26,7 +26,7 @@ from src.model.config import ModelConfig
 from src.optimization import ObjectiveConfig, OptimizerConfig
 from src.run_directory import RunDirectory
 
-Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"]
+Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +37,14 @@ class TrainerConfig:
     """Optimiser steps; also the length of the learning-rate schedule."""
     max_time: str | None = None
     """Stop training after DD:HH:MM:SS; what follows training still runs."""
-    accelerator: str = "auto"
-    """auto, cpu, gpu or cuda."""
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
+    """auto is cuda where there is a CUDA device, else cpu."""
     devices: str = "auto"
     """Number of devices, a list such as 0,1, or auto."""
     num_nodes: int = 1
     """Machines."""
-    strategy: str = "auto"
-    """How devices work together: auto, ddp (each holds the model), fsdp2 (each holds a part), ddp_spawn, ddp_fork."""
+    strategy: Literal["auto", "ddp", "ddp_spawn", "ddp_fork", "fsdp2"] = "auto"
+    """How devices work together: in ddp each holds the model, in fsdp2 a part; auto is ddp where there are several."""
     precision: Precision = "auto"
     """auto is bf16-mixed where the processor computes in bfloat16, else 32-true."""
     val_check_interval: int = 200

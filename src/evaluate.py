@@ -40,7 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and evaluate."""
     given = _parse(arguments)
     first = Candidate(RunDirectory(given.run).require(), given.experts, given.lut)
+    if given.compare == "lut" and given.experts == "auto":  # the first is then this run's other form
+        first = replace(first, experts="ffn")
     second = None if given.compare is None else _other(first, given.compare)
+    if second == first:
+        raise ConfigError(f"--compare {given.compare}: that is what --experts and --lut name already; compare another")
     suite = _suite(given, first.run)
     console = Console()
     name, evaluation = _evaluate(first, suite, given)

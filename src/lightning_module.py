@@ -178,9 +178,8 @@ class LanguageModel(lightning.LightningModule):
             self.routing.reset()
 
     def _finite_everywhere(self, losses: Tensor, gradient_norm: Tensor) -> bool:
-        """Whether no rank saw anything but finite numbers; a gradient scaler deals with its own overflows."""
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        finite = losses.isfinite().all() & (gradient_norm.isfinite() | scaled)
+        """Whether no rank saw anything but finite numbers."""
+        finite = losses.isfinite().all() & gradient_norm.isfinite()
         return self.trainer.strategy.reduce_boolean_decision(bool(finite))
 
     @property
@@ -200,7 +199,10 @@ class LanguageModel(lightning.LightningModule):
 
 
 def _exact_mean() -> MeanMetric:
-    """A mean whose sum does not depend on how many ranks share it: float32 would round millions of summands."""
-    metric = MeanMetric()
+    """A mean whose sum does not depend on how many ranks share it: float32 would round millions of summands.
+
+    One value that is not a number makes it none: leaving it out would make a broken model look fine.
+    """
+    metric = MeanMetric(nan_strategy="disable")
     metric.set_dtype(torch.float64)
     return metric

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from src.run_directory import RunDirectory
@@ -41,6 +42,14 @@ def _without_paths(key: str, value: Any) -> Any:
 
 def _is_place(value: str) -> bool:
     return value.startswith((".", "~", os.sep)) or Path(value).exists()
+
+
+def logged_step(trainer: lightning.Trainer) -> int:
+    """The step that Lightning's own log gives a validation now: the index of the last one, not how many there were.
+
+    Resuming keeps what was logged before the steps that it repeats, so all of a validation must lie there.
+    """
+    return max(0, trainer.global_step - 1)
 
 
 def log_figures(loggers: Iterable[Logger], figures: Mapping[str, Path], step: int) -> None:

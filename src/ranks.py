@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,14 +79,19 @@ class ParentWatch(threading.Thread):
     def __init__(self, record: Path) -> None:
         """Watch the present parent; `record` as in `report_once`."""
         super().__init__(daemon=True, name="parent-watch")
-        self._parent, self._record = os.getppid(), record
+        self._parent, self._record, self._done = os.getppid(), record, threading.Event()
 
     def run(self) -> None:
-        """Look once a second."""
-        while os.getppid() == self._parent:
-            time.sleep(_WATCH_SECONDS)
+        """Look once a second, until there is nothing left to wait for."""
+        while not self.lost():
+            if self._done.wait(_WATCH_SECONDS):
+                return
         report_once(self._record, self.reason())
         leave(FAILED)
+
+    def stop(self) -> None:
+        """Let the parent end first."""
+        self._done.set()
 
     def lost(self) -> bool:
         """Whether the parent is gone."""

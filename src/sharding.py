@@ -12,11 +12,14 @@ import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
+from src.checkpointing.streaming import full_disk_message, is_full
+from src.errors import TrainingError
 from src.model import Transformer
 from src.model.experts import EmbeddingExperts
 
@@ -32,6 +35,15 @@ class ShardedStrategy(ModelParallelStrategy):
         """Size the group by the devices there are."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Write it; TrainingError when the disk is full. What ranks raise then is not even an `Exception`."""
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        except CheckpointException as error:
+            if any(is_full(failure) for failure, _ in error.failures.values()):
+                raise TrainingError(full_disk_message(Path(filepath), checkpoint)) from error
+            raise RuntimeError(f"{filepath}: cannot be written: {error}") from error
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Load model and optimiser in place, and return the rest.

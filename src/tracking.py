@@ -125,7 +125,7 @@ class _ContinuedWriter(ExperimentWriter):
             return
         with path.open(newline="", encoding="utf-8") as handle:
             reader = csv.DictReader(handle)
-            kept = [row for row in reader if int(row["step"]) < first_step]
+            kept = [row for row in reader if _is_number(row["step"]) and int(row["step"]) < first_step]
             self.metrics_keys = list(reader.fieldnames or [])
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=self.metrics_keys)
@@ -135,6 +135,11 @@ class _ContinuedWriter(ExperimentWriter):
 
     def _check_log_dir_exists(self) -> None:
         """Delete nothing."""
+
+
+def _is_number(text: str | None) -> bool:
+    """Whether a row is whole: a kill or a full disk may have cut the last one short."""
+    return text is not None and text.isdecimal()
 
 
 def close_loggers(loggers: Iterable[Logger], *, failed: bool) -> None:

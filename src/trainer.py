@@ -6,7 +6,7 @@ from typing import Literal
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, Timer
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 
@@ -20,6 +20,7 @@ from callbacks import (
     ReparameterizeCallback,
     StepProgressBar,
     ThroughputCallback,
+    TimeLimit,
 )
 from src.checkpointing.streaming import StreamingCheckpointIO
 from src.config import RunConfig
@@ -39,7 +40,7 @@ def build_trainer(
     # Gradients live in DDP's buckets, not beside them, also where Lightning chooses DDP by itself.
     StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True)
     return lightning.Trainer(
-        accelerator=config.accelerator,
+        accelerator=_accelerator(config.accelerator),
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=_strategy(run_config),
@@ -63,6 +64,11 @@ def build_trainer(
     )
 
 
+def _accelerator(name: str) -> str:
+    """Resolve `auto`, which in Lightning also means accelerators that lack the float64 of our metrics."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def _strategy(config: RunConfig) -> str | Strategy:
     if config.trainer.strategy == "fsdp2":
         return ShardedStrategy(sharded_checkpoints=config.checkpoint.sharded)
@@ -82,7 +88,7 @@ def progress_callbacks(config: RunConfig, run: RunDirectory) -> list[lightning.C
     if config.trainer.enable_progress_bar:
         callbacks.append(StepProgressBar(refresh_rate=5))
     if config.trainer.max_time is not None:
-        callbacks.append(Timer(config.trainer.max_time))
+        callbacks.append(TimeLimit(config.trainer.max_time))
     return callbacks
 
 

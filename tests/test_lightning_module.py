@@ -10,11 +10,13 @@ import torch
 
 from src.config import RunConfig
 from src.data.packed_tokens import prepare_corpus
+from src.errors import RunError
 from src.evaluation.held_out import held_out
 from src.model import Transformer
 from src.model.loss import next_token_loss
 from src.model.router import load_balance_loss, z_loss
-from src.train import RunResult, train
+from src.run_directory import RunDirectory
+from src.train import RunResult, resumed_config, train
 from tests.conftest import small_config
 
 ONLY_TRAIN = (
@@ -111,6 +113,11 @@ def test_max_time_ends_training_and_the_rest_still_runs(tmp_path: Path, small_ov
     assert result.report is not None
     assert 0 < result.report.steps < 100000
     assert (result.run_dir / "lut" / "manifest.json").is_file()
+    best = (result.run_dir / "checkpoints" / "best.ckpt").resolve().name
+    assert best == f"step-{result.report.steps:08d}.ckpt"  # validated when time was up, before it was written
+    run = RunDirectory(result.run_dir)
+    with pytest.raises(RunError, match=r"trainer.max_time: all of it was used before"):
+        train(resumed_config(run, None, []), run)
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 8])

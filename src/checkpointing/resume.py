@@ -51,6 +51,8 @@ class Difference:
         """Why the key cannot change; None when it can."""
         if self.key in _FREE:
             return None
+        if self.key == "checkpoint.ema_decay" and self.now is None:
+            return "made the checkpoint hold averaged weights as the model's"
         parents = [self.key[:end] for end in range(len(self.key) + 1) if self.key[end : end + 1] in (".", "")]
         return next((_FIXED[parent] for parent in parents if parent in _FIXED), None)
 

@@ -28,9 +28,9 @@ class StreamingCheckpointIO(CheckpointIO):
             with atomic_path(target) as temporary:
                 torch.save(checkpoint, temporary)
         except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-            if not _is_full(error):
+            if not is_full(error):
                 raise
-            raise TrainingError(_full_disk_message(target, checkpoint)) from error
+            raise TrainingError(full_disk_message(target, checkpoint)) from error
 
     def load_checkpoint(
         self, path: _PATH, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
@@ -52,13 +52,15 @@ def tensor_bytes(value: Any) -> int:
     return sum(tensor_bytes(item) for item in value) if isinstance(value, list | tuple) else 0
 
 
-def _is_full(error: Exception) -> bool:
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
 
 
-def _full_disk_message(target: Path, checkpoint: dict[str, Any]) -> str:
+def full_disk_message(target: Path, checkpoint: dict[str, Any]) -> str:
+    """Say what is whole and what to free, where there is no room for `checkpoint` at `target`."""
     files = CheckpointFiles(target.parent)
     kept, free = files.steps(), shutil.disk_usage(target.parent).free
     last = f"the last good checkpoint is {files.path(kept[-1]).name}" if kept else "there is no earlier checkpoint"

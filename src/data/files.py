@@ -61,7 +61,8 @@ def expand_files(patterns: Sequence[str]) -> list[Path]:
     files: set[Path] = set()
     for pattern in patterns:
         matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-        found = [path for path in matches if path.is_file()] or _files_below(matches)
+        found = [path for path in matches if path.is_file()]
+        found += _files_below([path for path in matches if path.is_dir()])
         if not found:
             raise DataError(_nothing_found(pattern, matches))
         files.update(found)

@@ -1,6 +1,7 @@
 """Records of Hugging Face datasets, by name on the hub or from a folder in the same layout."""
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 from src.data.config import SourceConfig
@@ -23,7 +24,16 @@ def read_hub(source: SourceConfig, *, skip: int = 0) -> Iterator[Record]:
         )
     if not source.streaming and skip >= len(rows):  # stored datasets refuse to skip all of themselves
         return
-    for number, row in enumerate(rows.skip(skip), start=skip + 1):
+    rest = iter(rows.skip(skip))
+    for number in count(skip + 1):
+        try:
+            row = next(rest)
+        except StopIteration:
+            return
+        except Exception as error:  # the library, its hub client and its readers raise many kinds
+            raise DataError(
+                f"{source.hub}: reading stopped at row {number:,} ({_kind(error)}); run again, what is done is kept"
+            ) from error
         yield _record(row, number, source.text_field)
 
 
@@ -50,8 +60,12 @@ def _open(source: SourceConfig) -> Any:  # datasets.Dataset or IterableDataset
         where = f"{source.hub}" + (f" ({source.subset})" if source.subset else "")
         raise DataError(
             f"{where}: split {source.split!r} cannot be had from the Hugging Face hub "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}); check name, subset, split and network"
+            f"({_kind(error)}); check name, subset, split and network"
         ) from error
+
+
+def _kind(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _record(row: Any, number: int, text_field: str) -> Record:

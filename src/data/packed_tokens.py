@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,19 +57,25 @@ class PackedCorpus:
         return weighted or [(self.tokens("train"), 1.0)]
 
     def facts(self) -> dict[str, object]:
-        """Return what a report says of the corpus."""
+        """Return what a report says of the corpus: no place on this machine, for reports are sent elsewhere."""
         return {
             "fingerprint": self.fingerprint,
             "tokenizer": fingerprint(self.tokenizer),
             "train": asdict(self.train),
             "validation": asdict(self.validation),
-            "sources": [{"name": source.label, **asdict(source.tally)} for source in self.sources],
+            "sources": [_facts(source) for source in self.sources],
         }
 
     def token_counts(self, vocab_size: int) -> Tensor:
         """Return (V,) int64: how often each id occurs in the training splits."""
         counts = sum((source.token_counts() for source in self.sources), np.zeros(1, dtype=np.int64))
         return torch.from_numpy(np.pad(counts, (0, vocab_size - len(counts))))
+
+
+def _facts(source: PreparedSource) -> dict[str, object]:
+    counts = asdict(source.tally)
+    del counts["examples"]  # they name files
+    return {"name": Path(source.label).name, **counts}
 
 
 def prepare_corpus(

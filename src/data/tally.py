@@ -10,7 +10,9 @@ from src.data.corpus import Skipped
 from src.errors import DataError
 
 _SETTLED_RECORDS = 10_000
-"""Records after which a share over its budget stops the work at once; before that, the end of the source decides."""
+"""Records after which a share far over its budget stops the work at once; else the end of the source decides."""
+_EARLY_FACTOR = 10
+"""How far over: what is wrong may lie at the beginning."""
 _EMPTY = "empty"
 
 
@@ -92,7 +94,7 @@ def require_within_budgets(tally: Tally, config: DataConfig, label: str, *, at_e
     malformed = [problem for problem in tally.skipped if problem != _EMPTY]
     for problems, key in ((malformed, "max_malformed_fraction"), ([_EMPTY], "max_empty_fraction")):
         count, allowed = sum(tally.skipped.get(problem, 0) for problem in problems), getattr(config, key)
-        if count > allowed * tally.records:
+        if count > allowed * tally.records * (1 if at_end else _EARLY_FACTOR):
             first = next(tally.examples[problem] for problem in problems if problem in tally.examples)
             raise DataError(
                 f"{first}; {count:,} of {tally.records:,} records of {label} are {' or '.join(problems)}, more than "

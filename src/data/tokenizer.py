@@ -1,8 +1,11 @@
 """Tokenizers of the `tokenizers` library: trained here or loaded, fingerprinted, measured in bytes."""
 
 import hashlib
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -12,6 +15,8 @@ from src.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 """Separates documents, as in GPT-NeoX's vocabulary."""
+_METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""What SentencePiece vocabularies write for a space."""
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -90,13 +95,31 @@ def require_same(found: str | None, found_at: str, expected: str | None, expecte
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
     """Return (V,) int64: UTF-8 bytes of text that each id stands for; 0 for special tokens and padding ids."""
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
-    added = tokenizer.get_added_tokens_decoder()
+    added, kinds = tokenizer.get_added_tokens_decoder(), _decoder_kinds(json.loads(tokenizer.to_str())["decoder"])
     for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
         if token_id not in added:
-            lengths[token_id] = len(token)  # byte-level: one character of the vocabulary is one byte
+            lengths[token_id] = _num_bytes(token, kinds)
         elif not added[token_id].special:
             lengths[token_id] = len(token.encode())
     return lengths
+
+
+def _decoder_kinds(decoder: Any) -> set[str]:
+    """Return the types of a decoder, and of those it is made of, in a tokenizer's JSON."""
+    if decoder is None:
+        return set()
+    return {decoder["type"]}.union(*(_decoder_kinds(part) for part in decoder.get("decoders", ())))
+
+
+def _num_bytes(token: str, kinds: set[str]) -> int:
+    """Count the bytes of text that a token of the vocabulary stands for, as its kind of decoder writes it."""
+    if "ByteLevel" in kinds:
+        return len(token)  # one character of the vocabulary is one byte
+    if "ByteFallback" in kinds and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+        return 1
+    if "WordPiece" in kinds:
+        return len(token[2:].encode()) if token.startswith("##") else len(token.encode()) + 1  # and a space
+    return len(token.replace(_METASPACE, " ").encode())
 
 
 def _with_separator(tokenizer: Tokenizer, where: str) -> Tokenizer:

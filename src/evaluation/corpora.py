@@ -9,6 +9,7 @@ from torch import Tensor
 
 from src.data.config import SourceConfig
 from src.data.corpus import Document, read_source
+from src.data.encoder import PIECE_CHARACTERS, cut_at_line_ends
 from src.data.files import source_files
 from src.data.packed_tokens import PackedCorpus
 from src.data.tokenizer import separator_id
@@ -37,13 +38,19 @@ def corpus_windows(corpus: EvaluationCorpus, tokenizer: Tokenizer, sequence_leng
     """Return windows (N, T+1) int64 of a corpus, its documents separated as in training.
 
     Raises:
-        DataError: its files cannot be read, or hold less than one window.
+        DataError: its files cannot be read, hold a record that is not text, or less than one window.
     """
     source = SourceConfig(name=corpus.name, files=corpus.files)
     wanted, token_ids = corpus.windows * sequence_length + 1, list[int]()
     for document in read_source(source, source_files(source)):
         if isinstance(document, Document):
-            token_ids += [*tokenizer.encode(document.text, add_special_tokens=False).ids, separator_id(tokenizer)]
+            for piece in cut_at_line_ends(document.text, PIECE_CHARACTERS):
+                token_ids += tokenizer.encode(piece, add_special_tokens=False).ids
+                if len(token_ids) >= wanted:
+                    break
+            token_ids.append(separator_id(tokenizer))
+        elif document.problem != "empty":  # a score over other text than was named would be worse than none
+            raise DataError(f"evaluation.corpora: {corpus.name}: {document.where}: {document.detail}; correct the text")
         if len(token_ids) >= wanted:
             break
     count = min(corpus.windows, (len(token_ids) - 1) // sequence_length)
@@ -57,11 +64,15 @@ def corpus_windows(corpus: EvaluationCorpus, tokenizer: Tokenizer, sequence_leng
 
 
 def windows_by_source(corpus: PackedCorpus, sequence_length: int, limit: int) -> dict[str, Tensor]:
-    """Return held-out windows (N, T+1) of each source of a corpus that has several, where they fill a window."""
-    if len(corpus.sources) < 2:
-        return {}
-    return {
-        Path(source.label).name: validation_windows(source.tokens("validation"), sequence_length, limit)
-        for source in corpus.sources
-        if source.tally.validation.tokens > sequence_length
-    }
+    """Return held-out windows (N, T+1) of each source of a corpus that has several, where they fill a window.
+
+    Sources of one name are told apart by a number.
+    """
+    windows: dict[str, Tensor] = {}
+    for source in corpus.sources if len(corpus.sources) > 1 else ():
+        if source.tally.validation.tokens > sequence_length:
+            name, number = Path(source.label).name, 1
+            while (key := name if number == 1 else f"{name}-{number}") in windows:
+                number += 1
+            windows[key] = validation_windows(source.tokens("validation"), sequence_length, limit)
+    return windows

@@ -44,7 +44,9 @@ def next_passage(text: HeldOut, limit: int) -> list[Document]:
         others = _others(passages, index, draw)
         if len(documents) == limit:
             break
-        if others is None or not contexts[index].strip() or not _is_plain(contexts[index] + "".join(others)):
+        if others is None or not contexts[index].strip():
+            continue
+        if not _is_plain("".join((contexts[index], passages[index], *others))):
             continue
         target = draw.randrange(CHOICES)
         documents.append(Document(contexts[index], (*others[:target], passages[index], *others[target:]), target))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.errors import ConfigError
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.corpora import corpus_windows
 from src.evaluation.generated_tasks import GENERATED, Document, score_documents
@@ -49,10 +50,11 @@ def prepare_suite(text: HeldOut, config: EvaluationConfig) -> Suite:
         config: says which tasks and which further texts.
 
     Raises:
-        ConfigError: a task is unknown, or lm-eval is needed and not installed.
+        ConfigError: a task is unknown, a corpus has the name of another, or lm-eval is needed and not installed.
         DataError: data of a task or corpus is missing or damaged.
     """
     require_known(config.tasks, GENERATED)
+    _require_distinct([corpus.name for corpus in config.corpora])
     limit = config.task_limit
     wanted = GENERATED_DOCUMENTS if limit is None else min(limit, GENERATED_DOCUMENTS)
     made = {name: GENERATED[name](text, wanted) for name in config.tasks if name in GENERATED}
@@ -69,6 +71,13 @@ def prepare_suite(text: HeldOut, config: EvaluationConfig) -> Suite:
         limit=limit,
         notes=[f"the held-out text has no documents for task {name}" for name, found in made.items() if not found],
     )
+
+
+def _require_distinct(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1 or name.partition("/")[0] == HELD_OUT:
+            taken = "is another corpus too" if names.count(name) > 1 else "is the run's own held-out text"
+            raise ConfigError(f"evaluation.corpora: {name} {taken}; give this one a name of its own")
 
 
 def evaluate_model(

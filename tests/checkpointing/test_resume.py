@@ -89,6 +89,27 @@ def test_a_stop_signal_loses_no_step(
     assert RunDirectory(part).path.joinpath("checkpoints", "last.ckpt").resolve().name == "step-00000012.ckpt"
 
 
+def test_a_resumed_run_keeps_what_validations_measured_and_counts_on(
+    tmp_path: Path, small_overrides: Sequence[str]
+) -> None:
+    results = ("lut.at_fit_end=false", "evaluation.at_fit_end=false", "evaluation.every_validations=1")
+    common = (*ACCUMULATING, *results, "evaluation.tasks=[next_passage]", "trainer.log_every_n_steps=3")
+    common = (*common, "trainer.max_steps=12", "trainer.val_check_interval=4", "checkpoint.keep_last=2")
+    whole = train(small_config(small_overrides, tmp_path, *common, "name=whole")).run_dir
+    part = train(small_config(small_overrides, tmp_path, *common, "name=part")).run_dir
+    (part / "checkpoints" / "step-00000012.ckpt").unlink()
+    resume(part, "trainer.val_check_interval=6")
+
+    def steps(run: Path, column: str) -> list[int]:
+        return [int(row["step"]) for row in read_metrics(run) if row.get(column)]
+
+    scores = next(name for name in read_metrics(whole)[0] if name.startswith("eval/"))
+    assert steps(whole, scores) == steps(whole, "val/loss") == [3, 7, 11]
+    assert steps(part, scores) == steps(part, "val/loss") == [3, 7, 11]
+    assert logged(part)["train/loss"] == logged(whole)["train/loss"]
+    assert steps(part, "train/gradient_norm") == [2, 5, 8, 11]
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_repeats_what_it_lost(tmp_path: Path, small_overrides: Sequence[str]) -> None:
     common = (*ACCUMULATING, "trainer.max_steps=300", "checkpoint.every_steps=50", "trainer.val_check_interval=120")
@@ -153,6 +174,9 @@ def test_what_changes_is_said(begun: Path, capsys: pytest.CaptureFixture[str]) -
         assert change in told
     before = load_run_config(run).to_dict()
     assert compare_configs(run, before, before) == []
+    averaged = {**before, "checkpoint": {**before["checkpoint"], "ema_decay": 0.9}}
+    with pytest.raises(ConfigError, match=r"ema_decay: 0.9 -> None .* hold averaged weights"):
+        compare_configs(run, averaged, before)
 
 
 def test_a_run_that_cannot_go_on_says_why(begun: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Hugging Face datasets: what the hub would serve, read by `datasets` from local folders of the same layout."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,3 +124,22 @@ def test_what_cannot_be_had_is_one_clear_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             prepare_corpus(replace(config_for(tmp_path / "cache", source), tokenizer=TokenizerConfig()))
+
+
+def test_a_stream_that_breaks_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Breaking:
+        column_names = None
+
+        def skip(self, count: int) -> Iterator[dict[str, str]]:
+            yield {"text": "one"}
+            raise ConnectionError("Server Disconnected")
+
+    def opened(source: SourceConfig) -> Breaking:
+        assert source.streaming
+        return Breaking()
+
+    monkeypatch.setattr("src.data.hub._open", opened)
+    reading = read_source(SourceConfig(hub="some/corpus", streaming=True), [])
+    assert isinstance(next(reading), Document)
+    with pytest.raises(DataError, match=r"some/corpus: reading stopped at row 2 \(ConnectionError: Server Disc.*again"):
+        next(reading)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 from src.data.config import DataConfig, SourceConfig, TokenizerConfig
 from src.data.files import stdlib_files
@@ -45,6 +45,23 @@ def test_token_counts_and_byte_lengths_add_up(corpus: PackedCorpus) -> None:
     assert int(counts.sum()) == corpus.train.tokens == len(corpus.tokens("train"))
     lengths = byte_lengths(corpus.tokenizer, 512)
     assert int((counts * lengths).sum()) == corpus.train.bytes
+
+
+@pytest.mark.parametrize(
+    ("decoder", "vocabulary"),
+    [
+        (decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback()]), {"▁日": 4, "<0xE4>": 1, "a": 1}),
+        (decoders.WordPiece(), {"##ing": 3, "go": 3}),
+        (None, {"é": 2}),
+    ],
+)
+def test_bytes_are_counted_as_the_decoder_writes_them(
+    decoder: decoders.Decoder | None, vocabulary: dict[str, int]
+) -> None:
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="a"))
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    assert byte_lengths(tokenizer, len(vocabulary)).tolist() == list(vocabulary.values())
 
 
 def test_a_document_keeps_its_side_when_the_corpus_grows(config: DataConfig, corpus: PackedCorpus) -> None:

@@ -218,6 +218,14 @@ def test_places_without_text_get_one_clear_line(tmp_path: Path) -> None:
         texts_of(SourceConfig(files=[f"{tmp_path}/p.parquet.gz"]))
 
 
+def test_a_glob_takes_files_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    for name in ("a.txt", "part/b.txt", "part/c.py"):
+        (tmp_path / name).write_text(name)
+    found = source_files(SourceConfig(files=[f"{tmp_path}/*"]))
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.txt", "part/b.txt"]
+
+
 def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "LINE_BYTES", 1 << 20)
     (tmp_path / "t.jsonl").write_bytes(b'{"text": "short"}\n' + b"x" * (1 << 21))

@@ -9,10 +9,12 @@ import torch
 from tokenizers import Tokenizer
 
 from src import evaluate, reparameterize
+from src.data.config import DataConfig, SourceConfig, TokenizerConfig
+from src.data.packed_tokens import prepare_corpus
 from src.data.tokenizer import train_bpe
 from src.errors import UserError
 from src.evaluation.comparison import compare
-from src.evaluation.corpora import EvaluationCorpus, corpus_windows
+from src.evaluation.corpora import EvaluationCorpus, corpus_windows, windows_by_source
 from src.evaluation.perplexity import Band, Score, loss_by_frequency
 from src.evaluation.results import Evaluation, TaskScore, TextScore
 from src.train import RunResult
@@ -77,6 +79,41 @@ def test_a_corpus_too_small_says_so(tokenizer: Tokenizer, tmp_path: Path) -> Non
     (tmp_path / "a.txt").write_text("some")
     with pytest.raises(UserError, match=r"evaluation.corpora: small has \d+ tokens, less than one window"):
         corpus_windows(EvaluationCorpus(name="small", files=[f"{tmp_path}/a.txt"]), tokenizer, 16)
+
+
+def test_a_corpus_that_is_not_text_is_not_scored_in_part(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n{"text": \n')
+    with pytest.raises(UserError, match=r"evaluation.corpora: broken: .*a.jsonl:2: not JSON"):
+        corpus_windows(EvaluationCorpus(name="broken", files=[f"{tmp_path}/a.jsonl"]), tokenizer, 16)
+
+
+@pytest.mark.parametrize("names", [("prose", "prose"), ("held_out",), ("held_out/one",)])
+def test_corpora_need_names_of_their_own(names: tuple[str, ...], trained: RunResult) -> None:
+    corpora = [option for name in names for option in ("--corpus", f"{name}={json.__path__[0]}/*.py")]
+    with pytest.raises(UserError, match=f"evaluation.corpora: {names[0]} .*; give this one a name of its own"):
+        evaluate.main(["--run", str(trained.run_dir), *corpora])
+
+
+def test_sources_of_one_name_are_all_scored(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t.txt").write_text("".join(f"words {number} in {folder}\n" for number in range(200)))
+    sources = [SourceConfig(files=[f"{tmp_path}/{folder}/*.txt"], document_start="words") for folder in ("a", "b")]
+    tokenizer = TokenizerConfig(vocab_size=280)
+    data = DataConfig(
+        sources=sources, tokenizer=tokenizer, sequence_length=8, validation_fraction=0.5, cache_dir=str(tmp_path / "c")
+    )
+    assert list(windows_by_source(prepare_corpus(data), 8, 4)) == ["*.txt", "*.txt-2"]
+
+
+def test_comparing_with_the_table_scores_the_other_form_first(trained: RunResult, tmp_path: Path) -> None:
+    options = ["--run", str(trained.run_dir), "--compare", "lut", "--tasks", "", "--json", str(tmp_path / "s.json")]
+    evaluate.main(options)
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert "training form" in found["form"]
+    assert "lookup form" in found["compared_with"]
+    with pytest.raises(UserError, match="--compare lut: that is what --experts and --lut name already"):
+        evaluate.main([*options, "--experts", "lut"])
 
 
 def test_both_forms_of_a_run_compare_equal(

@@ -1,5 +1,6 @@
 """`python -m src.generate`: continue a prompt. Stdout is the text alone; everything else goes to stderr."""
 
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -90,6 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--window", action="store_true", help="read only the end of a prompt that is too long")
     options.add_argument("--cache-mb", type=float, default=0, help="MiB of table rows kept in memory (default: 0)")
     given = options.parse_args(arguments)
+    if given.max_new_tokens < 1:
+        options.error("--max-new-tokens must be at least 1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end the text
     run = RunDirectory(given.run).require()
     tokenizer = load_run_tokenizer(run)
     sampling = _sampling(given.temperature, given.top_k, given.top_p, given.seed)
@@ -123,7 +128,8 @@ def _continue(
     limit, prompt_tokens = model.config.max_sequence_length, len(tokenizer.encode(prompt).ids)
     if not prompt_tokens:
         raise UserError("the prompt is empty; give at least one character")
-    room = limit - 1 if window else limit - prompt_tokens
+    # A window keeps at least half of the context for the prompt, and all of the prompt where it fits.
+    room = max(limit - prompt_tokens, limit // 2) if window else limit - prompt_tokens
     if room < 1:
         raise UserError(
             f"the prompt has {prompt_tokens} tokens, but the context holds {limit}; "

@@ -2,22 +2,29 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from src.checkpointing.weights import read_weights
 from src.cli import parser, progress_bar, run_verb, stderr_console
 from src.data.tokenizer import fingerprint, load_tokenizer
-from src.errors import RunError
+from src.errors import LutError, RunError
 from src.lut import Manifest, builder, read_manifest
+from src.lut.build_directory import recorded_precision
 from src.lut.estimate import Estimate, estimate
-from src.lut.manifest import COUNTS_NAME
+from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME
+from src.lut.opening import read_token_counts
 from src.lut.plan import MEMORY_BYTES, BuildPlan
 from src.lut.quantization import CODECS
 from src.lut.sources import COMPUTE_DTYPES, open_source
 from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
+
+DEFAULT_PRECISION = "bfloat16"
 
 
 def adopt_checkpoint(run: RunDirectory, checkpoint: str, *, overwrite: bool) -> None:
@@ -57,7 +64,7 @@ def plan_table(run: RunDirectory, lut: str, given: argparse.Namespace) -> BuildP
     return builder.plan(
         source,
         run.lut_path(lut),
-        dtype=given.dtype,
+        dtype=given.dtype or (recorded_precision(run.lut_path(lut)) if given.resume else None) or DEFAULT_PRECISION,
         memory_bytes=given.memory_mb * 2**20,
         tokenizer=tokenizer,
         token_counts=counts,
@@ -92,9 +99,14 @@ def describe_estimate(expected: Estimate) -> str:
 
 
 def _token_counts(run: RunDirectory) -> Tensor | None:
-    """Take over the training data's token counts from a table that has them."""
-    files = sorted(run.path.glob(f"*/{COUNTS_NAME}"))
-    return load_file(files[0])["token_counts"] if files else None
+    """Take over the training data's token counts from a table, finished or not, whose own are whole."""
+    for path in sorted(run.path.glob(f"*/{COUNTS_NAME}")):
+        with suppress(LutError, SafetensorError, KeyError):
+            if not (path.parent / MANIFEST_NAME).is_file():
+                return load_file(path)["token_counts"]
+            if (counts := read_token_counts(path.parent, read_manifest(path.parent))) is not None:
+                return torch.from_numpy(counts)
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,7 +130,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
     options.add_argument("--checkpoint", help="take the weights of this checkpoint first: last, best, or a path")
     options.add_argument("--from-lut", metavar="NAME", help="recode this table of the run; needs no training form")
-    options.add_argument("--dtype", choices=tuple(CODECS), default="bfloat16", help="precision (default: bfloat16)")
+    options.add_argument(
+        "--dtype", choices=tuple(CODECS), help=f"precision (default: {DEFAULT_PRECISION}, or that of what is resumed)"
+    )
     options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
     options.add_argument(
         "--compute-dtype", choices=tuple(COMPUTE_DTYPES), default="float32", help="what experts compute in (float32)"

@@ -7,13 +7,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from src import evaluate, generate, reparameterize, train, verify
-from src.errors import UserError
-from src.lut import LutStore
+from src.data.tokenizer import fingerprint, load_tokenizer
+from src.errors import LutError, UserError
+from src.lut import LutStore, builder, read_manifest
+from src.lut.opening import read_token_counts
+from src.lut.sources import open_source
 from src.run_directory import RunDirectory
 from src.train import RunResult
 from tests.conftest import CONFIGS
@@ -208,3 +212,71 @@ def test_ids_outside_the_vocabulary_are_refused_by_name(trained: RunResult) -> N
         for bad in (-1, 512):
             with pytest.raises(IndexError, match=rf"token id {bad} is outside the table's vocabulary \[0, 512\)"):
                 store.gather(torch.tensor([3, bad]))
+
+
+def test_a_table_is_not_made_of_itself(trained: RunResult, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run_dir, run)
+    before = (run / "lut" / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match="is the table that the rows come from; give the new one another --lut name"):
+        reparameterize.main(["--run", str(run), "--from-lut", "lut", "--dtype", "int8", "--overwrite"])
+    assert (run / "lut" / "manifest.json").read_bytes() == before
+
+
+def test_a_table_that_training_left_unfinished_is_finished_as_it_was_begun(
+    trained: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run_dir, run)
+    shutil.rmtree(run / "lut")
+    counts = torch.from_numpy(read_token_counts(trained.run_dir / "lut", read_manifest(trained.run_dir / "lut")))
+    identity = load_tokenizer(run / "tokenizer.json")
+    plan = builder.plan(
+        open_source(run), run / "lut", dtype="float32", token_counts=counts, tokenizer=fingerprint(identity)
+    )
+    builder.prepare(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr("src.lut.builder.encode_chunk", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            builder.write_shards(plan)
+    reparameterize.main(["--run", str(run), "--resume"])
+    for path in sorted((trained.run_dir / "lut").iterdir()):
+        assert (run / "lut" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_no_room_for_a_new_table_leaves_the_old_one(
+    trained: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run_dir, run)
+
+    def full(*_: object) -> None:
+        raise LutError("the table needs more bytes than are free")
+
+    monkeypatch.setattr("src.lut.builder.require_space", full)
+    with pytest.raises(LutError, match="more bytes than are free"):
+        reparameterize.main(["--run", str(run), "--dtype", "float32", "--overwrite"])
+    with LutStore.open(run / "lut") as store:
+        store.gather(torch.arange(4))
+
+
+def test_a_table_that_cannot_be_opened_leaves_no_file_open(trained: RunResult, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run_dir, run)
+    (run / "lut" / "token_counts.safetensors").write_bytes(b"damaged")
+    open_files = psutil.Process().num_fds()
+    with pytest.raises(LutError, match=r"token_counts.safetensors: missing or not what the manifest lists"):
+        LutStore.open(run / "lut", cache_mb=1)
+    assert psutil.Process().num_fds() <= open_files
+    reparameterize.main(["--run", str(run), "--dtype", "float32", "--overwrite"])  # which does not trust them either
+    LutStore.open(run / "lut", cache_mb=1).close()
+
+
+def test_lengths_out_of_range_are_refused(trained: RunResult, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(["--run", str(trained.run_dir), "--prompt", "x", "--max-new-tokens", "0"])
+    assert "--max-new-tokens must be at least 1" in capsys.readouterr().err

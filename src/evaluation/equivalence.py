@@ -3,6 +3,7 @@
 N windows, B batch, T tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -68,7 +69,7 @@ def logit_distance(
     for token_ids in windows.split(batch_size):
         expected, found = reference(token_ids), other(token_ids)  # (B, T, V)
         difference = (expected.double() - found.double()).abs()
-        largest = max(largest, difference.max().item())
+        largest = max(largest, difference.max().nan_to_num(nan=math.inf).item())  # NaN is no agreement
         total += difference.sum().item()
         agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
         count += difference.numel()

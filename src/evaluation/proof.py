@@ -6,12 +6,15 @@ Everything is computed in float32. Where a run holds no training form, what is l
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from src.errors import RunError
 from src.evaluation.controls import PermutedRows, ZeroedRows, experts_replaced
 from src.evaluation.equivalence import compare_greedy, logit_distance
 from src.evaluation.held_out import HeldOut
@@ -80,11 +83,18 @@ def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress) -> 
             yield from check_precisions(exact, text, progress)
 
 
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise RunError(f"{path}: damaged ({error}); copy it again, or write it from a checkpoint") from error
+
+
 def check_identity(run: RunDirectory, lut: str) -> Check:
     """Recompute the hashes of the weights, and compare with what their files and the manifest claim."""
     manifest, claimed = read_manifest(run.lut_path(lut)), run.identity()
-    backbone = load_file(run.backbone_path)
-    experts = load_file(run.experts_path) if run.experts_path.is_file() else None
+    backbone = _load(run.backbone_path)
+    experts = _load(run.experts_path) if run.experts_path.is_file() else None
     found = identify(backbone, experts) if experts is not None else None
     hashed = hash_weights(backbone.items())
     holds = claimed.backbone == hashed == manifest.backbone

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from src.inference.staging import Staging
 from src.lut import LutStore, RowRequest
+from src.lut.readers.memory import MemoryReader
 from src.lut.request import layer_decoder
 from src.model.experts import LayerRows
 
@@ -65,7 +66,7 @@ class DiskExperts(nn.Module):
         return None
 
     def _request(self, token_ids: Tensor) -> RowRequest:
-        if token_ids.device.type != "cuda":
+        if token_ids.device.type != "cuda" or isinstance(self.store.reader, MemoryReader):  # whose table may lie there
             return self.store.request(token_ids)
         if self._staging is None:
             self._staging = Staging(self.store.layout.row_bytes)

@@ -96,6 +96,8 @@ def stream(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     token_ids, mask = _fit(model, token_ids, attention_mask, max_new_tokens, overflow)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, but it must not be negative")
     if prefill_chunk_tokens < 1:
         raise ValueError(f"prefill_chunk_tokens is {prefill_chunk_tokens}, but it must be at least 1")
     chunk_tokens = max(1, min(prefill_chunk_tokens, PREFILL_CHUNK_POSITIONS // len(token_ids)))

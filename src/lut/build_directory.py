@@ -1,5 +1,6 @@
 """The directory of a table while it is built: what is in it, and what has to go."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,12 @@ def is_recorded(plan: BuildPlan) -> bool:
     """Whether the directory was prepared for this plan, and is still being built."""
     path = plan.lut_dir / PLAN_NAME
     return path.is_file() and path.read_bytes() == plan.text.encode()
+
+
+def recorded_precision(lut_dir: Path) -> str | None:
+    """Return the precision of the unfinished table in a directory; None where there is none."""
+    path = lut_dir / PLAN_NAME
+    return str(json.loads(path.read_text(encoding="utf-8"))["precision"]) if path.is_file() else None
 
 
 def is_built(plan: BuildPlan) -> bool:

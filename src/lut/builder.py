@@ -53,9 +53,10 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
     with disk_errors(plan.lut_dir):
         plan.lut_dir.mkdir(parents=True, exist_ok=True)
     with disk_errors(plan.lut_dir), building(plan.lut_dir, shared=continues):
+        require_space(plan)  # before anything is removed: what will be counts as free already
         if not continues:
             clear(plan, resume=resume, overwrite=overwrite)
-        require_space(plan)
+        _write_counts(plan)  # now, so that whoever finishes this build finds them
         write_text(plan.lut_dir / PLAN_NAME, plan.text)
 
 
@@ -88,7 +89,7 @@ def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: 
 
 
 def publish(plan: BuildPlan) -> Manifest:
-    """Write token counts, row errors and, last, the manifest; from here on the table can be opened."""
+    """Write row errors and, last, the manifest; from here on the table can be opened."""
     with disk_errors(plan.lut_dir), building(plan.lut_dir, shared=False, wait=True):
         if not is_built(plan):
             missing = [shard.file_name for shard in plan.shards if not is_finished(plan, shard)]
@@ -96,7 +97,8 @@ def publish(plan: BuildPlan) -> Manifest:
                 raise LutError(
                     f"{plan.lut_dir}: {missing[0]} is not written yet ({len(missing)} missing); resume the build"
                 )
-            _write_companions(plan)
+            _write_counts(plan)
+            _write_row_errors(plan)
             plan.manifest.write(plan.lut_dir)
         tidy(plan)
     return plan.manifest
@@ -161,13 +163,16 @@ def _join(plan: BuildPlan) -> None:
         time.sleep(0.05)
 
 
-def _write_companions(plan: BuildPlan) -> None:
-    layout = plan.layout
+def _write_counts(plan: BuildPlan) -> None:
     if plan.token_counts is not None:
         with atomic_path(plan.lut_dir / COUNTS_NAME) as temporary:
             temporary.write_bytes(plan.counts_file())
     else:
         (plan.lut_dir / COUNTS_NAME).unlink(missing_ok=True)
+
+
+def _write_row_errors(plan: BuildPlan) -> None:
+    layout = plan.layout
     sums = [Journal.read(journal_path(plan, shard), layout.num_layers).sums for shard in plan.shards]
     layer_values = layout.vocab_size * layout.num_experts * layout.hidden_size
     write_row_errors(plan.lut_dir, sums, layer_values, plan.source.rows_from)

@@ -15,7 +15,7 @@ class LutConfig:
     dtype: str = "bfloat16"
     """Precision of the rows: float32, bfloat16, float16, int8, nf4 (even hidden sizes) or nf3 (multiples of 128)."""
     chunk_tokens: int | None = None
-    """Rows computed and written at a time; null takes about 128 MiB of float32 rows."""
+    """Rows computed and written at a time; null takes as many as fit 512 MiB of buffers."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError on values out of range."""

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from src.errors import LutError
 from src.lut.integrity import sha256
 from src.lut.layout import SHARD_BYTES, Shard, TableLayout, plan_shards, tokens_per_shard
 from src.lut.manifest import FORMAT_VERSION, Manifest, shard_record
@@ -102,8 +103,10 @@ def plan(
         token_counts: (V,) int64, how often training saw each id; a source table's by default.
 
     Raises:
-        LutError: the precision is unknown, or cannot pack this hidden size.
+        LutError: the precision is unknown, or cannot pack this hidden size, or a table would be made of itself.
     """
+    if isinstance(source, TableRows) and source.lut_dir.resolve() == lut_dir.resolve():
+        raise LutError(f"{lut_dir}: is the table that the rows come from; give the new one another --lut name")
     sizes = source.config
     layout = TableLayout(
         vocab_size=sizes.vocab_size,

@@ -5,6 +5,7 @@ The journal also keeps the sums of `row_errors`, and stays until the table is pu
 U token ids in a chunk, L layers, E experts, D hidden.
 """
 
+import errno
 import json
 import os
 from collections.abc import Generator
@@ -199,6 +200,6 @@ def disk_errors(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise LutError(
-            f"{path}: could not be written ({error.strerror}); free some space and resume: what is written stays"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space and resume: what is written stays" if full else "make it writable and resume"
+        raise LutError(f"{path}: could not be written ({error.strerror}); {remedy}") from error

@@ -53,9 +53,15 @@ class LutStore:
         self._gate = Gate(f"{lut_dir}: the store is closed; open it again to read")
         self._reset_lock()
         after_fork_in_child(self._reset_lock)
-        if isinstance(self._reader, MemoryReader) and verify_rows:
-            self._verify_table(self._reader.table)
-        self._cache = None if isinstance(self._reader, MemoryReader) else self._seeded_cache(cache_mb)
+        self._cache = None
+        try:
+            if not isinstance(self._reader, MemoryReader):
+                self._cache = self._seeded_cache(cache_mb)
+            elif verify_rows:
+                self._verify_table(self._reader.table)
+        except BaseException:
+            self._reader.close()
+            raise
 
     @classmethod
     def open(

@@ -16,6 +16,7 @@ class TableRows:
 
     def __init__(self, lut_dir: Path) -> None:
         """Open the table; LutError when it is not whole."""
+        self.lut_dir = lut_dir
         manifest = read_manifest(lut_dir)
         self.config, self.identity, self.tokenizer = manifest.layout, manifest, manifest.tokenizer
         self.rows_from = f"table in {manifest.precision}, its rows from {manifest.rows_from}"

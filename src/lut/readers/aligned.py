@@ -24,6 +24,15 @@ def is_aligned(rows: Bytes) -> bool:
     return rows.ctypes.data % ALIGNMENT == 0
 
 
+def _references_to_a_local() -> int:
+    alone = object()
+    return sys.getrefcount(alone)
+
+
+_UNSEEN = _references_to_a_local()
+"""References that this interpreter counts to what only a local name holds: 2, or 1 from Python 3.14 on."""
+
+
 class BufferPool:
     """Reuses buffers between requests: fresh pages cost a fault per 4 KiB, a few percent of a decode step.
 
@@ -50,7 +59,7 @@ class BufferPool:
         kept: list[Bytes] = []
         while self._buffers:
             buffer = self._buffers.pop()
-            in_use = sys.getrefcount(buffer) > 2  # this name and the call's argument
+            in_use = sys.getrefcount(buffer) > _UNSEEN
             if in_use or len(buffer) >= size:
                 kept.append(buffer)
             if not in_use and len(buffer) >= size and (fitting is None or len(buffer) < len(fitting)):

@@ -88,7 +88,12 @@ def choose_reader(lut_dir: Path, layout: TableLayout, shards: Sequence[Shard]) -
         direct = DirectReader(lut_dir, layout, shards)
     except OSError:  # nobody asked for unbuffered reads, so there is nothing to warn of
         return buffered
-    direct_from = {size: _direct_is_faster(buffered, direct, size, lut_dir, layout, shards) for size in PROBE_SIZES}
+    try:
+        direct_from = {size: _direct_is_faster(buffered, direct, size, lut_dir, layout, shards) for size in PROBE_SIZES}
+    except BaseException:
+        buffered.close()
+        direct.close()
+        raise
     if any(direct_from.values()):
         return MixedReader(buffered, direct, direct_from)
     direct.close()

@@ -28,7 +28,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs")
-    done = run("src.train", f"output_dir={output}", 'trainer.max_time="00:00:01:30"', "wandb.mode=offline")
+    done = run("src.train", f"output_dir={output}", 'trainer.max_time="00:00:01:15"', "wandb.mode=offline")
     assert done.returncode == 0, done.stderr
     return output / "quickstart"
 

@@ -92,7 +92,7 @@ def test_a_failing_build_leaves_no_manifest(
         train(config)
     lut = tmp_path / "quickstart" / "lut"
     assert not (lut / "manifest.json").exists()
-    assert not list(lut.glob("*.safetensors"))
+    assert not list(lut.glob("rows-*.safetensors"))
 
 
 def test_a_second_run_of_a_name_gets_a_number(tmp_path: Path, small_overrides: Sequence[str]) -> None:

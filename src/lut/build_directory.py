@@ -19,9 +19,11 @@ def is_recorded(plan: BuildPlan) -> bool:
 
 
 def recorded_precision(lut_dir: Path) -> str | None:
-    """Return the precision of the unfinished table in a directory; None where there is none."""
-    path = lut_dir / PLAN_NAME
-    return str(json.loads(path.read_text(encoding="utf-8"))["precision"]) if path.is_file() else None
+    """Return the precision of the unfinished table in a directory; None where no readable plan says one."""
+    try:
+        return str(json.loads((lut_dir / PLAN_NAME).read_text(encoding="utf-8"))["precision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_built(plan: BuildPlan) -> bool:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -17,12 +18,12 @@ from src.checkpointing.weights import read_weights
 from src.config import load_run_config
 from src.lightning_module import LanguageModel
 from src.lut import LutStore, builder
-from src.model import ModelConfig
 from src.optimization import ObjectiveConfig, OptimizerConfig
 from src.run_directory import RunDirectory
 from src.train import resumed_config, train
 from tests.conftest import small_config
 from tests.distributed.processes import run_ranks
+from tests.model.test_step_rows import CONFIG
 from tests.test_lightning_module import ONLY_TRAIN, read_metrics
 
 ARCHITECTURES = {
@@ -71,17 +72,7 @@ class KeepGradients(lightning.Callback):
 def one_step(execution: Execution, devices: int, path: Path) -> None:
     """Take one optimiser step on 8 windows, as 8 / `devices` micro-batches of one on each rank, in float64."""
     torch.manual_seed(0)
-    model = ModelConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        intermediate_size=24,
-        num_experts=3,
-        expert_intermediate_size=20,
-        expert_execution=execution,
-        init_std=0.2,
-    )
+    model = replace(CONFIG, expert_execution=execution, init_std=0.2)
     optimizer = OptimizerConfig(gradient_clip_norm=0)
     module = LanguageModel(model, ObjectiveConfig(load_balance_weight=0.01), optimizer, torch.ones(40).long())
     windows = torch.randint(40, (8, 1, 9))

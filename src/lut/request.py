@@ -68,10 +68,15 @@ def decode(codes: Tensor, layout: TableLayout) -> Tensor:
     return codec(layout.precision).decode(_vectors(codes, layout), layout.hidden_size)
 
 
+def decodes_to_view(layout: TableLayout) -> bool:
+    """Whether decoded rows are the stored bytes themselves, so that a view of them may be made before they arrive."""
+    return isinstance(codec(layout.precision), FloatCodec)
+
+
 def layer_decoder(codes: Tensor, layout: TableLayout) -> Callable[[int], Tensor]:
     """Return what turns one layer of stored bytes (U, row_bytes) into rows (U, E, D); packed ones as it is called."""
     row_codec, vectors = codec(layout.precision), _vectors(codes, layout)
-    if isinstance(row_codec, FloatCodec):  # decoding is a view, so one serves all layers
+    if decodes_to_view(layout):  # so one serves all layers
         return row_codec.decode(vectors, layout.hidden_size).unbind(1).__getitem__
     return lambda layer: row_codec.decode(vectors[:, layer], layout.hidden_size)
 

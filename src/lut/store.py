@@ -26,7 +26,7 @@ from src.lut.readers.aligned import BufferPool
 from src.lut.readers.memory import MemoryReader
 from src.lut.readers.reader import Bytes, Done, Wanted
 from src.lut.readers.workers import after_fork_in_child
-from src.lut.request import ReadStats, RowRequest, decode
+from src.lut.request import ReadStats, RowRequest, decode, decodes_to_view
 
 SEED_ROWS = 256
 """Rows read at a time when the cache is seeded."""
@@ -117,9 +117,10 @@ class LutStore:
     def gather(self, token_ids: Tensor) -> Tensor:
         """Return the rows (U, L, E, D) of `token_ids` (U,) int64."""
         codes, finish = self._read(token_ids, None, background=False)
+        view = self.decode(codes) if decodes_to_view(self.layout) else None  # made while the disk works
         if finish is not None:
             finish()
-        return self.decode(codes)
+        return self.decode(codes) if view is None else view
 
     def decode(self, codes: Tensor) -> Tensor:
         """Turn (U, row_bytes) stored bytes into (U, L, E, D) rows."""
@@ -153,9 +154,11 @@ class LutStore:
             if isinstance(self._reader, MemoryReader):
                 self._count(len(ids), read=0)
                 return _select(self._reader.table, token_ids, out), None
+            cache = self._cache
+            if cache is None and len(ids) == 1:
+                self._reader.announce(ids[0])
             rows = self._buffers.take(len(ids), self.layout.row_bytes) if out is None else out.numpy()
             codes = torch.from_numpy(rows) if out is None else out
-            cache = self._cache
             if cache is None:
                 self._count(len(ids), read=len(ids))
                 fetch = self._start(list(zip(ids, range(len(ids)), strict=True)), rows, background=background)

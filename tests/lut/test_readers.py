@@ -211,6 +211,8 @@ def test_systems_without_linux_calls_read_too(table: tuple[Path, Bytes], monkeyp
     for name in ("auto", "pread"):
         reader = open_named(name, lut_dir)
         assert np.array_equal(read(reader, [3, 299, 0], expected.shape[1], background=True), expected[[3, 299, 0]])
+        reader.announce(7)
+        assert np.array_equal(read(reader, [7], expected.shape[1]), expected[[7]])
         reader.close()
 
 

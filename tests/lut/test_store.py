@@ -1,6 +1,7 @@
 """A store is shared by threads, survives a fork, and notices damage and misuse."""
 
 import multiprocessing
+import os
 import threading
 from pathlib import Path
 
@@ -36,12 +37,37 @@ def test_every_reader_and_precision_returns_what_was_stored(tmp_path: Path, read
     with LutStore.open(tmp_path, reader=reader) as store:
         whole = store.gather(ids)  # (U, L, E, D)
         assert torch.equal(whole, store.decode(torch.from_numpy(expected[ids.numpy()])))
+        assert torch.equal(store.gather(ids[1:2]), whole[1:2])
         request = store.request(ids)
         for layer in (1, 0):
             assert torch.equal(request.layer(layer), whole[:, layer])
         out = torch.zeros(5, store.layout.row_bytes, dtype=torch.uint8)
         assert store.request(ids, out=out).codes().data_ptr() == out.data_ptr()
         assert np.array_equal(out.numpy(), expected[ids.numpy()])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no hints")
+def test_a_single_row_is_announced_unless_it_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(tmp_path)
+    announced: list[tuple[int, int, int]] = []
+    advise = os.posix_fadvise
+
+    def record(descriptor: int, offset: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            announced.append((descriptor, offset, length))
+        advise(descriptor, offset, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", record)
+    token_id = torch.tensor([299])
+    with (
+        LutStore.open(tmp_path, reader="pread") as store,
+        LutStore.open(tmp_path, reader="pread", cache_mb=1) as cached,
+    ):
+        assert torch.equal(store.gather(token_id), cached.gather(token_id))
+        cached.gather(token_id)
+        store.gather(torch.tensor([1, 2]))
+        assert [length for _, _, length in announced] == [store.layout.row_bytes]
+        assert os.pread(announced[0][0], announced[0][2], announced[0][1]) == stored(store, token_id).tobytes()
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -45,13 +45,17 @@ def open_reader(
     raise LutError(f"reader {name!r} is unknown; choose one of {', '.join(READERS)}")
 
 
-class MixedReader:
+class MixedReader(Reader):
     """Resident rows from the page cache; cold ones past it where that was faster when the table was opened."""
 
     def __init__(self, buffered: PreadReader, direct: DirectReader, direct_from: Mapping[int, bool]) -> None:
         """`direct_from` says, by number of rows, whether cold ones are read past the page cache from there on."""
         self._buffered, self._direct = buffered, direct
         self._direct_from = sorted(direct_from.items(), reverse=True)
+
+    def announce(self, token_id: int) -> None:
+        """Start reading a single row, which is always buffered."""
+        self._buffered.announce(token_id)
 
     def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived, *, background: bool) -> Fetch:
         """Begin to read as suits the number of rows."""

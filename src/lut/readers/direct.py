@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from src.lut.layout import ALIGNMENT, Shard, TableLayout
 from src.lut.readers.aligned import aligned_bytes, is_aligned
-from src.lut.readers.reader import Arrived, Bytes, Fetch, Wanted
+from src.lut.readers.reader import Arrived, Bytes, Fetch, Reader, Wanted
 from src.lut.readers.shard_files import ShardFiles
 from src.lut.readers.workers import WorkerPool
 
@@ -27,7 +27,7 @@ class Run(NamedTuple):
     wanted: list[tuple[int, int]]
 
 
-class DirectReader:
+class DirectReader(Reader):
     """Unbuffered reads by up to `depth` threads, in order of the file."""
 
     def __init__(self, lut_dir: Path, layout: TableLayout, shards: Sequence[Shard], depth: int = 16) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from src.errors import LutError
 from src.lut.layout import Shard, TableLayout, tokens_per_shard
-from src.lut.readers.reader import Arrived, Bytes, Done, Fetch, Wanted
+from src.lut.readers.reader import Arrived, Bytes, Done, Fetch, Reader, Wanted
 from src.lut.readers.shard_files import ShardFiles
 
 
-class MemoryReader:
+class MemoryReader(Reader):
     """The whole table in memory, on a device of choice; requests never touch the disk."""
 
     def __init__(self, lut_dir: Path, layout: TableLayout, shards: Sequence[Shard], device: torch.device) -> None:
@@ -53,7 +53,7 @@ class MemoryReader:
         self._table = None
 
 
-class MemmapReader:
+class MemmapReader(Reader):
     """Copies out of a memory map. The oracle: simple, but every cold page costs a fault."""
 
     def __init__(self, lut_dir: Path, layout: TableLayout, shards: Sequence[Shard]) -> None:

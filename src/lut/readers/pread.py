@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from src.lut.layout import Shard, TableLayout
-from src.lut.readers.reader import Arrived, Bytes, Done, Fetch, Wanted
+from src.lut.readers.reader import Arrived, Bytes, Done, Fetch, Reader, Wanted
 from src.lut.readers.shard_files import ShardFiles
 from src.lut.readers.workers import WorkerPool
 
@@ -23,7 +23,7 @@ MANY_ROWS = 64
 COPYING_THREADS = 4
 
 
-class PreadReader:
+class PreadReader(Reader):
     """Buffered reads, one system call per resident row."""
 
     def __init__(self, lut_dir: Path, layout: TableLayout, shards: Sequence[Shard], depth: int = 16) -> None:
@@ -36,12 +36,17 @@ class PreadReader:
                 os.posix_fadvise(self._files.descriptor(shard), 0, 0, os.POSIX_FADV_RANDOM)
         self._nowait = _nowait_flag(self._files.descriptor(0))
 
+    def announce(self, token_id: int) -> None:
+        """Have the kernel bring the row into the page cache: the disk then works while the request is prepared."""
+        if hasattr(os, "posix_fadvise"):
+            shard, offset = self._files.locate(token_id)
+            os.posix_fadvise(self._files.descriptor(shard), offset, self._files.row_bytes, os.POSIX_FADV_WILLNEED)
+
     def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived, *, background: bool) -> Fetch:
         """Copy resident rows; start the reads of the others."""
         read = _Reads(self._files, self._nowait, rows, arrived)
         if len(wanted) == 1 and not background:
-            read.collect(wanted[0])
-            return Done()
+            return _Single(read, wanted[0])
         if self._nowait is None:
             return self._pool.start(read.collect, wanted, background=background)
         if len(wanted) > MANY_ROWS:
@@ -111,6 +116,17 @@ class _Reads:
         start = position * self._row_bytes
         self._files.read_row(shard, offset, self._target[start : start + self._row_bytes])
         self._arrived(token_id, position)
+
+
+class _Single:
+    """One row that is read when it is waited for."""
+
+    def __init__(self, read: _Reads, pair: tuple[int, int]) -> None:
+        self._read, self._pair = read, pair
+
+    def finish(self) -> None:
+        """Read it."""
+        self._read.collect(self._pair)
 
 
 class _Collection:

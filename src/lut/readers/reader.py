@@ -24,6 +24,9 @@ class Fetch(Protocol):
 class Reader(Protocol):
     """Fetches rows; safe to use from several threads and after a fork."""
 
+    def announce(self, token_id: int) -> None:
+        """Take the hint that this row is asked for next, before there is memory for it; by default do nothing."""
+
     def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived, *, background: bool) -> Fetch:
         """Begin to fill `rows` (U, row_bytes) as `wanted` says.
 

@@ -70,7 +70,7 @@ def _share_backbone(dense: InferenceModel, models: Sequence[InferenceModel]) -> 
         model.load_state_dict(weights, strict=False, assign=True)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode_step(model: InferenceModel, token_ids: Tensor, cache: KeyValueCache) -> float:
     """Take one step of (B,) sampled ids: request their rows, run the model, sample; return its seconds."""
     start = time.perf_counter()
@@ -80,7 +80,7 @@ def decode_step(model: InferenceModel, token_ids: Tensor, cache: KeyValueCache) 
     return time.perf_counter() - start
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def measure_decode(contenders: Contenders, text: TextIds, batch: int, rounds: int) -> Timings:
     """Time steps after a prompt; keys and values are random, and the same for all."""
     dense = contenders.models["dense"]
@@ -106,14 +106,14 @@ def measure_decode(contenders: Contenders, text: TextIds, batch: int, rounds: in
         return run_rounds(calls, rounds, advance)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def measure_prefill(contenders: Contenders, text: TextIds, rounds: int) -> Timings:
     """Time a prompt of 512 tokens of running text, for one sequence."""
     prompts = [text.window(PROMPT_TOKENS).unsqueeze(0) for _ in range(rounds + 1)]
     chunk_tokens = min(PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_POSITIONS)
 
     def timed(name: str, model: InferenceModel) -> Callable[[int], float]:
-        @torch.no_grad()
+        @torch.inference_mode()
         def one(number: int) -> float:
             contenders.set_page_cache(name, prompts[number])
             device = torch.device("cpu")
@@ -141,7 +141,7 @@ def matmuls_alone(dense: InferenceModel, batch: int) -> Callable[[int], float]:
     weights = matmul_weights(dense)
     inputs = {weight.shape[1]: torch.randn(batch, weight.shape[1], dtype=torch.bfloat16) for weight in weights}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def call(_: int) -> float:
         start = time.perf_counter()
         for weight in weights:

@@ -101,10 +101,11 @@ def stream(
     if prefill_chunk_tokens < 1:
         raise ValueError(f"prefill_chunk_tokens is {prefill_chunk_tokens}, but it must be at least 1")
     chunk_tokens = max(1, min(prefill_chunk_tokens, PREFILL_CHUNK_POSITIONS // len(token_ids)))
-    return _steps(model, token_ids, mask, max_new_tokens, sampling, stop_ids, chunk_tokens)
+    steps = _steps(model, token_ids, mask, max_new_tokens, sampling, stop_ids, chunk_tokens)
+    return (next_ids.clone() for next_ids in steps)  # ordinary tensors, and the caller's own
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _steps(
     model: Transformer,
     token_ids: Tensor,

@@ -10,13 +10,15 @@ from torch.nn import functional as F
 from src.model.config import ModelConfig
 
 FLOAT_COPY_BYTES = 8 * 2**20
-"""Size of the float32 copy of keys, or of values, that one group of sequences may need."""
+"""Memory for the float32 copy of keys, or of values, of as many sequences as fit."""
 
 
 class KeyValueCache:
     """Keys and values of the tokens seen so far, allocated once for `max_tokens`.
 
     It holds (L, B, H, max_tokens, K) twice and grows by what each forward pass writes; `length` counts tokens.
+    `scratch` is float32 memory for what `_attend_one` casts up, used again by every step: fresh memory would cost a
+    page fault per 4 KiB. It is empty where nothing is cast up.
     """
 
     def __init__(
@@ -26,6 +28,10 @@ class KeyValueCache:
         shape = (config.num_layers, batch_size, config.num_heads, max_tokens, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
+        values = config.num_heads * max_tokens * config.head_dim  # of one sequence in one layer
+        group = min(batch_size, max(1, FLOAT_COPY_BYTES // (4 * values)))
+        casts_up = dtype == torch.bfloat16 and device.type == "cpu"
+        self.scratch = torch.empty(group * values if casts_up else 0, device=device, dtype=torch.float32)
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,30 +94,31 @@ class Attention(nn.Module):
         value = heads[2]
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        if query.shape[2] == 1 and cache is not None and query.dtype == torch.bfloat16 and query.device.type == "cpu":
-            attended = _attend_one(query, key, value, mask)
+        if query.shape[2] == 1 and cache is not None and len(cache.scratch):
+            attended = _attend_one(query, key, value, mask, cache.scratch)
         else:
             causal = mask is None and query.shape[2] > 1
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         return self.out(attended.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
-def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scratch: Tensor) -> Tensor:
     """Attend from one new token (B, H, 1, K) over bfloat16 keys and values (B, H, S, K).
 
     torch's kernel for many queries takes twice to three times as long on a CPU as casting up and multiplying, and
-    rounds more. Sequences go in groups, so that the float32 copies stay small.
+    rounds more. Sequences go in groups whose float32 copies fit `scratch`.
     """
     num_heads, num_tokens, head_dim = key.shape[1:]
-    group = max(1, FLOAT_COPY_BYTES // (4 * num_heads * num_tokens * head_dim))
+    group = max(1, len(scratch) // (num_heads * num_tokens * head_dim))
     if len(query) > group:
         masks = [mask] * len(query) if mask is None or len(mask) == 1 else mask.split(group)
         groups = zip(query.split(group), key.split(group), value.split(group), masks, strict=False)
-        return torch.cat([_attend_one(*part) for part in groups])
-    scores = (query.float() * head_dim**-0.5) @ key.float().transpose(-1, -2)  # (B, H, 1, S)
+        return torch.cat([_attend_one(*part, scratch) for part in groups])
+    floats = scratch[: key.numel()].view(key.shape)  # of the keys, then of the values
+    scores = (query.float() * head_dim**-0.5) @ floats.copy_(key).transpose(-1, -2)  # (B, H, 1, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return (scores.softmax(dim=-1) @ value.float()).to(query.dtype)  # (B, H, 1, K)
+    return (scores.softmax(dim=-1) @ floats.copy_(value)).to(query.dtype)  # (B, H, 1, K)
 
 
 def causal_mask(num_new: int, num_total: int, device: torch.device) -> Tensor:

@@ -125,7 +125,7 @@ def _mix_few(expert_rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
     Several rows are gathered first, so that both forms multiply tensors of one layout and round alike.
     """
     rows = expert_rows if inverse.numel() == 1 else expert_rows.index_select(0, inverse.flatten())  # (B*T, E, D)
-    mixed = (weights.flatten(0, 1).unsqueeze(-1) * rows).sum(dim=1)  # (B*T, D), in the weights' float32
+    mixed = torch.bmm(weights.view(len(rows), 1, -1), rows.to(weights.dtype))  # (B*T, 1, D)
     return mixed.view(*inverse.shape, -1)  # (B, T, D)
 
 

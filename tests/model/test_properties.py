@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.model import KeyValueCache, ModelConfig
+from src.model import KeyValueCache, ModelConfig, attention
 from src.model.experts import mix
 from src.model.hidden_experts import HiddenExperts
 from src.model.router import Router, Routing
@@ -75,6 +75,25 @@ def test_left_padding_holds_in_cached_decoding(config: ModelConfig) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sequences_at_once", [1, 2, 5])
+@torch.no_grad()
+def test_bfloat16_decoding_stays_near_float64(monkeypatch: pytest.MonkeyPatch, sequences_at_once: int) -> None:
+    max_tokens, ids = 12, token_ids(MOLE, batch_size=5, length=9)
+    sequence_bytes = 4 * MOLE.num_heads * max_tokens * MOLE.head_dim
+    monkeypatch.setattr(attention, "FLOAT_COPY_BYTES", sequences_at_once * sequence_bytes)
+    attention_mask = torch.ones(5, 9, dtype=torch.bool)
+    attention_mask[3, :4] = False
+    exact, model = build(MOLE).bfloat16().double(), build(MOLE).bfloat16()
+    cache = KeyValueCache(MOLE, 5, max_tokens, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert cache.scratch.nbytes == sequences_at_once * sequence_bytes
+    assert not len(new_cache(MOLE, 5, max_tokens).scratch)
+    model(ids[:, :5], cache=cache, attention_mask=attention_mask[:, :5])
+    steps = [model(ids[:, t : t + 1], cache=cache, attention_mask=attention_mask[:, : t + 1]) for t in range(5, 9)]
+    expected = exact(ids, attention_mask=attention_mask)[:, 5:]
+    error = (torch.cat(steps, dim=1).double() - expected).abs().max() / expected.abs().max()
+    assert error < 0.01
+
+
 def test_a_mask_of_the_wrong_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 6\), expected .* = \(2, 7\)"):
         build(MOLE)(token_ids(MOLE), attention_mask=torch.ones(2, 6, dtype=torch.bool))

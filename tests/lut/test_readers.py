@@ -1,5 +1,6 @@
 """Every reader returns the bytes of the files, whatever the kernel does in between."""
 
+import errno
 import os
 import random
 import sys
@@ -131,6 +132,22 @@ def test_short_reads_are_continued(
     monkeypatch.setattr(os, "preadv", short)
     assert np.array_equal(read(reader, [1, 250, 40], expected.shape[1]), expected[[1, 250, 40]])
     assert len(reads) > 6
+
+
+@pytest.mark.parametrize("name", ["pread", "direct", "mixed"])
+@pytest.mark.parametrize("count", [1, 20])
+def test_a_failing_disk_is_named(
+    name: str, count: int, table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lut_dir, expected = table
+    reader = open_named(name, lut_dir)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(LutError, match=r"rows-\d.*: reading from byte [\d,]+ failed \(Input/output error\); check"):
+        read(reader, list(range(count)), expected.shape[1])
 
 
 @pytest.fixture

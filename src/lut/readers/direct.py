@@ -100,7 +100,7 @@ class DirectReader(Reader):
         """Fill `targets`; the kernel may stop early, but before `needed` bytes only at the end of a short file."""
         done = 0
         while done < needed:
-            count = os.preadv(self._files.descriptor(run.shard), targets, offset + done)
+            count = self._files.read(run.shard, targets, offset + done)
             done += count
             if count == 0 or (done < needed and done % 512):
                 raise self._files.truncated(run.shard, run.offset)

@@ -93,7 +93,7 @@ class _Reads:
         start = position * self._row_bytes
         target = self._target[start : start + self._row_bytes]
         try:
-            count = os.preadv(self._files.descriptor(shard), [target], offset, self._nowait)
+            count = self._files.read(shard, [target], offset, self._nowait)
         except BlockingIOError:
             return False
         if count < self._row_bytes:
@@ -105,7 +105,7 @@ class _Reads:
         shard, offset = self._files.locate(token_id)
         page = bytearray(min(PROBE_BYTES, self._row_bytes))
         try:
-            return os.preadv(self._files.descriptor(shard), [page], offset, self._nowait) > 0
+            return self._files.read(shard, [page], offset, self._nowait) > 0
         except BlockingIOError:
             return False
 

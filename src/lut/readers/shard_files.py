@@ -36,10 +36,22 @@ class ShardFiles:
             raise LutError(f"{self.paths[shard].parent}: the table is closed; open it again to read")
         return self._descriptors[shard]
 
+    def read(self, shard: int, targets: Sequence[bytearray | memoryview], offset: int, flags: int = 0) -> int:
+        """Read once, as `os.preadv` does; a disk that fails raises LutError with the file's name."""
+        try:
+            return os.preadv(self.descriptor(shard), targets, offset, flags)
+        except BlockingIOError:  # the answer to RWF_NOWAIT, not a failure
+            raise
+        except OSError as error:
+            raise LutError(
+                f"{self.paths[shard]}: reading from byte {offset:,} failed ({error.strerror}); check the disk and copy "
+                "or rebuild the table"
+            ) from error
+
     def read_row(self, shard: int, offset: int, target: memoryview) -> None:
         """Fill `target` from byte `offset` on, however often the kernel stops short."""
         while target:
-            count = os.preadv(self.descriptor(shard), [target], offset)
+            count = self.read(shard, [target], offset)
             if count == 0:
                 raise self.truncated(shard, offset)
             target, offset = target[count:], offset + count

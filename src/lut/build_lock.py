@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from src.errors import LutError
+from src.errors import LutBusyError
 
 LOCK_NAME = "build.lock"
 
@@ -15,7 +15,7 @@ LOCK_NAME = "build.lock"
 def building(lut_dir: Path, *, shared: bool, wait: bool = False) -> Generator[None]:
     """Hold the directory: alone, or shared with other ranks of the same build.
 
-    LutError when somebody else holds it, unless `wait` asks to stand in line.
+    LutBusyError when somebody else holds it, unless `wait` asks to stand in line.
     """
     descriptor = lock_file(lut_dir / LOCK_NAME, shared=shared, wait=wait)
     try:
@@ -34,7 +34,7 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> int:
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise LutError(
+            raise LutBusyError(
                 f"{path.parent}: another process is building this table; wait for it, or choose another --lut"
             ) from None
         except BaseException:

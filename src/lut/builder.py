@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from src.errors import LutError
+from src.errors import LutBusyError, LutError
 from src.files import atomic_path, write_text
 from src.lut.background import Background
 from src.lut.build_directory import clear, is_built, is_empty, is_recorded, require_space, tidy
@@ -30,7 +30,10 @@ from src.run_directory import RunDirectory
 Progress = Callable[[int], None]
 """Called with the number of rows that were just written."""
 JOIN_SECONDS = 60.0
-"""How long a rank waits for rank 0 to prepare the directory."""
+"""How long a rank waits until another prepares the directory."""
+PREPARING_SECONDS = 5.0
+"""How long that preparation may hold the directory's lock."""
+POLL_SECONDS = 0.05
 
 
 def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) -> None:
@@ -49,15 +52,20 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
         return  # interrupted while it tidied up, which is what is left to do
     if finished and not overwrite:
         raise LutError(f"{plan.lut_dir}: holds a finished table; choose another --lut name, or --overwrite it")
-    continues = resume and not finished and is_recorded(plan)
+    continues = _continues(plan, resume=resume)
     with disk_errors(plan.lut_dir):
         plan.lut_dir.mkdir(parents=True, exist_ok=True)
     with disk_errors(plan.lut_dir), building(plan.lut_dir, shared=continues):
         require_space(plan)  # before anything is removed: what will be counts as free already
-        if not continues:
+        if not continues and not _continues(plan, resume=resume):  # by now another rank may have prepared it
             clear(plan, resume=resume, overwrite=overwrite)
         _write_counts(plan)  # now, so that whoever finishes this build finds them
         write_text(plan.lut_dir / PLAN_NAME, plan.text)
+
+
+def _continues(plan: BuildPlan, *, resume: bool) -> bool:
+    """Whether the directory holds an unfinished build of this plan that should go on."""
+    return resume and not (plan.lut_dir / MANIFEST_NAME).exists() and is_recorded(plan)
 
 
 def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: Progress | None = None) -> None:
@@ -67,11 +75,11 @@ def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: 
     """
     report = progress or _silent
     with building(plan.lut_dir, shared=world_size > 1), ExitStack() as opened, Background(report) as disk:
-        if not is_recorded(plan):
+        built = is_built(plan)
+        if not built and not is_recorded(plan):
             raise LutError(
                 f"{plan.lut_dir}: is not prepared for this build; prepare it, and build in one place at a time"
             )
-        built = is_built(plan)
         for shard in plan.shards[rank::world_size]:
             if built or is_finished(plan, shard):
                 report(shard.num_tokens)
@@ -140,11 +148,8 @@ def build_lut(
     )
     if resume and not overwrite and is_built(build):
         return publish(build) if is_recorded(build) else build.manifest
-    if rank == 0 or is_empty(build.lut_dir):
-        prepare(build, resume=resume, overwrite=overwrite)
-    else:
-        _join(build)
-    write_shards(build, rank, world_size, progress)
+    _beside_ranks(partial(_prepare_or_join, build, rank, resume=resume, overwrite=overwrite), world_size)
+    _beside_ranks(partial(write_shards, build, rank, world_size, progress), world_size)
     if all(is_finished(build, shard) for shard in build.shards) or is_built(build):
         return publish(build)
     return build.manifest
@@ -154,13 +159,28 @@ def _silent(_: int) -> None:
     """Report progress to nobody."""
 
 
-def _join(plan: BuildPlan) -> None:
-    """Wait until rank 0 has prepared the directory for this plan."""
+def _beside_ranks(step: Callable[[], None], world_size: int) -> None:
+    """Take a step that begins with a lock, which a rank that prepares the directory holds for a moment."""
+    until = time.monotonic() + (PREPARING_SECONDS if world_size > 1 else 0)
+    while True:
+        try:
+            return step()
+        except LutBusyError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(POLL_SECONDS)
+
+
+def _prepare_or_join(plan: BuildPlan, rank: int, *, resume: bool, overwrite: bool) -> None:
+    """Prepare the directory, or wait until another rank has done so, or has even finished the table."""
+    if rank == 0 or is_empty(plan.lut_dir):
+        return prepare(plan, resume=resume, overwrite=overwrite)
     until = time.monotonic() + JOIN_SECONDS
-    while not is_recorded(plan):
+    while not is_recorded(plan) and (overwrite or not is_built(plan)):
         if time.monotonic() > until:
-            raise LutError(f"{plan.lut_dir}: rank 0 did not prepare it within {JOIN_SECONDS:.0f} s; did it fail?")
-        time.sleep(0.05)
+            raise LutError(f"{plan.lut_dir}: no other rank prepared it within {JOIN_SECONDS:.0f} s; did rank 0 fail?")
+        time.sleep(POLL_SECONDS)
+    return None
 
 
 def _write_counts(plan: BuildPlan) -> None:

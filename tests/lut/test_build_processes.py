@@ -6,6 +6,7 @@ import random
 import resource
 import time
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,27 @@ def test_a_file_size_limit_is_one_clear_error_and_the_build_goes_on_after(tmp_pa
     assert not (tmp_path / "lut" / "manifest.json").exists()
     error.unlink()
     assert finish(tmp_path / "lut") == finish(tmp_path / "whole")
+
+
+def build_without_barrier(rank: int, world_size: int, lut_dir: Path, begin: Event) -> None:
+    begin.wait()
+    build_lut(
+        FixedRows(ROWS), lut_dir, dtype="float32", shard_bytes=100_000, chunk_tokens=5, rank=rank, world_size=world_size
+    )
+
+
+def test_ranks_that_start_at_once_need_no_barrier(tmp_path: Path) -> None:
+    whole = finish(tmp_path / "whole")
+    for attempt in range(10):
+        lut_dir, begin = tmp_path / f"together-{attempt}", FORK.Event()
+        ranks = [FORK.Process(target=build_without_barrier, args=(rank, 3, lut_dir, begin)) for rank in range(3)]
+        for process in ranks:
+            process.start()
+        begin.set()
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [0, 0, 0]
+        assert contents(lut_dir) == whole
 
 
 def build_as_rank(rank: int, world_size: int, lut_dir: Path, broken: int | None) -> None:

@@ -131,7 +131,8 @@ def test_too_little_space_is_found_before_anything_is_written(tmp_path: Path, mo
     assert not list((tmp_path / "lut").glob("rows-*"))
 
 
-def test_a_second_builder_is_refused_while_the_first_works(tmp_path: Path) -> None:
+def test_a_second_builder_is_refused_while_the_first_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "PREPARING_SECONDS", 0.1)
     started, go = threading.Event(), threading.Event()
 
     def before(first_token: int) -> None:

@@ -17,7 +17,6 @@ from src.lut.manifest import MANIFEST_NAME
 from src.lut.sources import require_lookup_form
 from src.model import ModelConfig, Transformer
 from src.model.experts import EmbeddingExperts
-from src.model.router import Router
 from src.run_directory import RunDirectory, read_metadata
 
 ExpertForm = Literal["auto", "lut", "ffn"]
@@ -79,11 +78,7 @@ def load_model(
         model.experts = DiskExperts(_open_store(run, lut, reader, cache_mb, device))
     elif config.architecture == "mole":
         model.experts = _experts(run, config)
-    model.to(device=device, dtype=dtype)
-    for module in model.modules():
-        if isinstance(module, Router):  # it computes in float32: cast its weight once, not at every step
-            module.to(torch.promote_types(module.weight.dtype, torch.float32))
-    return model.eval().requires_grad_(False)
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def _backbone(run: RunDirectory, config: ModelConfig) -> InferenceModel:

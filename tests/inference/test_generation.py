@@ -80,12 +80,6 @@ def test_bfloat16_decoding_of_padded_prompts_follows_the_mask(run: Path) -> None
         )
 
 
-def test_routers_compute_in_float32_whatever_the_model_does(run: Path) -> None:
-    with load_model(run, dtype=torch.bfloat16) as model:
-        wide = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
-        assert wide == {f"blocks.{layer}.router.weight" for layer in range(model.config.num_layers)}
-
-
 def test_stop_ids_end_a_sequence_and_are_repeated_until_the_others_end(model: InferenceModel) -> None:
     token_ids = prompts(2, 6)
     free = generate(model, token_ids, max_new_tokens=20)

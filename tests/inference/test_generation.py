@@ -80,6 +80,14 @@ def test_bfloat16_decoding_of_padded_prompts_follows_the_mask(run: Path) -> None
         )
 
 
+def test_streamed_ids_are_the_callers_to_change(model: InferenceModel) -> None:
+    token_ids, steps = prompts(2, 6), list[torch.Tensor]()
+    for next_ids in stream(model, token_ids, max_new_tokens=5):
+        steps.append(next_ids.clone())
+        next_ids.zero_()
+    assert torch.equal(torch.stack(steps, dim=1), generate(model, token_ids, max_new_tokens=5)[:, 6:])
+
+
 def test_stop_ids_end_a_sequence_and_are_repeated_until_the_others_end(model: InferenceModel) -> None:
     token_ids = prompts(2, 6)
     free = generate(model, token_ids, max_new_tokens=20)

@@ -164,7 +164,8 @@ def _beside_ranks(step: Callable[[], None], world_size: int) -> None:
     until = time.monotonic() + (PREPARING_SECONDS if world_size > 1 else 0)
     while True:
         try:
-            return step()
+            step()
+            return
         except LutBusyError:
             if time.monotonic() >= until:
                 raise
@@ -174,13 +175,13 @@ def _beside_ranks(step: Callable[[], None], world_size: int) -> None:
 def _prepare_or_join(plan: BuildPlan, rank: int, *, resume: bool, overwrite: bool) -> None:
     """Prepare the directory, or wait until another rank has done so, or has even finished the table."""
     if rank == 0 or is_empty(plan.lut_dir):
-        return prepare(plan, resume=resume, overwrite=overwrite)
+        prepare(plan, resume=resume, overwrite=overwrite)
+        return
     until = time.monotonic() + JOIN_SECONDS
     while not is_recorded(plan) and (overwrite or not is_built(plan)):
         if time.monotonic() > until:
             raise LutError(f"{plan.lut_dir}: no other rank prepared it within {JOIN_SECONDS:.0f} s; did rank 0 fail?")
         time.sleep(POLL_SECONDS)
-    return None
 
 
 def _write_counts(plan: BuildPlan) -> None:

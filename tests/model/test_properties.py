@@ -74,7 +74,6 @@ def test_left_padding_holds_in_cached_decoding(config: ModelConfig) -> None:
     close(logits[1:, 3:], model(short))
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("sequences_at_once", [1, 2, 5])
 @torch.no_grad()
 def test_bfloat16_decoding_stays_near_float64(monkeypatch: pytest.MonkeyPatch, sequences_at_once: int) -> None:
@@ -94,6 +93,7 @@ def test_bfloat16_decoding_stays_near_float64(monkeypatch: pytest.MonkeyPatch, s
     assert error < 0.01
 
 
+@torch.no_grad()
 def test_a_mask_of_the_wrong_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 6\), expected .* = \(2, 7\)"):
         build(MOLE)(token_ids(MOLE), attention_mask=torch.ones(2, 6, dtype=torch.bool))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.model.config import ModelConfig
+from src.model.products import Linear
 
 FLOAT_COPY_BYTES = 8 * 2**20
 """Memory for the float32 copy of keys, or of values, of as many sequences as fit."""
@@ -71,8 +72,8 @@ class Attention(nn.Module):
         """Create the projections of one layer."""
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,

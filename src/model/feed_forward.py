@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from src.model.products import Linear
+
 
 class FeedForward(nn.Module):
     """Dense's FFN, MoLE's always-on shared expert."""
@@ -10,8 +12,8 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         """Create `up` (F, D) and `down` (D, F)."""
         super().__init__()
-        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.up = Linear(hidden_size, intermediate_size)
+        self.down = Linear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""

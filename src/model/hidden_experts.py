@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.model.experts import StackedExperts, weighted_sum
+from src.model.products import product
 from src.model.router import Routing
 
 
@@ -44,9 +45,9 @@ class HiddenExperts(StackedExperts):
         The sum over experts happens inside the last matrix product, so no (N, E, D) tensor exists.
         """
         wide_up = self.up.transpose(0, 1).flatten(1)  # (D, E*F)
-        inner = F.gelu(inputs @ wide_up).unflatten(-1, (len(self.up), -1))  # (N, E, F)
+        inner = F.gelu(product(inputs, wide_up)).unflatten(-1, (len(self.up), -1))  # (N, E, F)
         inner = inner * weights.unsqueeze(-1).to(inner.dtype)  # (N, E, F)
-        return inner.flatten(1) @ self.down.flatten(0, 1)  # (N, D)
+        return product(inner.flatten(1), self.down.flatten(0, 1))  # (N, D)
 
     def _mix_chosen(self, inputs: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Mix the `experts` (N, K) of each token: sort the N*K assignments by expert, so each runs once on its tokens.
@@ -65,4 +66,4 @@ def _run_grouped(grouped: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> T
     """Run expert e of weights (E, D, F) and (E, F, D) on the next `counts[e]` rows of (N*K, D)."""
     # `unbind` gives the stacked weight one gradient; indexing would give it a full-size one per expert.
     groups = zip(grouped.split(counts.tolist()), up.unbind(0), down.unbind(0), strict=True)
-    return torch.cat([F.gelu(tokens @ up) @ down for tokens, up, down in groups if len(tokens)])
+    return torch.cat([product(F.gelu(product(tokens, up)), down) for tokens, up, down in groups if len(tokens)])

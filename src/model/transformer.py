@@ -14,6 +14,7 @@ from src.model.attention import KeyValueCache, causal_mask, rotary_table
 from src.model.block import Block
 from src.model.config import ModelConfig
 from src.model.experts import EmbeddingExperts, ExpertRows, ExpertSource
+from src.model.products import Linear
 
 
 class TrunkOutput(NamedTuple):
@@ -41,7 +42,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size)
         self.experts = EmbeddingExperts(config) if config.architecture == "mole" and with_experts else None
         self.reset_parameters()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW_ROWS = 8
+FEW_ROWS = 6
 """Up to so many rows, one half-precision weight is read faster than it is cast."""
 CAST_BYTES = 16 * 2**20
 """Float32 copy of a weight that exists at a time; a vocabulary head does not fit in it."""

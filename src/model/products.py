@@ -40,9 +40,14 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Map (..., D) to (..., F)."""
-        if input.numel() <= FEW_ROWS * self.in_features or not _is_cast(input):
-            return F.linear(input, self.weight)
-        return _cast_product(input, self.weight.t())
+        return linear(input, self.weight)
+
+
+def linear(inputs: Tensor, weight: Tensor) -> Tensor:
+    """Return (..., F): inputs (..., D) times the transpose of a weight (F, D)."""
+    if inputs.numel() <= FEW_ROWS * inputs.shape[-1] or not _is_cast(inputs):
+        return F.linear(inputs, weight)
+    return _cast_product(inputs, weight.t())
 
 
 def product(inputs: Tensor, weight: Tensor) -> Tensor:

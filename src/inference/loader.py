@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,7 @@ from src.lut import LutStore
 from src.lut.manifest import MANIFEST_NAME
 from src.lut.sources import require_lookup_form
 from src.model import ModelConfig, Transformer
+from src.model.block import Block
 from src.model.experts import EmbeddingExperts
 from src.run_directory import RunDirectory, read_metadata
 
@@ -58,7 +59,7 @@ def load_model(
         experts: `lut` fetches rows from a table, `ffn` computes them; `auto` prefers a finished table.
         lut: name of the table's directory inside the run.
         device: where the model computes.
-        dtype: what it computes in; None keeps what was saved.
+        dtype: what it computes in; None keeps what was saved. Routers decide in at least float32.
         reader: how the table is read (see `LutStore.open`); `memory` keeps it on `device`.
         cache_mb: MiB of rows kept in memory.
 
@@ -78,7 +79,15 @@ def load_model(
         model.experts = DiskExperts(_open_store(run, lut, reader, cache_mb, device))
     elif config.architecture == "mole":
         model.experts = _experts(run, config)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return _widen_routers(model.to(device=device, dtype=dtype)).eval().requires_grad_(False)
+
+
+def _widen_routers(model: InferenceModel) -> InferenceModel:
+    """Cast the routers' weights once, not at each step of each layer: that took 1.5 % of a decode step."""
+    for block in model.blocks:
+        if (router := cast(Block, block).router) is not None:
+            router.to(torch.promote_types(router.weight.dtype, torch.float32))
+    return model
 
 
 def _backbone(run: RunDirectory, config: ModelConfig) -> InferenceModel:

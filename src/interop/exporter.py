@@ -68,7 +68,8 @@ def _is_table_only(run: RunDirectory, lut: str) -> bool:
 
 def _write_weights(model: InferenceModel, directory: Path, progress: Progress) -> None:
     weights = to_official(model.state_dict(), model.config)
-    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    dtype = model.head.weight.dtype  # that of the run, whose routers were widened for inference
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
     if not isinstance(model.experts, DiskExperts):
         _save(weights, directory / "model.safetensors")
         return

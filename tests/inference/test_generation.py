@@ -166,3 +166,12 @@ def test_truncation_keeps_the_most_likely_ids(logits: list[float], top_k: int, t
     ranked = whole.sort(descending=True).values
     assert ranked[: kept - 1].sum() < top_p + 1e-6
     assert ranked[:kept].sum() >= top_p - 1e-5
+
+
+@torch.no_grad()
+def test_wide_routers_change_no_logit(tmp_path: Path) -> None:
+    with load_model(write_run(tmp_path / "run"), dtype=torch.bfloat16) as model:
+        weights = {name: tensor for name, tensor in model.state_dict().items() if "router" in name}
+        assert weights and {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        wide = model(prompts(2, 9))
+        torch.testing.assert_close(model.bfloat16()(prompts(2, 9)), wide, rtol=0, atol=0)

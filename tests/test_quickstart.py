@@ -17,7 +17,7 @@ from src.inference import load_model
 from src.run_directory import RunDirectory
 from tests.conftest import CONFIGS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 ROOT = CONFIGS.parent
 
 

@@ -41,6 +41,7 @@ def test_decoding_reuses_its_buffers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_disk_inference_runs_within_denses_peak_and_a_little(tmp_path: Path) -> None:
     config = model_config("160m-4e", vocab_size=8192)  # a table of 600 MB
     mole, dense = write_runs(tmp_path, config, "bfloat16", None)

@@ -1,16 +1,11 @@
 """Thin Lightning adapters over `src`: when something happens, not how."""
 
-from callbacks.checkpoints import CheckpointCallback
+from callbacks.checkpoints import BestWeightsCallback, CheckpointCallback, RandomStateCallback
 from callbacks.dashboard import DashboardCallback
 from callbacks.evaluation import EvaluationCallback
-from callbacks.final_weights import BestWeightsCallback
-from callbacks.non_finite import NonFiniteCallback
-from callbacks.progress import StepProgressBar
-from callbacks.random_state import RandomStateCallback
-from callbacks.rank_failure import RankFailureCallback
+from callbacks.failures import NonFiniteCallback, RankFailureCallback
+from callbacks.progress import StepProgressBar, ThroughputCallback, TimeLimit
 from callbacks.reparameterize import ReparameterizeCallback
-from callbacks.throughput import ThroughputCallback
-from callbacks.time_limit import TimeLimit
 
 __all__ = [
     "BestWeightsCallback",

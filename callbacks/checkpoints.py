@@ -1,4 +1,9 @@
-"""Checkpoints on schedule, after each validation, after the last step, and when the process is told to stop."""
+"""Checkpoints on schedule, after each validation, after the last step, and when the process is told to stop.
+
+Ends a fit with the weights of its best checkpoint.
+
+Keeps the random generators of every rank in the checkpoint.
+"""
 
 import math
 from typing import Any
@@ -9,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from src.checkpointing.config import CheckpointConfig
 from src.checkpointing.files import CheckpointFiles, best_steps
+from src.checkpointing.random_state import capture_random_state, restore_random_state
 from src.checkpointing.signals import Preempted, StopSignals
 from src.run_directory import RunDirectory
 
@@ -144,3 +150,55 @@ def _validation_follows(trainer: lightning.Trainer) -> bool:
     interval = trainer.val_check_batch
     is_due = isinstance(interval, int) and trainer.global_step % interval == 0
     return trainer.enable_validation and (is_due or (trainer.should_stop and trainer.fit_loop._can_stop_early))
+
+
+class BestWeightsCallback(lightning.Callback):
+    """Loads the checkpoint of the lowest validation loss; list it before whatever writes the weights."""
+
+    def __init__(self, checkpoints: CheckpointCallback) -> None:
+        """Take the best of `checkpoints`."""
+        self.checkpoints = checkpoints
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Load it; without a validation there is no best one, and the last weights stay."""
+        best = best_steps(self.checkpoints.losses, 1)
+        if best:
+            path = self.checkpoints.files.path(best[0])
+            trainer.strategy.load_model_state_dict(trainer.strategy.load_checkpoint(path, weights_only=True))
+
+
+_KEY = "random_states"
+
+
+class RandomStateCallback(lightning.Callback):
+    """Saves and restores random states; ranks that a checkpoint knows nothing of begin from the run's seed.
+
+    List it first: they are restored when training starts, after whatever was drawn to get there.
+    """
+
+    def __init__(self) -> None:
+        """Restore nothing unless a checkpoint is loaded."""
+        self._loaded: dict[str, Any] | None = None
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the states of all ranks."""
+        states: list[dict[str, Any]] = [capture_random_state()]
+        if trainer.world_size > 1:
+            own, states = states[0], [{} for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(states, own)
+        checkpoint[_KEY] = states
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take this rank's state."""
+        states = checkpoint.get(_KEY, [])
+        self._loaded = states[trainer.global_rank] if trainer.global_rank < len(states) else None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Restore it."""
+        if self._loaded is not None:
+            restore_random_state(self._loaded)
+            self._loaded = None

@@ -1,9 +1,23 @@
-"""Lightning's progress bar, counting optimiser steps and showing what matters."""
+"""Lightning's progress bar, counting optimiser steps and showing what matters.
 
+Speed and memory of training, from Lightning's `Throughput`, under names that say what they are.
+
+Ends training after a time, over all its resumptions.
+"""
+
+import time
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import TQDMProgressBar
+import torch
+from lightning.fabric.utilities.throughput import Throughput
+from lightning.pytorch.callbacks import Timer, TQDMProgressBar
+from torch import Tensor
+
+from src.accounting.flops import step_flops
+from src.errors import RunError
+from src.hardware import matmul_rate, peak_memory_bytes, synchronize
+from src.lightning_module import LanguageModel
 
 
 class StepProgressBar(TQDMProgressBar):
@@ -18,3 +32,73 @@ class StepProgressBar(TQDMProgressBar):
         """Return the metrics to show, without the logger's version."""
         metrics = super().get_metrics(trainer, pl_module)
         return {name: value for name, value in metrics.items() if name != "v_num"}
+
+
+WINDOW_STEPS = 10
+
+
+class ThroughputCallback(lightning.Callback):
+    """Logs speed and memory, averaged over `WINDOW_STEPS` steps without validation.
+
+    `train/tokens_per_second` counts all devices. `train/model_flops_utilization` is the share of the matrix-product
+    rate that this device showed before the first step, at the operations truly executed: experts count as often as
+    they ran. `train/peak_memory_bytes` is this process's, or its accelerator's.
+    """
+
+    def __init__(self) -> None:
+        """Start counting with the fit."""
+        self._throughput: Throughput | None = None
+        self._seconds, self._tokens, self._steps, self._started = 0.0, 0, 0, 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Forget what an earlier fit counted."""
+        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        rate = matmul_rate(dtype, pl_module.device)
+        self._throughput = Throughput(available_flops=rate, world_size=trainer.world_size, window_size=WINDOW_STEPS)
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock: validation and checkpoints between steps are not training."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Tensor,
+        batch_idx: int,
+    ) -> None:
+        """Add one step of (A, B, T+1) windows and log on logging steps."""
+        assert self._throughput is not None and isinstance(pl_module, LanguageModel)
+        synchronize(pl_module.device)
+        micro_batches, size, length = batch.shape
+        self._seconds += time.perf_counter() - self._started
+        self._tokens += micro_batches * size * (length - 1)
+        self._steps += 1
+        flops = int(step_flops(pl_module.model.config, batch[..., :-1]))
+        self._throughput.update(
+            time=self._seconds, batches=self._steps, samples=self._steps, lengths=self._tokens, flops=flops
+        )
+        rates = self._throughput.compute()  # holds rates once the window is full
+        rate = rates.get("items_per_sec", rates.get("device/items_per_sec"))
+        if rate is not None and self._steps % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
+            pl_module.log("train/tokens_per_second", float(rate), prog_bar=True)
+            pl_module.log("train/model_flops_utilization", float(rates["device/mfu"]))
+            pl_module.log("train/peak_memory_bytes", float(peak_memory_bytes(pl_module.device)))
+
+
+class TimeLimit(Timer):
+    """Lightning's timer, which would let a resumed run with no time left end at once without a word."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the time that was used; RunError when that is all there was."""
+        super().load_state_dict(state_dict)
+        left = self.time_remaining()
+        if left is not None and left <= 0:
+            raise RunError(
+                f"trainer.max_time: all of it was used before ({self.time_elapsed():,.0f} s); resume with a "
+                "longer one, or with trainer.max_time=null"
+            )

@@ -13,7 +13,7 @@ from src.cli import progress_bar
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.isolation import evaluating
 from src.evaluation.perplexity import Score, summarize, window_losses, zlib_bits_per_byte
-from src.evaluation.report import Report, TableFacts, print_report, update_report
+from src.evaluation.report import Report, TableFacts, print_report
 from src.evaluation.results import Evaluation
 from src.evaluation.samples import sample_text
 from src.evaluation.shares import Share
@@ -23,7 +23,7 @@ from src.inference.disk_experts import DiskExperts
 from src.lightning_module import LanguageModel
 from src.model import Transformer
 from src.publishing import logged_step, publish_results
-from src.run_directory import RunDirectory
+from src.run_directory import RunDirectory, update_report
 
 
 class EvaluationCallback(lightning.Callback):

@@ -21,10 +21,30 @@ from src.checkpointing.config import CheckpointConfig
 from src.data.config import DataConfig
 from src.errors import ConfigError
 from src.evaluation.config import EvaluationConfig
-from src.lut.config import LutConfig
+from src.lut.quantization import CODECS
 from src.model.config import ModelConfig
 from src.optimization import ObjectiveConfig, OptimizerConfig
 from src.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class LutConfig:
+    """The re-parameterisation callback."""
+
+    at_fit_end: bool = True
+    """Write weights and table when training is done; models without embedding experts write weights only."""
+    dtype: str = "bfloat16"
+    """Precision of the rows: float32, bfloat16, float16, int8, nf4 (even hidden sizes) or nf3 (multiples of 128)."""
+    chunk_tokens: int | None = None
+    """Rows computed and written at a time; null takes as many as fit 512 MiB of buffers."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError on values out of range."""
+        if self.dtype not in CODECS:
+            raise ConfigError(f"lut.dtype: {self.dtype!r}, but it must be one of {', '.join(CODECS)}")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ConfigError(f"lut.chunk_tokens: {self.chunk_tokens}, but it must be at least 1")
+
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true"]
 

@@ -6,9 +6,11 @@ of training: an imported or copied directory is a run too.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -158,3 +160,9 @@ def _save(weights: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def update_report(path: Path, values: Mapping[str, Any]) -> None:
+    """Merge `values` into the JSON report at `path`, whole or not at all."""
+    present = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_text(path, json.dumps({**present, **values}, indent=1) + "\n")

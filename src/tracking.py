@@ -20,11 +20,10 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from src.code_version import code_version
 from src.config import RunConfig, WandbConfig
-from src.evaluation.report import update_report
 from src.files import write_text
 from src.publishing import without_paths
 from src.ranks import is_rank_zero
-from src.run_directory import RunDirectory
+from src.run_directory import RunDirectory, update_report
 
 _WANDB_ID = "wandb_id"
 

@@ -22,7 +22,7 @@ from src.benchmarks.step_timing import peak_bytes
 from src.benchmarks.text_ids import load_text_ids
 from src.cli import parser, progress_bar, run_verb
 from src.model.loss import next_token_loss
-from src.trainer import keep_freed_memory
+from src.train import keep_freed_memory
 
 OURS, PLAIN, PRODUCTS = "in chunks", "plain", "three matrix products"
 Work = Callable[[], object]

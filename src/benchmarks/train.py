@@ -28,7 +28,7 @@ from src.errors import UserError
 from src.files import atomic_path, write_text
 from src.hardware import matmul_rate
 from src.model import ModelConfig
-from src.trainer import native_precision
+from src.train import native_precision
 
 SHAPES = {"160m": (768, 12), "410m": (1024, 16), "1b": (2048, 8), "tiny": (64, 2)}
 """Hidden size and heads of the paper's models, and of one to try the program with; the FFN is four times as wide."""

@@ -1,7 +1,5 @@
 """The final report of a run: JSON for programs, a table for people."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from rich.table import Table
 from src.evaluation.comparison import Comparison, compare, print_comparison
 from src.evaluation.perplexity import Score
 from src.evaluation.results import Evaluation
-from src.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +96,6 @@ class Report:
 
 def _final(form: str, score: Score, evaluation: Evaluation) -> dict[str, float]:
     return {f"final/{form}/{name}": value for name, value in {**score.to_dict(), **evaluation.metrics()}.items()}
-
-
-def update_report(path: Path, values: Mapping[str, Any]) -> None:
-    """Merge `values` into the JSON report at `path`, whole or not at all."""
-    present = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    write_text(path, json.dumps({**present, **values}, indent=1) + "\n")
 
 
 def print_report(report: Report, console: Console, run: Path) -> None:

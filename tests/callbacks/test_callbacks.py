@@ -63,7 +63,7 @@ class _Raises(lightning.Callback):
 def test_a_fit_that_does_not_end_well_leaves_no_table(
     error: BaseException, tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.trainer.ThroughputCallback", lambda: _Raises(error))
+    monkeypatch.setattr("src.train.ThroughputCallback", lambda: _Raises(error))
     config = small_config(small_overrides, tmp_path, "trainer.precision=32-true", "trainer.max_steps=8")
     with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
         train(config)

@@ -15,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src import train
 from src.accounting import Account, account
+from src.accounting.account import count_parameters, expert_memory, sharded_memory, whole_memory
 from src.accounting.flops import Flops, estimated_unique_ids, forward_flops, lookup_flops
-from src.accounting.storage import count_parameters
-from src.accounting.training_memory import expert_memory, sharded_memory, whole_memory
 from src.config import load_config
 from src.errors import ConfigError
 from src.lut.quantization import CODECS

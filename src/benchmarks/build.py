@@ -1,30 +1,183 @@
 """`python -m src.benchmarks.build`: how fast a table is built, against what matrix products and the disk allow.
 
 Random weights are written as a run directory and built from there, or kept in memory with `--from model`.
+
+One table build with its limits measured beside it.
+
+The rate of the same matrix products is sampled before, between chunks and after, so that a machine whose speed drifts
+treats both alike; the best of the three counts, since between chunks the disk's thread works beside them.
 """
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+import threading
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from src.benchmarks.build_measurement import BuildFigures, measure_build
-from src.benchmarks.machine import describe_machine, machine_line
-from src.cli import parser, run_verb
+from src.benchmarks.common import describe_machine, machine_line
+from src.cli import parser, progress_bar, run_verb
 from src.files import write_text
+from src.lut import builder
 from src.lut.quantization import CODECS
 from src.lut.row_source import RowSource
-from src.lut.sources import COMPUTE_DTYPES, open_source
+from src.lut.sources import COMPUTE_DTYPES, open_source, turn_tokens
 from src.model import ModelConfig, Transformer
 from src.run_directory import RunDirectory
+
+_WRITE_BYTES, _WRITE_PIECE_BYTES = 2**30, 64 * 2**20
+_MATMULS_PER_CHUNK = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildFigures:
+    """One build, and the limits that were measured with it."""
+
+    table_bytes: int
+    build_seconds: float
+    matmul_flops: float
+    """Floating-point operations a second of the experts' matrix products alone, at the build's shapes and dtype."""
+    write_bytes_per_second: float
+    """Sequential writes to a file, flushed to the disk."""
+    needed_flops: float
+    rss_growth_bytes: int
+    """Peak resident memory during the build over what it was before, weights in memory included in the latter."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Throughput of the build."""
+        return self.table_bytes / self.build_seconds
+
+    @property
+    def matmul_limit(self) -> float:
+        """Bytes a second if nothing but matrix products took time."""
+        return self.table_bytes / (self.needed_flops / self.matmul_flops)
+
+    @property
+    def ratio(self) -> float:
+        """Throughput over the slower of the two limits."""
+        return self.bytes_per_second / min(self.matmul_limit, self.write_bytes_per_second)
+
+
+@dataclass
+class MatmulProbe:
+    """Runs one expert's two matrix products and keeps count."""
+
+    config: ModelConfig
+    num_tokens: int
+    dtype: torch.dtype
+    seconds: float = field(default=0.0, init=False)
+    """Spent on products between chunks."""
+    _flops: float = field(default=0.0, init=False)
+    _quiet_rates: list[float] = field(default_factory=list[float], init=False)
+
+    def __post_init__(self) -> None:
+        """Draw weights and inputs, and run once to warm up."""
+        width = self.config.expert_intermediate_size
+        self._inputs = torch.randn(self.num_tokens, self.config.hidden_size).to(self.dtype)
+        self._up = torch.randn(self.config.hidden_size, width).to(self.dtype)
+        self._down = torch.randn(width, self.config.hidden_size).to(self.dtype)
+        self._multiply()
+
+    def sample(self) -> None:
+        """Time a few products between two chunks."""
+        seconds, flops = self._timed(_MATMULS_PER_CHUNK)
+        self.seconds += seconds
+        self._flops += flops
+
+    def sample_alone(self) -> None:
+        """Time more of them while nothing else works."""
+        seconds, flops = self._timed(10 * _MATMULS_PER_CHUNK)
+        self._quiet_rates.append(flops / seconds)
+
+    @property
+    def rate(self) -> float:
+        """Floating-point operations a second."""
+        return max(self._flops / self.seconds, *self._quiet_rates)
+
+    def _timed(self, count: int) -> tuple[float, float]:
+        start = time.perf_counter()
+        for _ in range(count):
+            self._multiply()
+        return time.perf_counter() - start, count * 4.0 * self.num_tokens * self._up.numel()
+
+    def _multiply(self) -> None:
+        _ = (self._inputs @ self._up) @ self._down
+
+
+def measure_build(
+    source: RowSource, config: ModelConfig, lut_dir: Path, *, dtype: str, compute_dtype: str
+) -> BuildFigures:
+    """Build the table in `lut_dir` and measure both limits beside it."""
+    plan = builder.plan(source, lut_dir, dtype=dtype)
+    num_tokens = min(plan.chunk_tokens, turn_tokens(config.expert_intermediate_size, COMPUTE_DTYPES[compute_dtype]))
+    probe = MatmulProbe(config, num_tokens, COMPUTE_DTYPES[compute_dtype])
+    write_rates = [measure_writes(lut_dir.parent)]
+    probe.sample_alone()
+    with progress_bar("building the table (rows)", config.vocab_size) as advance, _peak_rss() as growth:
+
+        def report(num_rows: int) -> None:
+            probe.sample()
+            advance(num_rows)
+
+        start = time.perf_counter()
+        builder.prepare(plan)
+        builder.write_shards(plan, progress=report)
+        builder.publish(plan)
+        seconds = time.perf_counter() - start - probe.seconds
+    probe.sample_alone()
+    write_rates.append(measure_writes(lut_dir.parent))
+    expert_flops = 4 * config.hidden_size * config.expert_intermediate_size
+    return BuildFigures(
+        table_bytes=plan.file_bytes,
+        build_seconds=seconds,
+        matmul_flops=probe.rate,
+        write_bytes_per_second=sum(write_rates) / len(write_rates),
+        needed_flops=config.vocab_size * config.num_layers * config.num_experts * expert_flops,
+        rss_growth_bytes=growth[0],
+    )
+
+
+def measure_writes(directory: Path) -> float:
+    """Return bytes a second of sequential writes, flushed at the end."""
+    piece = os.urandom(_WRITE_PIECE_BYTES)
+    with tempfile.NamedTemporaryFile(dir=directory) as file:
+        start = time.perf_counter()
+        for _ in range(_WRITE_BYTES // _WRITE_PIECE_BYTES):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        return _WRITE_BYTES / (time.perf_counter() - start)
+
+
+@contextmanager
+def _peak_rss() -> Generator[list[int]]:
+    """Yield a list whose one entry is, at the end, by how much resident memory grew at most."""
+    process, done, growth = psutil.Process(), threading.Event(), [0]
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            growth[0] = max(growth[0], process.memory_info().rss - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield growth
+    finally:
+        done.set()
+        watcher.join()
 
 
 class Shape(NamedTuple):

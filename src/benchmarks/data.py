@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from src.benchmarks.machine import describe_machine, machine_line
+from src.benchmarks.common import describe_machine, machine_line
 from src.cli import parser, run_verb
 from src.data.config import DataConfig, SourceConfig, TokenizerConfig
 from src.data.corpus import Document, read_source

@@ -17,14 +17,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from src.benchmarks import page_cache
-from src.benchmarks.baselines import MemmapCopy, RawReads
-from src.benchmarks.machine import machine_line
-from src.benchmarks.random_run import scratch_directory, write_table
-from src.benchmarks.results import add_common_options, describe_run, print_targets, write_results
-from src.benchmarks.rounds import Target, Timings, run_rounds
-from src.benchmarks.shapes import model_config
-from src.benchmarks.text_ids import TextIds, load_text_ids
+from src.benchmarks import workload
+from src.benchmarks.common import (
+    Target,
+    Timings,
+    add_common_options,
+    describe_run,
+    machine_line,
+    model_config,
+    print_targets,
+    run_rounds,
+    write_results,
+)
+from src.benchmarks.workload import MemmapCopy, RawReads, TextIds, load_text_ids, scratch_directory, write_table
 from src.cli import parser, progress_bar, run_verb
 from src.errors import LutFormatError
 from src.lut import LutStore, read_manifest
@@ -46,7 +51,7 @@ Cells = dict[tuple[str, int], Timings]
 def measure(lut_dir: Path, text: TextIds, rounds: int) -> tuple[Cells, int]:
     """Time every contender in every cell; return the timings and the bytes that the disk read."""
     cells: Cells = {}
-    before = page_cache.bytes_read()
+    before = workload.bytes_read()
     with ExitStack() as stack:
         contenders: dict[str, Callable[[Tensor], object]] = {}
         release: list[Callable[[], None]] = []
@@ -62,12 +67,12 @@ def measure(lut_dir: Path, text: TextIds, rounds: int) -> tuple[Cells, int]:
         raw = RawReads(store, max(COUNTS))
         stack.callback(raw.close)
         contenders["raw O_DIRECT"] = raw
-        drop = partial(page_cache.drop, lut_dir, release)
+        drop = partial(workload.drop, lut_dir, release)
         with progress_bar("rounds", rounds * len(COUNTS) * 2) as advance:
             for state in ("cold", "warm"):
                 for count in COUNTS:
                     cells[state, count] = _cell(text, contenders, drop, store.gather, state, count, rounds, advance)
-    return cells, page_cache.bytes_read() - before
+    return cells, workload.bytes_read() - before
 
 
 def _cell(

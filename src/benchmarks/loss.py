@@ -15,11 +15,17 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.benchmarks.machine import describe_machine, machine_line
-from src.benchmarks.results import print_targets, write_results
-from src.benchmarks.rounds import Target, Timings, run_rounds
-from src.benchmarks.step_timing import peak_bytes
-from src.benchmarks.text_ids import load_text_ids
+from src.benchmarks.common import (
+    Target,
+    Timings,
+    describe_machine,
+    machine_line,
+    print_targets,
+    run_rounds,
+    write_results,
+)
+from src.benchmarks.train import peak_bytes
+from src.benchmarks.workload import load_text_ids
 from src.cli import parser, progress_bar, run_verb
 from src.model.loss import next_token_loss
 from src.train import keep_freed_memory

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from src.benchmarks import build, build_measurement
+from src.benchmarks import build
 
 
 @pytest.mark.parametrize("source", ["run", "model"])
@@ -13,8 +13,8 @@ def test_it_prints_both_limits_and_leaves_nothing(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(build.SHAPES, "small", build.Shape(1, 32, 2, 2, 300))
-    monkeypatch.setattr(build_measurement, "_WRITE_BYTES", 2**20)
-    monkeypatch.setattr(build_measurement, "_WRITE_PIECE_BYTES", 2**18)
+    monkeypatch.setattr(build, "_WRITE_BYTES", 2**20)
+    monkeypatch.setattr(build, "_WRITE_PIECE_BYTES", 2**18)
     place, report = tmp_path / "place", tmp_path / "build.json"
     build.main(["--directory", str(place), "--from", source, "--json", str(report)])
     assert not list(place.iterdir())

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from src.benchmarks import decode, lookup
-from src.benchmarks.rounds import Target, Timings, run_rounds
-from src.benchmarks.text_ids import TextIds, require_distinct
+from src.benchmarks.common import Target, Timings, run_rounds
+from src.benchmarks.workload import TextIds, require_distinct
 from src.data.tokenizer import train_bpe
 from src.errors import DataError
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.benchmarks.common import model_config
 from src.benchmarks.memory_use import PeakAnonymous, anonymous_bytes
-from src.benchmarks.random_run import write_runs
-from src.benchmarks.shapes import model_config
+from src.benchmarks.workload import write_runs
 from src.inference import load_model
 from src.lut.readers.aligned import aligned_bytes
 from tests.inference.cgroups import memory_cgroup

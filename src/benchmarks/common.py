@@ -1,0 +1,220 @@
+"""Interleaved rounds: every contender meets the same drift of the machine, and figures are compared pairwise.
+
+What the inference benchmarks share: their options, what they state about a run, and how they write results.
+
+Plots of timings.
+
+What a figure was measured on.
+
+The shapes that benchmarks know by name: the paper's models (arXiv:2503.15798, Table 2), and a small one.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+import psutil
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from src.files import write_text
+from src.lut.quantization import CODECS
+from src.model import ModelConfig
+
+
+@dataclass
+class Timings:
+    """Seconds of each contender, one per round, in the same order of rounds."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Record one round of a contender."""
+        self.seconds.setdefault(name, []).append(seconds)
+
+    def median(self, name: str) -> float:
+        """Median seconds of a contender."""
+        return statistics.median(self.seconds[name])
+
+    def percentile(self, name: str, percent: float) -> float:
+        """Nearest-rank percentile of a contender's seconds."""
+        ranked = sorted(self.seconds[name])
+        return ranked[min(len(ranked) - 1, int(len(ranked) * percent / 100))]
+
+    def ratio(self, name: str, reference: str) -> float:
+        """Median over rounds of the ratio of two contenders' seconds."""
+        pairs = zip(self.seconds[name], self.seconds[reference], strict=True)
+        return statistics.median(one / other for one, other in pairs)
+
+    def difference(self, name: str, reference: str) -> float:
+        """Median over rounds of the difference of two contenders' seconds."""
+        pairs = zip(self.seconds[name], self.seconds[reference], strict=True)
+        return statistics.median(one - other for one, other in pairs)
+
+
+def run_rounds(
+    contenders: Mapping[str, Callable[[int], float]], rounds: int, advance: Callable[[int], None]
+) -> Timings:
+    """Call each contender once per round with the round's number, in an order shuffled anew; it returns its seconds."""
+    timings, order = Timings(), random.Random(0)
+    for number in range(rounds):
+        names: Sequence[str] = order.sample(list(contenders), len(contenders))
+        for name in names:
+            timings.add(name, contenders[name](number))
+        advance(1)
+    return timings
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that should hold, and whether it does."""
+
+    name: str
+    found: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the figure is on the right side of its limit."""
+        return self.found >= self.limit if self.at_least else self.found <= self.limit
+
+    def line(self) -> str:
+        """Say it in one line."""
+        sign = ">=" if self.at_least else "<="
+        return f"{'holds' if self.holds else 'MISSED'}  {self.name}: {self.found:.3g} {sign} {self.limit:g}"
+
+    def to_dict(self) -> dict[str, str | float | bool]:
+        """Return all figures by name."""
+        return {"name": self.name, "found": self.found, "limit": self.limit, "holds": self.holds}
+
+
+def bars(groups: Mapping[str, Timings], path: Path, label: str, scale: float) -> None:
+    """Draw one panel per group, one bar per contender: medians on a logarithmic axis."""
+    figure = Figure(figsize=(3.2 * len(groups), 4), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for panel, (title, timings) in zip(panels, groups.items(), strict=True):
+        names = list(timings.seconds)
+        panel.barh(names, [scale * timings.median(name) for name in names])
+        panel.set_xscale("log")
+        panel.set_title(title)
+        panel.set_xlabel(label)
+    figure.savefig(path, dpi=120)
+
+
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
+    """Return processor or accelerator, cores, memory and versions, without names of hosts or users."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "processor": name,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def machine_line(machine: dict[str, str | int]) -> str:
+    """Say it in one line."""
+    gibibytes = int(machine["memory_bytes"]) / 2**30
+    return (
+        f"{machine['processor']}, {machine['cores']} cores ({machine['threads']} threads), {gibibytes:.0f} GiB, "
+        f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}"
+    )
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+_SIZES = {  # layers, hidden size, heads
+    "small": (2, 256, 4),
+    "160m": (12, 768, 12),
+    "410m": (24, 1024, 16),
+    "1b": (16, 2048, 8),
+}
+SHAPES = tuple(f"{size}-{experts}e" for size in _SIZES for experts in (4, 16))
+PAPER_VOCABULARY = 50304
+
+
+def model_config(shape: str, vocab_size: int = PAPER_VOCABULARY) -> ModelConfig:
+    """Return the MoLE model of a name in `SHAPES`; its FFNs are four times as wide as the hidden size."""
+    size, experts = shape.split("-")
+    num_layers, hidden_size, num_heads = _SIZES[size]
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        intermediate_size=4 * hidden_size,
+        num_experts=int(experts.removesuffix("e")),
+        expert_intermediate_size=4 * hidden_size,
+    )
+
+
+class Header(TypedDict):
+    """What a result was measured on."""
+
+    machine: dict[str, str | int]
+    load: tuple[float, float, float]
+    shape: str
+    dtype: str
+    disk_read_bytes: int
+
+
+def add_common_options(options: argparse.ArgumentParser) -> None:
+    """Add what to measure, with which text, and where."""
+    options.add_argument("--shape", choices=SHAPES, default="160m-4e", help="sizes of the model (default: 160m-4e)")
+    options.add_argument("--dtype", choices=tuple(CODECS), default="bfloat16", help="of the table (default: bfloat16)")
+    options.add_argument("--corpus", type=Path, nargs="+", default=[], help="text or .gz (default: standard library)")
+    options.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: a BPE trained on the corpus)")
+    options.add_argument("--directory", type=Path, default=Path("runs"), help="disk to measure (default: runs)")
+    options.add_argument("--output", type=Path, help="write FILE.json, and a plot beside it", metavar="FILE.json")
+
+
+def describe_run(given: argparse.Namespace, *, disk_read_bytes: int) -> Header:
+    """Return the machine, its load now, the shape and what the disk read."""
+    return Header(
+        machine=describe_machine(),
+        load=os.getloadavg(),
+        shape=given.shape,
+        dtype=given.dtype,
+        disk_read_bytes=disk_read_bytes,
+    )
+
+
+def print_targets(checks: Sequence[Target], console: Console) -> None:
+    """Print a line per target."""
+    for check in checks:
+        console.print(check.line(), soft_wrap=True)
+
+
+def write_results(
+    path: Path,
+    document: Mapping[str, object],
+    groups: Mapping[str, Timings],
+    checks: Sequence[Target],
+    label: str,
+    scale: float,
+) -> None:
+    """Write every figure as JSON, and a plot of the medians beside it."""
+    seconds = {name: timings.seconds for name, timings in groups.items()}
+    whole = {**document, "seconds": seconds, "targets": [check.to_dict() for check in checks]}
+    write_text(path, json.dumps(whole, indent=1) + "\n")
+    bars(groups, path.with_suffix(".png"), label, scale)

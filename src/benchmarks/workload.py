@@ -1,0 +1,247 @@
+"""Token ids from real text: which rows a request wants, and which it wants again, is what a cache lives on.
+
+Runs and tables of random numbers in the real format: what takes time does not depend on what was learned.
+
+E experts, D hidden.
+
+The state of the page cache, set before a measurement and never on its clock.
+
+What readers are compared with: bare unbuffered reads, which are the device's own limit, and a memory map.
+"""
+
+import gzip
+import mmap
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from src.cli import progress_bar
+from src.data.files import stdlib_files
+from src.data.tokenizer import load_tokenizer, train_bpe
+from src.errors import DataError, UserError
+from src.lut import LutStore, builder
+from src.lut.layout import ALIGNMENT, plan_shards
+from src.lut.readers.memory import release_pages
+from src.lut.readers.shard_files import ShardFiles
+from src.model import ModelConfig, Transformer
+from src.run_directory import Identity, RunDirectory
+
+HELD_OUT_SHARE = 0.1
+_DEFAULT_VOCABULARY = 16_384
+
+
+class TextIds:
+    """A corpus as ids: counts of its first part, for seeding a cache, and its last part, to draw requests from."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str], vocab_size: int) -> None:
+        """Tokenize; the end of every text is held out."""
+        cuts = [int(len(text) * (1 - HELD_OUT_SHARE)) for text in texts]
+        seen = _encode(tokenizer, [text[:cut] for text, cut in zip(texts, cuts, strict=True)])
+        self.held_out = _encode(tokenizer, [text[cut:] for text, cut in zip(texts, cuts, strict=True)])  # (N,)
+        if (largest := int(torch.cat([seen, self.held_out]).max())) >= vocab_size:
+            raise DataError(f"the tokenizer has id {largest}, but the shape's vocabulary holds {vocab_size}")
+        self.counts = torch.bincount(seen, minlength=vocab_size)  # (V,)
+        self._next = 0
+
+    def window(self, num_tokens: int) -> Tensor:
+        """Return the next (num_tokens,) ids of held-out text as they stand, from the start again at its end."""
+        if len(self.held_out) < num_tokens:
+            raise DataError(f"the held-out text has {len(self.held_out)} tokens, {num_tokens} are needed; give more")
+        if self._next + num_tokens > len(self.held_out):
+            self._next = 0
+        self._next += num_tokens
+        return self.held_out[self._next - num_tokens : self._next]
+
+    def distinct(self, count: int) -> Tensor:
+        """Return the next (count,) ids of held-out text without repetition, in the order of the text."""
+        found: dict[int, None] = {}
+        windows = 0
+        while len(found) < count:
+            found |= dict.fromkeys(self.window(min(count, len(self.held_out))).tolist())
+            if (windows := windows + 1) > 1000:
+                raise DataError(f"the held-out text has fewer than {count} distinct tokens; give a larger --corpus")
+        ids = torch.tensor(list(found)[:count])
+        require_distinct(ids)
+        return ids
+
+
+def require_distinct(token_ids: Tensor) -> None:
+    """Refuse a request that repeats a token: its second read would be warm, or free."""
+    if len(token_ids.unique()) != len(token_ids):
+        raise DataError("a measured request repeats a token, so part of it would cost nothing; draw other ids")
+
+
+def load_text_ids(corpus: Sequence[Path], tokenizer: Path | None, vocab_size: int) -> TextIds:
+    """Read `corpus` (text, or text.gz), by default the standard library; by default train a BPE on it."""
+    texts = [_read(path) for path in corpus or stdlib_files()]
+    if tokenizer is not None:
+        return TextIds(load_tokenizer(tokenizer), texts, vocab_size)
+    return TextIds(train_bpe(iter(texts), min(_DEFAULT_VOCABULARY, vocab_size)), texts, vocab_size)
+
+
+def _read(path: Path) -> str:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); give text files, or .gz of them") from error
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return torch.cat([torch.tensor(encoding.ids, dtype=torch.int64) for encoding in encodings])
+
+
+class RandomRows:
+    """A source of rows that differ from id to id and layer to layer, at the speed of memory."""
+
+    rows_from = "random numbers"
+    held_row_bytes = 0
+
+    def __init__(self, config: ModelConfig, identity: Identity) -> None:
+        """Stand for the weights with that identity."""
+        self.config, self.identity = config, identity
+
+    def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
+        """Scale one random (E, D) block per layer by a factor of each id."""
+        generator = torch.Generator().manual_seed(layer)
+        block = torch.randn(self.config.num_experts, self.config.hidden_size, generator=generator)
+        ids = torch.arange(first_token, first_token + num_tokens, dtype=torch.float32)
+        return block * (0.5 + ids / self.config.vocab_size)[:, None, None]  # (num_tokens, E, D)
+
+
+def write_table(
+    lut_dir: Path, config: ModelConfig, identity: Identity, dtype: str, token_counts: Tensor | None = None
+) -> None:
+    """Write a table of random rows with the builder of real ones."""
+    plan = builder.plan(RandomRows(config, identity), lut_dir, dtype=dtype, token_counts=token_counts)
+    builder.prepare(plan)
+    with progress_bar("writing the table (rows)", config.vocab_size) as advance:
+        builder.write_shards(plan, progress=advance)
+    builder.publish(plan)
+
+
+def write_runs(directory: Path, config: ModelConfig, dtype: str, token_counts: Tensor | None) -> tuple[Path, Path]:
+    """Write a MoLE run with weights of both forms, and a Dense run of its backbone; return their paths."""
+    torch.manual_seed(0)
+    model = Transformer(config).to(torch.bfloat16)
+    mole, dense = RunDirectory(directory / "mole"), RunDirectory(directory / "dense")
+    dense_config = replace(config, num_experts=0, expert_intermediate_size=0)
+    weights = model.state_dict()
+    kept = set(Transformer(replace(dense_config, vocab_size=1)).state_dict())
+    for run, run_config in ((mole, config), (dense, dense_config)):
+        run.path.mkdir(parents=True)
+        run.write_config({"model": run_config.to_dict()})
+    identity = mole.write_weights(weights)
+    dense.write_weights({name: tensor for name, tensor in weights.items() if name in kept})
+    write_table(mole.lut_path(), config, identity, dtype, token_counts)
+    return mole.path, dense.path
+
+
+@contextmanager
+def scratch_directory(parent: Path) -> Generator[Path]:
+    """Yield an empty directory under `parent`, removed afterwards; it must lie on the disk that is measured."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="benchmark-", dir=parent) as directory:
+        yield Path(directory)
+
+
+def drop(lut_dir: Path, release: Iterable[Callable[[], None]] = ()) -> None:
+    """Take the table's files out of the page cache, so that the next read is cold.
+
+    `release` are called first: pages that a memory map of this process has touched cannot be dropped.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        raise UserError("cold reads can only be measured where posix_fadvise exists (Linux)")
+    for unmap in release:
+        unmap()
+    for path in sorted(lut_dir.glob("rows-*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def bytes_read() -> int:
+    """Return bytes that this process had the disk read so far; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
+
+
+DEPTH = 16
+"""Threads, as many as the direct reader has."""
+
+
+class RawReads:
+    """Bare O_DIRECT reads of the rows' blocks into aligned memory: the device's own limit, and the threads'."""
+
+    def __init__(self, store: LutStore, capacity: int) -> None:
+        """Open the shards past the page cache."""
+        layout = store.layout
+        self.files = ShardFiles(store.lut_dir, layout, plan_shards(layout), flags=os.O_DIRECT)
+        self._block_bytes = (layout.row_bytes + 2 * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+        memory = mmap.mmap(-1, capacity * self._block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._rows = np.frombuffer(memory, dtype=np.uint8).reshape(capacity, self._block_bytes)
+        self._rows.fill(1)
+        self._pool = ThreadPoolExecutor(DEPTH)
+
+    def __call__(self, token_ids: Tensor) -> None:
+        """Read the rows, with `DEPTH` threads if there are several."""
+        items = iter(list(enumerate(sorted(token_ids.tolist()))))
+        helpers = [self._pool.submit(self._take, items) for _ in range(min(DEPTH, len(token_ids)) - 1)]
+        self._take(items)
+        for helper in helpers:
+            helper.result()
+
+    def _take(self, items: Iterator[tuple[int, int]]) -> None:
+        for position, token_id in items:
+            shard, offset = self.files.locate(token_id)
+            first = offset // ALIGNMENT * ALIGNMENT
+            length = -(-(offset + self.files.row_bytes - first) // ALIGNMENT) * ALIGNMENT
+            os.preadv(self.files.descriptor(shard), [self._rows[position, :length].data], first)
+
+    def close(self) -> None:
+        """End threads, close files."""
+        self._pool.shutdown()
+        self.files.close()
+
+
+class MemmapCopy:
+    """What a user without this project would do: index a memory map, row by row."""
+
+    def __init__(self, store: LutStore, capacity: int) -> None:
+        """Map the shards."""
+        layout = store.layout
+        shards = plan_shards(layout)
+        self._maps = [
+            np.memmap(
+                store.lut_dir / shard.file_name,
+                dtype=np.uint8,
+                mode="r",
+                offset=shard.rows_offset(layout),
+                shape=(shard.num_tokens, layout.row_bytes),
+            )
+            for shard in shards
+        ]
+        self._step, self._rows = shards[0].num_tokens, np.ones((capacity, layout.row_bytes), dtype=np.uint8)
+
+    def __call__(self, token_ids: Tensor) -> None:
+        """Copy the rows."""
+        for position, token_id in enumerate(token_ids.tolist()):
+            self._rows[position] = self._maps[token_id // self._step][token_id % self._step]
+
+    def release_pages(self) -> None:
+        """Unmap what was touched, or it would stay warm for every contender."""
+        for pages in self._maps:
+            release_pages(pages)

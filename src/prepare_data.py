@@ -9,7 +9,7 @@ from rich.console import Console
 
 from src.cli import parser, run_verb, stderr_console
 from src.config import load_config
-from src.data.packed_tokens import prepare_corpus
+from src.data.packed_corpus import prepare_corpus
 from src.data.progress import progress_report
 from src.data.report import describe_sources, print_sources
 from src.files import write_text

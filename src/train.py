@@ -43,7 +43,7 @@ from src.cli import parser, run_verb, stderr_console
 from src.code_version import code_version
 from src.config import RunConfig, describe, load_config, load_run_config
 from src.data.datamodule import PackedDataModule
-from src.data.packed_tokens import PackedCorpus, prepare_corpus
+from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.progress import progress_report
 from src.data.tokenizer import fingerprint, separator_id
 from src.evaluation.held_out import held_out

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from src.config import load_run_config
-from src.data.packed_tokens import prepare_corpus
+from src.data.packed_corpus import prepare_corpus
 from src.data.windows import training_windows
 from src.model import Transformer
 from src.model.loss import next_token_loss

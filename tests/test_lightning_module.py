@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from src.config import RunConfig
-from src.data.packed_tokens import prepare_corpus
+from src.data.packed_corpus import prepare_corpus
 from src.errors import RunError
 from src.evaluation.held_out import held_out
 from src.model import Transformer

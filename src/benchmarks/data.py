@@ -30,7 +30,7 @@ from src.data.config import DataConfig, SourceConfig, TokenizerConfig
 from src.data.corpus import Document, read_source
 from src.data.datamodule import StepWindows
 from src.data.files import source_files
-from src.data.packed_tokens import prepare_corpus
+from src.data.packed_corpus import prepare_corpus
 from src.data.tokenizer import load_tokenizer, train_bpe
 from src.files import atomic_path, write_text
 

@@ -34,7 +34,7 @@ from src.accounting.flops import step_flops
 from src.benchmarks.common import describe_machine, machine_line
 from src.cli import parser, progress_bar, run_verb
 from src.data.config import DataConfig, TokenizerConfig
-from src.data.packed_tokens import prepare_corpus
+from src.data.packed_corpus import prepare_corpus
 from src.data.windows import training_windows
 from src.errors import UserError
 from src.files import atomic_path, write_text

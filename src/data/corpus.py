@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.data.config import SourceConfig
-from src.data.hub import read_hub
-from src.data.records import TEXT_BYTES, Problem, Record, read_records
+from src.data.records import TEXT_BYTES, Problem, Record, read_hub, read_records
 
 
 class Position(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.data.config import DataConfig
-from src.data.packed_tokens import PackedCorpus
+from src.data.packed_corpus import PackedCorpus
 from src.data.windows import Mixture
 
 NO_WINDOW = -1

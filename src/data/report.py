@@ -8,7 +8,7 @@ from rich.table import Table
 
 from src.data.cache import PreparedSource
 from src.data.config import DataConfig
-from src.data.packed_tokens import PackedCorpus
+from src.data.packed_corpus import PackedCorpus
 from src.data.windows import training_windows
 
 BLOCK_TOKENS = 1 << 14

@@ -11,7 +11,7 @@ from src.data.config import SourceConfig
 from src.data.corpus import Document, read_source
 from src.data.encoder import PIECE_CHARACTERS, cut_at_line_ends
 from src.data.files import source_files
-from src.data.packed_tokens import PackedCorpus
+from src.data.packed_corpus import PackedCorpus
 from src.data.tokenizer import separator_id
 from src.data.windows import validation_windows
 from src.errors import ConfigError, DataError

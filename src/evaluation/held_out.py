@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from src.data.config import DataConfig
-from src.data.packed_tokens import PackedCorpus, prepare_corpus
+from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.tokenizer import byte_lengths, separator_id
 from src.data.windows import validation_windows
 from src.evaluation.corpora import windows_by_source

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import zstandard
 
 from src.data.config import DataConfig, SourceConfig, TokenizerConfig
-from src.data.packed_tokens import PackedCorpus
+from src.data.packed_corpus import PackedCorpus
 from tests.conftest import STDLIB
 
 

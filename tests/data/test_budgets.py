@@ -7,8 +7,8 @@ import pytest
 
 from src.config import load_config
 from src.data.config import DataConfig, SourceConfig
-from src.data.packed_tokens import prepare_corpus
-from src.data.tally import Tally
+from src.data.packed_corpus import prepare_corpus
+from src.data.shards import Tally
 from src.data.tokenizer import train_bpe
 from src.errors import ConfigError, DataError
 from tests.conftest import CONFIGS

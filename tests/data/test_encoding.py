@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.data import encoder as encoder_module
-from src.data.duplicates import HashSet
+from src.data.batches import HashSet
 from src.data.encoder import Encoder, cut_at_line_ends
 from src.data.encoder_pool import encode_in_order
 from src.data.tokenizer import separator_id, train_bpe

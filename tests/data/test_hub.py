@@ -11,8 +11,8 @@ import pytest
 from src.config import load_config
 from src.data.config import DataConfig, SourceConfig, TokenizerConfig
 from src.data.corpus import Document, read_source
-from src.data.hub import hub_rows
-from src.data.packed_tokens import prepare_corpus
+from src.data.packed_corpus import prepare_corpus
+from src.data.records import hub_rows
 from src.errors import DataError
 from tests.conftest import CONFIGS
 from tests.data.corpora import all_documents, config_for, sentences
@@ -138,7 +138,7 @@ def test_a_stream_that_breaks_says_where(monkeypatch: pytest.MonkeyPatch) -> Non
         assert source.streaming
         return Breaking()
 
-    monkeypatch.setattr("src.data.hub._open", opened)
+    monkeypatch.setattr("src.data.records._open", opened)
     reading = read_source(SourceConfig(hub="some/corpus", streaming=True), [])
     assert isinstance(next(reading), Document)
     with pytest.raises(DataError, match=r"some/corpus: reading stopped at row 2 \(ConnectionError: Server Disc.*again"):

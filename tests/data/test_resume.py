@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from src.data.config import DataConfig, SourceConfig, TokenizerConfig
-from src.data.packed_tokens import PackedCorpus, prepare_corpus
+from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.progress import Reading
 from src.data.tokenizer import load_tokenizer, train_bpe
 from tests.conftest import CONFIGS

@@ -14,7 +14,7 @@ from src.data import records
 from src.data.config import SourceConfig
 from src.data.corpus import Document, Position, Skipped, read_source
 from src.data.files import source_files
-from src.data.packed_tokens import prepare_corpus
+from src.data.packed_corpus import prepare_corpus
 from src.data.records import read_records
 from src.errors import DataError
 from tests.data.corpora import all_documents, config_for, json_lines, sentences, write_as, write_parquet

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from src.data.config import DataConfig
 from src.data.datamodule import StepSampler, StepWindows
-from src.data.packed_tokens import PackedCorpus, prepare_corpus
+from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.shards import TokenSequence
 from src.data.windows import Mixture, permute, training_windows, validation_windows
 from src.errors import DataError

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from src import evaluate, reparameterize
 from src.data.config import DataConfig, SourceConfig, TokenizerConfig
-from src.data.packed_tokens import prepare_corpus
+from src.data.packed_corpus import prepare_corpus
 from src.data.tokenizer import train_bpe
 from src.errors import UserError
 from src.evaluation.comparison import compare

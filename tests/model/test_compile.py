@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from src.data.config import DataConfig, TokenizerConfig
 from src.data.datamodule import StepWindows
-from src.data.packed_tokens import prepare_corpus
+from src.data.packed_corpus import prepare_corpus
 from src.model import ModelConfig, Transformer
 from src.model.loss import next_token_loss
 from tests.conftest import STDLIB

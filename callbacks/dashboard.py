@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.figures import entropy_lines, expert_token_rows, expert_tokens, probability_heat_map
 from src.evaluation.held_out import HeldOut
-from src.evaluation.isolation import evaluating
+from src.evaluation.perplexity import Share
+from src.evaluation.report import sample_text
 from src.evaluation.routing_view import RoutingView, view_routing
-from src.evaluation.samples import sample_text
-from src.evaluation.shares import Share
+from src.evaluation.suite import evaluating
 from src.files import atomic_path
 from src.lightning_module import LanguageModel
 from src.publishing import log_figures, log_table, logged_step

@@ -11,13 +11,10 @@ from rich.console import Console
 
 from src.cli import progress_bar
 from src.evaluation.config import EvaluationConfig
-from src.evaluation.isolation import evaluating
-from src.evaluation.perplexity import Score, summarize, window_losses, zlib_bits_per_byte
-from src.evaluation.report import Report, TableFacts, print_report
+from src.evaluation.perplexity import Score, Share, summarize, window_losses, zlib_bits_per_byte
+from src.evaluation.report import Report, TableFacts, print_report, sample_text
 from src.evaluation.results import Evaluation
-from src.evaluation.samples import sample_text
-from src.evaluation.shares import Share
-from src.evaluation.suite import Suite, evaluate_model
+from src.evaluation.suite import Suite, evaluate_model, evaluating
 from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
 from src.lightning_module import LanguageModel

@@ -14,8 +14,7 @@ from src.config import load_run_config
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import ConfigError
 from src.evaluation.comparison import compare, print_comparison, print_evaluation
-from src.evaluation.corpora import EvaluationCorpus
-from src.evaluation.held_out import held_out_of_run
+from src.evaluation.held_out import EvaluationCorpus, held_out_of_run
 from src.evaluation.perplexity import zlib_bits_per_byte
 from src.evaluation.results import Evaluation
 from src.evaluation.suite import Suite, evaluate_model, prepare_suite

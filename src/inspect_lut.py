@@ -15,7 +15,7 @@ from src.config import load_run_config
 from src.data.tokenizer import load_tokenizer
 from src.errors import UserError
 from src.evaluation.held_out import held_out_of_run
-from src.evaluation.token_weights import TokenWeights, measure_token_weights, windows_with
+from src.evaluation.routing_view import TokenWeights, measure_token_weights, windows_with
 from src.files import write_text
 from src.inference import load_model
 from src.lut import read_manifest

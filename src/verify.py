@@ -10,8 +10,8 @@ from rich.table import Table
 
 from src.cli import parser, progress_bar, run_verb, stderr_console
 from src.config import load_run_config
+from src.evaluation.equivalence import plot_costs
 from src.evaluation.held_out import held_out_of_run
-from src.evaluation.precisions import plot_costs
 from src.evaluation.proof import Check, prove
 from src.files import atomic_path, write_text
 from src.run_directory import RunDirectory

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from src import inspect_lut
 from src.data.tokenizer import load_tokenizer
 from src.errors import UserError
-from src.evaluation.token_weights import measure_token_weights, windows_with
+from src.evaluation.routing_view import measure_token_weights, windows_with
 from src.inference import load_model
 from src.lut import LutStore
 from src.lut.neighbors import find_neighbors

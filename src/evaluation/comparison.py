@@ -11,8 +11,7 @@ from rich.table import Table
 
 from src.evaluation.equivalence import NEAR_TIE
 from src.evaluation.perplexity import Band
-from src.evaluation.results import Evaluation, TaskScore, TextScore
-from src.evaluation.statistics import PairedDifference, paired_difference
+from src.evaluation.results import Evaluation, PairedDifference, TaskScore, TextScore, paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from src.errors import ConfigError
-from src.evaluation.corpora import EvaluationCorpus
+from src.evaluation.held_out import EvaluationCorpus
 
 
 @dataclass(frozen=True, kw_only=True)

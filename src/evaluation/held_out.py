@@ -1,18 +1,87 @@
-"""The held-out text of a run: the same windows for the callback and for every verb."""
+"""The held-out text of a run: the same windows for the callback and for every verb.
+
+Texts beside a run's own that its models are scored on.
+"""
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from src.data.config import DataConfig
+from src.data.config import DataConfig, SourceConfig
+from src.data.corpus import Document, read_source
+from src.data.encoder import PIECE_CHARACTERS, cut_at_line_ends
+from src.data.files import source_files
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.tokenizer import byte_lengths, separator_id
 from src.data.windows import validation_windows
-from src.evaluation.corpora import windows_by_source
+from src.errors import ConfigError, DataError
 from src.evaluation.run_tokenizer import load_run_tokenizer
 from src.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationCorpus:
+    """A text to score by perplexity."""
+
+    name: str
+    """What reports call it."""
+    files: list[str]
+    """Paths, folders and globs, as in `data.files`."""
+    windows: int = 128
+    """Windows of data.sequence_length tokens that are scored: the first ones."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError on values out of range."""
+        if self.windows < 1:
+            raise ConfigError(f"evaluation.corpora: {self.name} has windows {self.windows}, but it must be at least 1")
+
+
+def corpus_windows(corpus: EvaluationCorpus, tokenizer: Tokenizer, sequence_length: int) -> Tensor:
+    """Return windows (N, T+1) int64 of a corpus, its documents separated as in training.
+
+    Raises:
+        DataError: its files cannot be read, hold a record that is not text, or less than one window.
+    """
+    source = SourceConfig(name=corpus.name, files=corpus.files)
+    wanted, token_ids = corpus.windows * sequence_length + 1, list[int]()
+    for document in read_source(source, source_files(source)):
+        if isinstance(document, Document):
+            for piece in cut_at_line_ends(document.text, PIECE_CHARACTERS):
+                token_ids += tokenizer.encode(piece, add_special_tokens=False).ids
+                if len(token_ids) >= wanted:
+                    break
+            token_ids.append(separator_id(tokenizer))
+        elif document.problem != "empty":  # a score over other text than was named would be worse than none
+            raise DataError(f"evaluation.corpora: {corpus.name}: {document.where}: {document.detail}; correct the text")
+        if len(token_ids) >= wanted:
+            break
+    count = min(corpus.windows, (len(token_ids) - 1) // sequence_length)
+    if count < 1:
+        raise DataError(
+            f"evaluation.corpora: {corpus.name} has {len(token_ids)} tokens, less than one window of "
+            f"data.sequence_length {sequence_length} + 1; add text or shorten the window"
+        )
+    tokens = torch.tensor(token_ids, dtype=torch.int64)
+    return tokens.unfold(0, sequence_length + 1, sequence_length)[:count]  # neighbours share one token
+
+
+def windows_by_source(corpus: PackedCorpus, sequence_length: int, limit: int) -> dict[str, Tensor]:
+    """Return held-out windows (N, T+1) of each source of a corpus that has several, where they fill a window.
+
+    Sources of one name are told apart by a number.
+    """
+    windows: dict[str, Tensor] = {}
+    for source in corpus.sources if len(corpus.sources) > 1 else ():
+        if source.tally.validation.tokens > sequence_length:
+            name, number = Path(source.label).name, 1
+            while (key := name if number == 1 else f"{name}-{number}") in windows:
+                number += 1
+            windows[key] = validation_windows(source.tokens("validation"), sequence_length, limit)
+    return windows
 
 
 @dataclass(frozen=True, kw_only=True)

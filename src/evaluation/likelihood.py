@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from src.data.tokenizer import separator_id
-from src.evaluation.shares import Share
+from src.evaluation.perplexity import Share
 
 LogitsFunction = Callable[[Tensor], Tensor]
 """Token ids (B, T) int64 -> next-token logits (B, T, V), each of which sees earlier tokens only."""

@@ -15,11 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from src.errors import RunError
-from src.evaluation.controls import PermutedRows, ZeroedRows, experts_replaced
-from src.evaluation.equivalence import compare_greedy, logit_distance
+from src.evaluation.equivalence import (
+    PermutedRows,
+    PrecisionCost,
+    ZeroedRows,
+    compare_greedy,
+    experts_replaced,
+    logit_distance,
+    precision_costs,
+)
 from src.evaluation.held_out import HeldOut
 from src.evaluation.perplexity import score_windows
-from src.evaluation.precisions import PrecisionCost, precision_costs
 from src.inference import InferenceModel, load_model
 from src.lut.manifest import read_manifest
 from src.lut.readers import READERS

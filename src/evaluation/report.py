@@ -1,15 +1,23 @@
-"""The final report of a run: JSON for programs, a table for people."""
+"""The final report of a run: JSON for programs, a table for people.
+
+Text that a model writes, for people to look at.
+"""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from src.evaluation.comparison import Comparison, compare, print_comparison
+from src.evaluation.config import EvaluationConfig
 from src.evaluation.perplexity import Score
 from src.evaluation.results import Evaluation
+from src.inference import generate
+from src.model import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,3 +158,22 @@ def _memory_table(report: Report) -> Table:
 def mebibytes(count: int) -> str:
     """Format a number of bytes."""
     return f"{count / 2**20:,.1f} MiB"
+
+
+def sample_text(model: Transformer, tokenizer: Tokenizer, config: EvaluationConfig) -> str | None:
+    """Continue `config.sample_prompt`, always with the same seed; None where no sample is wanted."""
+    if not config.sample_prompt or not config.sample_tokens:
+        return None
+    device = model.embedding.weight.device
+    prompt = torch.tensor(
+        [tokenizer.encode(config.sample_prompt, add_special_tokens=False).ids], device=device
+    )  # (1, T)
+    room = model.config.max_sequence_length - prompt.shape[1]
+    continued = generate(
+        model,
+        prompt,
+        max_new_tokens=min(config.sample_tokens, room),
+        temperature=config.sample_temperature,
+        seed=0,
+    )
+    return tokenizer.decode(continued[0].tolist())

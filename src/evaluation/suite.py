@@ -1,6 +1,10 @@
-"""What models are scored on, prepared once, and the scoring of one of them: for the verb, the callback and tests."""
+"""What models are scored on, prepared once, and the scoring of one of them: for the verb, the callback and tests.
 
-from collections.abc import Sequence
+Looking at a model in training without leaving a trace.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.checkpointing.random_state import capture_random_state, restore_random_state
 from src.errors import ConfigError
 from src.evaluation.config import EvaluationConfig
-from src.evaluation.corpora import corpus_windows
 from src.evaluation.generated_tasks import GENERATED, Document, score_documents
-from src.evaluation.held_out import HeldOut
+from src.evaluation.held_out import HeldOut, corpus_windows
 from src.evaluation.likelihood import Progress, TextModel, no_progress
-from src.evaluation.perplexity import loss_by_frequency, summarize, window_losses
+from src.evaluation.perplexity import Share, loss_by_frequency, summarize, window_losses
 from src.evaluation.published_tasks import PUBLISHED, require_known
 from src.evaluation.results import Evaluation, TaskScore, TextScore, fingerprint_documents
-from src.evaluation.shares import Share
 from src.model import Transformer
 
 GENERATED_DOCUMENTS = 100
@@ -143,3 +146,18 @@ def _load_published(names: Sequence[str], config: EvaluationConfig) -> dict[str,
     from src.evaluation.harness import load_tasks  # needs the extra `eval`
 
     return load_tasks(names, None if config.local_data is None else Path(config.local_data), config.task_limit)
+
+
+@contextmanager
+def evaluating(model: Transformer) -> Generator[None]:
+    """Evaluate in full precision, without gradients; leave every mode and every random generator as they were."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    random_state = capture_random_state()
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.embedding.weight.device.type, enabled=False):
+            yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = modes[name]
+        restore_random_state(random_state)

@@ -14,7 +14,7 @@ from src.data.packed_corpus import prepare_corpus
 from src.data.tokenizer import train_bpe
 from src.errors import UserError
 from src.evaluation.comparison import compare
-from src.evaluation.corpora import EvaluationCorpus, corpus_windows, windows_by_source
+from src.evaluation.held_out import EvaluationCorpus, corpus_windows, windows_by_source
 from src.evaluation.perplexity import Band, Score, loss_by_frequency
 from src.evaluation.results import Evaluation, TaskScore, TextScore
 from src.train import RunResult

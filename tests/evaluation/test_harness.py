@@ -13,10 +13,9 @@ from src.config import load_run_config
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.harness import HarnessModel, load_tasks, score_tasks
 from src.evaluation.held_out import HeldOut, held_out_of_run
-from src.evaluation.isolation import evaluating
 from src.evaluation.likelihood import TextModel
 from src.evaluation.published_tasks import PUBLISHED, read_rows
-from src.evaluation.suite import evaluate_model, prepare_suite
+from src.evaluation.suite import evaluate_model, evaluating, prepare_suite
 from src.inference import InferenceModel, load_model
 from src.run_directory import RunDirectory
 from src.train import RunResult

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.evaluation.isolation import evaluating
+from src.evaluation.suite import evaluating
 from tests.model.models import MOLE, build
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from src.data.tokenizer import train_bpe
 from src.evaluation.likelihood import Request, TextModel
-from src.evaluation.shares import Share
+from src.evaluation.perplexity import Share
 from src.model import Transformer
 from tests.model.models import MOLE, build
 

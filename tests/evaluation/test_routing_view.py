@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from src.data.tokenizer import train_bpe
 from src.evaluation.figures import entropy_lines, expert_token_rows, expert_tokens, probability_heat_map
+from src.evaluation.perplexity import Share
 from src.evaluation.routing_view import RoutingView, view_routing
-from src.evaluation.shares import Share
 from src.model import ModelConfig
 from tests.model.models import CONFIGS, DENSE, MOE, build
 

@@ -6,8 +6,7 @@ import zlib
 import pytest
 import torch
 
-from src.evaluation.controls import PermutedRows, ZeroedRows, experts_replaced
-from src.evaluation.equivalence import compare_greedy, logit_distance
+from src.evaluation.equivalence import PermutedRows, ZeroedRows, compare_greedy, experts_replaced, logit_distance
 from src.evaluation.perplexity import score_windows, window_losses, zlib_bits_per_byte
 from src.evaluation.routing import RoutingMetrics
 from src.model import ModelConfig, Transformer

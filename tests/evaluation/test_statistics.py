@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from src.evaluation.statistics import mcnemar, paired_difference, standard_error, student_t_tail
+from src.evaluation.results import mcnemar, paired_difference, standard_error, student_t_tail
 
 
 def test_standard_error_is_that_of_the_mean() -> None:

@@ -16,7 +16,7 @@ from src.data.tokenizer import END_OF_TEXT
 from src.errors import UserError
 from src.evaluation.run_tokenizer import load_run_tokenizer
 from src.inference import InferenceModel, load_model, stream
-from src.inference.sampling import Sampling
+from src.inference.generation import Sampling
 from src.run_directory import RunDirectory
 
 

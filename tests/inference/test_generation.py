@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.inference import InferenceModel, generate, left_pad, load_model, stream
-from src.inference.sampling import Sampler, Sampling, truncated_probs
+from src.inference.generation import Sampler, Sampling, truncated_probs
 from src.lut.readers import READERS
 from tests.inference.runs import prompts, write_run
 

@@ -15,8 +15,7 @@ from src.files import atomic_directory, atomic_path, write_text
 from src.inference import InferenceModel, load_model
 from src.inference.disk_experts import DiskExperts
 from src.interop.importer import require_new
-from src.interop.names import TABLE_NAME, to_official
-from src.interop.official_config import official_config, require_expressible
+from src.interop.names import TABLE_NAME, official_config, require_expressible, to_official
 from src.interop.table import Progress, export_table, no_progress
 from src.lut.manifest import MANIFEST_NAME
 from src.run_directory import RunDirectory

@@ -14,8 +14,7 @@ from src.data.config import DataConfig
 from src.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from src.errors import CheckpointError, DataError
 from src.files import atomic_directory, write_text
-from src.interop.names import TABLE_NAME, correspondences, official_shapes
-from src.interop.official_config import read_model_config
+from src.interop.names import TABLE_NAME, correspondences, official_shapes, read_model_config
 from src.interop.reader import CheckpointTensors, read_json
 from src.interop.table import Progress, TableRows, import_table, no_progress
 from src.model import ModelConfig

@@ -21,7 +21,7 @@ from src.checkpointing.config import CheckpointConfig
 from src.data.config import DataConfig
 from src.errors import ConfigError
 from src.evaluation.config import EvaluationConfig
-from src.lut.quantization import CODECS
+from src.lut.codecs import CODECS
 from src.model.config import ModelConfig
 from src.optimization import ObjectiveConfig, OptimizerConfig
 from src.run_directory import RunDirectory

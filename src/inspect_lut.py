@@ -19,7 +19,7 @@ from src.evaluation.routing_view import TokenWeights, measure_token_weights, win
 from src.files import write_text
 from src.inference import load_model
 from src.lut import read_manifest
-from src.lut.neighbors import Neighborhood, find_neighbors
+from src.lut.verification import Neighborhood, find_neighbors
 from src.run_directory import RunDirectory
 
 MAX_WINDOWS = 64

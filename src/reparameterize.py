@@ -15,12 +15,11 @@ from src.cli import parser, progress_bar, run_verb, stderr_console
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, RunError
 from src.lut import Manifest, builder, read_manifest
-from src.lut.build_directory import recorded_precision
-from src.lut.estimate import Estimate, estimate
+from src.lut.builder import Estimate, estimate, recorded_precision
+from src.lut.codecs import CODECS
 from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME
-from src.lut.opening import read_token_counts
 from src.lut.plan import MEMORY_BYTES, BuildPlan
-from src.lut.quantization import CODECS
+from src.lut.scan import read_token_counts
 from src.lut.sources import COMPUTE_DTYPES, open_source
 from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
 

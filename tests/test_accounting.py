@@ -19,7 +19,7 @@ from src.accounting.account import count_parameters, expert_memory, sharded_memo
 from src.accounting.flops import Flops, estimated_unique_ids, forward_flops, lookup_flops
 from src.config import load_config
 from src.errors import ConfigError
-from src.lut.quantization import CODECS
+from src.lut.codecs import CODECS
 from src.model import ModelConfig, Transformer
 from src.sharding import shard_model
 

@@ -14,7 +14,7 @@ from src.errors import UserError
 from src.evaluation.routing_view import measure_token_weights, windows_with
 from src.inference import load_model
 from src.lut import LutStore
-from src.lut.neighbors import find_neighbors
+from src.lut.verification import find_neighbors
 from src.train import RunResult
 
 

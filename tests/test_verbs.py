@@ -16,7 +16,7 @@ from src import evaluate, generate, reparameterize, train, verify
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, UserError
 from src.lut import LutStore, builder, read_manifest
-from src.lut.opening import read_token_counts
+from src.lut.scan import read_token_counts
 from src.lut.sources import open_source
 from src.run_directory import RunDirectory
 from src.train import RunResult

@@ -27,8 +27,8 @@ from src.accounting.flops import (
     training_flops,
 )
 from src.errors import ConfigError, LutError
+from src.lut.codecs import CODECS, FloatCodec
 from src.lut.layout import TableLayout
-from src.lut.quantization import CODECS, FloatCodec
 from src.model import ModelConfig, Transformer
 from src.optimization import parameter_part
 from src.sharding import shard_dimension, shard_groups

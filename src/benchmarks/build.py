@@ -30,9 +30,8 @@ from src.benchmarks.common import describe_machine, machine_line
 from src.cli import parser, progress_bar, run_verb
 from src.files import write_text
 from src.lut import builder
-from src.lut.quantization import CODECS
-from src.lut.row_source import RowSource
-from src.lut.sources import COMPUTE_DTYPES, open_source, turn_tokens
+from src.lut.codecs import CODECS
+from src.lut.sources import COMPUTE_DTYPES, RowSource, open_source, turn_tokens
 from src.model import ModelConfig, Transformer
 from src.run_directory import RunDirectory
 

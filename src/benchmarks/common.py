@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from src.files import write_text
-from src.lut.quantization import CODECS
+from src.lut.codecs import CODECS
 from src.model import ModelConfig
 
 

@@ -26,8 +26,8 @@ from src.evaluation.held_out import HeldOut
 from src.evaluation.perplexity import score_windows
 from src.inference import InferenceModel
 from src.inference.generation import generate
+from src.lut.codecs import CODECS, Codec, codec
 from src.lut.layout import TableLayout
-from src.lut.quantization import CODECS, Codec, codec
 from src.model import Transformer
 from src.model.experts import ExpertSource, LayerRows
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from src.lut import LutStore, RowRequest
 from src.lut.readers.memory import MemoryReader
-from src.lut.request import layer_decoder
+from src.lut.store import layer_decoder
 from src.model.experts import LayerRows
 
 

@@ -2,30 +2,105 @@
 
 Nothing is readable before `publish` writes the manifest. An interrupted build goes on at the chunk where it stopped
 and ends with the same bytes. Memory holds two chunks, never a table: one is written while the next is computed.
+
+The directory of a table while it is built: what is in it, and what has to go.
+
+What a build will take, found out without writing anything: size, memory, and time from a small trial.
 """
 
+import json
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from src.errors import LutBusyError, LutError
-from src.files import atomic_path, write_text
-from src.lut.background import Background
-from src.lut.build_directory import clear, is_built, is_empty, is_recorded, require_space, tidy
-from src.lut.build_lock import building
+from src.files import atomic_path, sync_directory, write_text
+from src.lut.codecs import codec
 from src.lut.layout import SHARD_BYTES
-from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, Manifest
+from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, Manifest, read_manifest, write_row_errors
 from src.lut.plan import MEMORY_BYTES, PLAN_NAME, BuildPlan, plan
-from src.lut.row_errors import write_row_errors
-from src.lut.row_source import RowSource
-from src.lut.shard_writer import Journal, ShardFile, disk_errors, encode_chunk, is_finished, journal_path
-from src.lut.sources import open_source
+from src.lut.shard_writer import (
+    LOCK_NAME,
+    Background,
+    Journal,
+    ShardFile,
+    building,
+    disk_errors,
+    encode_chunk,
+    encode_layer,
+    is_finished,
+    journal_path,
+)
+from src.lut.sources import RowSource, open_source
 from src.model import Transformer
 from src.run_directory import RunDirectory
+
+
+def is_recorded(plan: BuildPlan) -> bool:
+    """Whether the directory was prepared for this plan, and is still being built."""
+    path = plan.lut_dir / PLAN_NAME
+    return path.is_file() and path.read_bytes() == plan.text.encode()
+
+
+def recorded_precision(lut_dir: Path) -> str | None:
+    """Return the precision of the unfinished table in a directory; None where no readable plan says one."""
+    try:
+        return str(json.loads((lut_dir / PLAN_NAME).read_text(encoding="utf-8"))["precision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_built(plan: BuildPlan) -> bool:
+    """Whether the directory holds the finished table of this plan; LutFormatError when its manifest is damaged."""
+    return (plan.lut_dir / MANIFEST_NAME).is_file() and read_manifest(plan.lut_dir) == plan.manifest
+
+
+def is_empty(lut_dir: Path) -> bool:
+    """Whether there is nothing in the directory, or no directory."""
+    return not lut_dir.is_dir() or not any(lut_dir.iterdir())
+
+
+def clear(plan: BuildPlan, *, resume: bool, overwrite: bool) -> None:
+    """Remove what an earlier build left, if that is allowed."""
+    (plan.lut_dir / MANIFEST_NAME).unlink(missing_ok=True)  # first, so that no half-replaced table is ever readable
+    sync_directory(plan.lut_dir)
+    leftovers = sorted((*plan.lut_dir.glob("rows-*"), *plan.lut_dir.glob(".*.tmp")))
+    if leftovers and resume and not overwrite:
+        raise LutError(
+            f"{plan.lut_dir}: holds an unfinished table of other weights or another precision; "
+            "remove the directory, or --overwrite it"
+        )
+    for leftover in leftovers:
+        leftover.unlink()
+
+
+def tidy(plan: BuildPlan) -> None:
+    """Remove what only a build needs, and what a killed one left; the plan is last, for it says that this is due."""
+    for shard in plan.shards:
+        journal_path(plan, shard).unlink(missing_ok=True)
+    for stray in (*plan.lut_dir.glob(".*.tmp"), *plan.lut_dir.glob("rows-*.partial")):
+        stray.unlink(missing_ok=True)
+    for name in (PLAN_NAME, LOCK_NAME):
+        (plan.lut_dir / name).unlink(missing_ok=True)
+
+
+def require_space(plan: BuildPlan) -> None:
+    """Raise LutError when what is still to be written does not fit the disk."""
+    present = sum(path.stat().st_blocks * 512 for path in plan.lut_dir.glob("rows-*"))
+    free = shutil.disk_usage(plan.lut_dir).free
+    if plan.file_bytes - present > free:
+        raise LutError(
+            f"{plan.lut_dir}: the table needs {plan.file_bytes - present:,} more bytes, but {free:,} are free; "
+            "free some space or choose a smaller --dtype"
+        )
+
 
 Progress = Callable[[int], None]
 """Called with the number of rows that were just written."""
@@ -197,3 +272,54 @@ def _write_row_errors(plan: BuildPlan) -> None:
     sums = [Journal.read(journal_path(plan, shard), layout.num_layers).sums for shard in plan.shards]
     layer_values = layout.vocab_size * layout.num_experts * layout.hidden_size
     write_row_errors(plan.lut_dir, sums, layer_values, plan.source.rows_from)
+
+
+_TRIAL_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What `estimate` found."""
+
+    table_bytes: int
+    """Size of all shards."""
+    num_shards: int
+    free_bytes: int
+    """Free space where the table would lie."""
+    memory_bytes: int
+    """Buffers of one rank, beside the weights that its source reads."""
+    seconds: float
+    """Time to compute and encode every row with one rank; a disk that is slower than that takes longer."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room."""
+        return self.table_bytes <= self.free_bytes
+
+
+def estimate(plan: BuildPlan) -> Estimate:
+    """Compute and encode one layer of a few rows, and scale up; leaves no trace on disk."""
+    layout = plan.layout
+    num_tokens = min(_TRIAL_TOKENS, layout.vocab_size)
+    _trial(plan, num_tokens)  # the first run also reads weights and starts threads
+    seconds = _trial(plan, num_tokens)
+    return Estimate(
+        table_bytes=plan.file_bytes,
+        num_shards=len(plan.shards),
+        free_bytes=shutil.disk_usage(_existing(plan.lut_dir)).free,
+        memory_bytes=plan.buffer_bytes,
+        seconds=seconds * layout.num_layers * layout.vocab_size / num_tokens,
+    )
+
+
+def _trial(plan: BuildPlan, num_tokens: int) -> float:
+    layout = plan.layout
+    start = time.perf_counter()
+    rows = plan.source.layer_rows(0, 0, num_tokens)  # (U, E, D)
+    codes = torch.empty(num_tokens, layout.num_experts, layout.vector_bytes, dtype=torch.uint8, device=rows.device)
+    encode_layer(codec(layout.precision), rows, codes).tolist()  # `tolist` waits for a device
+    return time.perf_counter() - start
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.resolve().parent)

@@ -1,19 +1,96 @@
 """`manifest.json`: what a table holds and which weights it came from. Written last; without it there is no table.
 
 Its text is a function of its values, and is sealed by its own SHA-256: any byte that was changed is noticed.
+
+JSON documents that are sealed by their own SHA-256: written, read, and read with distrust.
+
+Knows nothing of what a document says.
+
+How far the stored rows lie from the rows that were to be stored, layer by layer.
+
+The sums are kept chunk by chunk in an order that the plan alone decides, so that ranks and interruptions change
+nothing; what is published beside the manifest has six digits.
+
+L layers, E experts, D hidden, U tokens.
 """
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from src.errors import LutError, LutFormatError
 from src.files import write_text
-from src.lut.document import integer, optional_text, read_document, require_seal, sealed_text, text
-from src.lut.integrity import sha256
-from src.lut.layout import Shard, TableLayout, plan_shards, tokens_per_shard
-from src.lut.quantization import CODECS
+from src.lut.codecs import CODECS
+from src.lut.layout import Shard, TableLayout, plan_shards, sha256, tokens_per_shard
+
+MAX_BYTES = 64 * 2**20
+"""No document of a table is larger; a larger file is not read."""
+
+
+def sealed_text(values: Mapping[str, object]) -> str:
+    """Return the one text that a document of these values has, with the SHA-256 of its canonical form inside."""
+    body = {key: value for key, value in values.items() if key != "sha256"}
+    seal = sha256(json.dumps(body, sort_keys=True).encode())
+    return json.dumps({**body, "sha256": seal}, indent=1) + "\n"
+
+
+def read_document(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Return a JSON object and the bytes it was read from; LutFormatError names the file when it is anything else."""
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise LutFormatError(f"{path}: {size:,} bytes, but it never has more than {MAX_BYTES:,}; rebuild the table")
+    written = path.read_bytes()
+    try:
+        document = json.loads(written.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise LutFormatError(f"{path}: not valid JSON ({error}); rebuild the table") from error
+    if not isinstance(document, dict):
+        raise LutFormatError(f"{path}: holds a {type(document).__name__}, expected an object; rebuild the table")
+    return document, written
+
+
+def require_seal(document: Mapping[str, object], written: bytes, path: Path) -> None:
+    """Raise LutFormatError unless the bytes are exactly what a writer makes of these values."""
+    try:
+        expected = sealed_text(document).encode()
+    except RecursionError as error:
+        raise LutFormatError(f"{path}: is nested too deeply to be a document of ours; rebuild the table") from error
+    if written != expected:
+        raise LutFormatError(f"{path}: its text does not match its own sha256, so it was edited; rebuild the table")
+
+
+def integer(values: Mapping[str, object], key: str, path: Path, lowest: int, highest: int) -> int:
+    """Return an integer in [lowest, highest]; LutFormatError names file, field and what was found."""
+    value = values[key]
+    if type(value) is not int or not lowest <= value <= highest:
+        raise LutFormatError(f"{path}: {key} is {_shown(value)}, expected an integer in [{lowest}, {highest}]")
+    return value
+
+
+def text(values: Mapping[str, object], key: str, path: Path) -> str:
+    """Return a string; LutFormatError names file, field and what was found."""
+    value = values[key]
+    if not isinstance(value, str):
+        raise LutFormatError(f"{path}: {key} is {_shown(value)}, expected text; rebuild the table")
+    return value
+
+
+def optional_text(values: Mapping[str, object], key: str, path: Path) -> str | None:
+    """Return a string or None."""
+    return None if values[key] is None else text(values, key, path)
+
+
+def _shown(value: object) -> str:
+    """Show a value of any size in a message."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return "a number of more than 64 bits"
+    return repr(value)[:40] if isinstance(value, (int, float, str, bool)) or value is None else type(value).__name__
+
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -162,3 +239,86 @@ def _require_shards_of_sizes(manifest: Manifest, path: Path) -> None:
     fits = fits and len(manifest.shards) == -(-layout.vocab_size // tokens_per_shard(layout))
     if not fits or manifest.shards != tuple(shard_record(shard, layout) for shard in plan_shards(layout)):
         raise LutFormatError(f"{path}: its shards do not follow from its sizes; rebuild the table")
+
+
+ERRORS_NAME = "row_errors.json"
+
+
+class LayerSums(NamedTuple):
+    """What is summed over the values of one layer."""
+
+    max_abs: float
+    squared_error: float
+    squared: float
+
+
+@dataclass(frozen=True)
+class RowErrors:
+    """The error of one layer's rows, or of the whole table's."""
+
+    max_abs: float
+    """Largest |stored - wanted|."""
+    rms: float
+    """Root of the mean squared error."""
+    relative_rms: float
+    """`rms` over the root mean square of the wanted rows; 0 where those are all zero."""
+
+
+def measure(wanted: Tensor, stored: Tensor) -> Tensor:
+    """Return the sums (3,) float64 of one layer: wanted (U, E, D) float32, stored in what the codec decodes to."""
+    error = stored.to(wanted.dtype) - wanted
+    squared_error = error.square().sum(dtype=torch.float64)
+    return torch.stack([error.abs().amax().double(), squared_error, wanted.square().sum(dtype=torch.float64)])
+
+
+def combine(measured: Sequence[Tensor]) -> Tensor:
+    """Return the sums (3,) of several parts of a layer, each (3,)."""
+    parts = torch.stack(list(measured))  # (parts, 3)
+    return torch.cat([parts[:, :1].amax(dim=0), parts[:, 1:].sum(dim=0)])
+
+
+def add(total: LayerSums, more: LayerSums) -> LayerSums:
+    """Return the sums of two parts of a layer."""
+    return LayerSums(
+        max(total.max_abs, more.max_abs), total.squared_error + more.squared_error, total.squared + more.squared
+    )
+
+
+def write_row_errors(lut_dir: Path, shards: Iterable[Sequence[LayerSums]], layer_values: int, rows_from: str) -> None:
+    """Write `row_errors.json` from the sums of every shard (L each); a layer of the table has `layer_values` values."""
+    zero = LayerSums(0.0, 0.0, 0.0)
+    layers: list[LayerSums] = []
+    for shard in shards:
+        layers = [add(total, more) for total, more in zip(layers or [zero] * len(shard), shard, strict=True)]
+    table = zero
+    for layer in layers:
+        table = add(table, layer)
+    document = {
+        "compared_with": rows_from,
+        "table": asdict(_errors(table, layer_values * len(layers))),
+        "layers": [asdict(_errors(layer, layer_values)) for layer in layers],
+    }
+    write_text(lut_dir / ERRORS_NAME, sealed_text(document))
+
+
+def read_row_errors(lut_dir: Path) -> tuple[RowErrors, list[RowErrors]]:
+    """Return the errors of the table and of each layer; LutFormatError when the file was changed."""
+    path = lut_dir / ERRORS_NAME
+    if not path.is_file():
+        raise LutFormatError(f"{path}: missing; copy the table again or rebuild it")
+    document, written = read_document(path)
+    require_seal(document, written, path)
+    try:
+        return _parse_row_errors(document["table"]), [_parse_row_errors(layer) for layer in document["layers"]]
+    except (TypeError, KeyError, ValueError) as error:
+        raise LutFormatError(f"{path}: fields are missing or unknown ({error}); rebuild the table") from error
+
+
+def _parse_row_errors(values: Any) -> RowErrors:
+    return RowErrors(**{name: float(value) for name, value in values.items()})
+
+
+def _errors(sums: LayerSums, num_values: int) -> RowErrors:
+    rms, size = math.sqrt(sums.squared_error / num_values), math.sqrt(sums.squared / num_values)
+    relative = rms / size if size else 0.0
+    return RowErrors(*(float(f"{value:.6g}") for value in (sums.max_abs, rms, relative)))

@@ -9,11 +9,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from src.errors import LutError
-from src.lut.integrity import sha256
-from src.lut.layout import SHARD_BYTES, Shard, TableLayout, plan_shards, tokens_per_shard
+from src.lut.layout import SHARD_BYTES, Shard, TableLayout, plan_shards, sha256, tokens_per_shard
 from src.lut.manifest import FORMAT_VERSION, Manifest, shard_record
-from src.lut.row_source import RowSource
-from src.lut.table_rows import TableRows
+from src.lut.sources import RowSource, TableRows
 
 PLAN_NAME = "plan.json"
 MEMORY_BYTES = 512 * 2**20
@@ -95,7 +93,7 @@ def plan(
     Args:
         source: gives the rows.
         lut_dir: the table's directory.
-        dtype: a precision of `src.lut.quantization`.
+        dtype: a precision of `src.lut.codecs`.
         chunk_tokens: rows computed and written at a time; by default as many as `memory_bytes` allows.
         memory_bytes: what one writer's buffers may take.
         shard_bytes: what the rows of a shard fit in.

@@ -3,12 +3,18 @@
 The journal also keeps the sums of `row_errors`, and stays until the table is published.
 
 U token ids in a chunk, L layers, E experts, D hidden.
+
+One job at a time behind the caller's back: a chunk is written while the next is computed.
+
+Locks that keep two builders out of one directory. The kernel lets go when a process ends, however it ends.
 """
 
 import errno
+import fcntl
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +24,83 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from src.errors import LutError
+from src.errors import LutBusyError, LutError
 from src.files import sync_directory, write_text
-from src.lut.build_lock import lock_file
-from src.lut.integrity import row_checksums
-from src.lut.layout import CHECKSUM_BYTES, Shard
+from src.lut.codecs import Codec, codec
+from src.lut.layout import CHECKSUM_BYTES, Shard, row_checksums
+from src.lut.manifest import LayerSums, add, combine, measure
 from src.lut.plan import BuildPlan
-from src.lut.quantization import Codec, codec
-from src.lut.row_errors import LayerSums, add, combine, measure
+
+
+class Background:
+    """Does one job at a time in a thread, while the caller prepares the next; reports what each returns."""
+
+    def __init__(self, report: Callable[[int], None]) -> None:
+        """Call `report`, in the caller's thread, with what each job returned."""
+        self._report, self._executor = report, ThreadPoolExecutor(1, thread_name_prefix="lut-writer")
+        self._job: Future[int] | None = None
+
+    def submit(self, job: Callable[[], int]) -> None:
+        """Wait for the job before, then start this one; raises what the one before raised."""
+        self.wait()
+        self._job = self._executor.submit(job)
+
+    def wait(self) -> None:
+        """Wait for the job that is under way, if any."""
+        if self._job is not None:
+            job, self._job = self._job, None
+            self._report(job.result())
+
+    def __enter__(self) -> "Background":
+        """Return the object itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the last job end, whatever happened."""
+        self._executor.shutdown()
+
+
+LOCK_NAME = "build.lock"
+
+
+@contextmanager
+def building(lut_dir: Path, *, shared: bool, wait: bool = False) -> Generator[None]:
+    """Hold the directory: alone, or shared with other ranks of the same build.
+
+    LutBusyError when somebody else holds it, unless `wait` asks to stand in line.
+    """
+    descriptor = lock_file(lut_dir / LOCK_NAME, shared=shared, wait=wait)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> int:
+    """Open (or create) a file, lock it, and return its descriptor; closing it unlocks."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            if _is_still(path, descriptor):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise LutBusyError(
+                f"{path.parent}: another process is building this table; wait for it, or choose another --lut"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # it was renamed or removed between `open` and `flock`: what we locked is no longer it
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
+
 
 _BLOCK_BYTES = 4 * 2**20
 """Rows encoded and compared at a time on a CPU, so that they stay in its cache."""

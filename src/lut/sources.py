@@ -1,12 +1,19 @@
 """What tables are built from: a model in memory, a run directory, or (`table_rows`) another table.
 
 U token ids, L layers, E experts, D hidden, F intermediate.
+
+What a table builder asks of whatever gives it rows.
+
+E experts, D hidden.
+
+An existing table as the source of another: how a table changes its precision without the training form.
 """
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -14,12 +21,109 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.errors import LutError
-from src.lut.manifest import MANIFEST_NAME
-from src.lut.row_source import RowSource
-from src.lut.table_rows import TableRows
+from src.lut.codecs import codec
+from src.lut.manifest import MANIFEST_NAME, read_manifest
+from src.lut.scan import TableScan, check_shard, read_token_counts
 from src.model import ModelConfig, Transformer
 from src.model.experts import EmbeddingExperts, LayerExperts, StackedExperts
 from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
+
+
+class TableSizes(Protocol):
+    """The sizes that a table takes over from its source."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        ...
+
+
+class TableIdentity(Protocol):
+    """The weights that rows stand for; None where they are not known."""
+
+    @property
+    def backbone(self) -> str | None:
+        """SHA-256 of the backbone."""
+        ...
+
+    @property
+    def training_form(self) -> str | None:
+        """SHA-256 of backbone and experts."""
+        ...
+
+
+class RowSource(Protocol):
+    """Gives expert rows. A builder asks for the layers of a run of ids in order, then for the next run of ids."""
+
+    @property
+    def config(self) -> TableSizes:
+        """The table's sizes."""
+        ...
+
+    @property
+    def identity(self) -> TableIdentity:
+        """The weights that the rows stand for."""
+        ...
+
+    @property
+    def rows_from(self) -> str:
+        """What makes the rows, in words, for the manifest; an interrupted build goes on with the same alone."""
+        ...
+
+    @property
+    def held_row_bytes(self) -> int:
+        """Bytes that the source keeps in memory for each id of the run that was asked for last."""
+        ...
+
+    def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
+        """Return the rows (num_tokens, E, D) float32 of consecutive ids."""
+        ...
+
+
+class TableRows:
+    """Decoded rows of a table; identities, tokenizer and token counts are carried over from it."""
+
+    def __init__(self, lut_dir: Path) -> None:
+        """Open the table; LutError when it is not whole."""
+        self.lut_dir = lut_dir
+        manifest = read_manifest(lut_dir)
+        self.config, self.identity, self.tokenizer = manifest.layout, manifest, manifest.tokenizer
+        self.rows_from = f"table in {manifest.precision}, its rows from {manifest.rows_from}"
+        self.held_row_bytes = manifest.row_bytes
+        for record in manifest.shards:
+            check_shard(lut_dir, record)
+        counts = read_token_counts(lut_dir, manifest)
+        self.token_counts = None if counts is None else torch.from_numpy(counts)
+        self._codec, self._scan = codec(manifest.precision), TableScan(lut_dir, manifest.layout)
+        self._run, self._rows = (0, 0), torch.empty(0, dtype=torch.uint8)
+
+    def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
+        """Decode one layer of consecutive rows (num_tokens, E, D); the run's bytes are read and checked once."""
+        layout = self.config
+        if self._run != (first_token, num_tokens):
+            self._rows = torch.empty(0, dtype=torch.uint8)  # let go of the last run before the next is read
+            self._rows, self._run = (
+                torch.from_numpy(self._scan.read(first_token, num_tokens)),
+                (first_token, num_tokens),
+            )
+        vectors = self._rows.view(num_tokens, layout.num_layers, layout.num_experts, layout.vector_bytes)[:, layer]
+        return self._codec.decode(vectors, layout.hidden_size).to(torch.float32)
+
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ACTIVATION_BYTES = 32 * 2**20

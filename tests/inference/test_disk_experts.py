@@ -8,7 +8,7 @@ import torch
 from src.inference import generate, load_model
 from src.inference.disk_experts import DiskExperts
 from src.lut import LutStore
-from src.lut.quantization import CODECS
+from src.lut.codecs import CODECS
 from tests.inference.runs import CONFIG, prompts, write_run
 from tests.lut.tables import write_table
 

@@ -1,4 +1,4 @@
-"""The packed precisions in plain loops over single values: the oracle for `src.lut.quantization`.
+"""The packed precisions in plain loops over single values: the oracle for `src.lut.codecs`.
 
 It shares nothing with the package but the order of bytes: each vector's codes, most significant bit first, then its
 scales as little-endian float16.

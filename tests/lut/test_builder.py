@@ -14,7 +14,7 @@ from torch import Tensor
 
 from src.errors import LutError
 from src.lut import LutStore, build_lut, builder, read_manifest
-from src.lut.row_errors import read_row_errors
+from src.lut.manifest import read_row_errors
 from src.lut.sources import ModelRows, RunRows, TableRows
 from src.lut.verification import verify_table
 from src.run_directory import RunDirectory

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from src.lut import build_lut, builder
-from src.lut.estimate import estimate
+from src.lut.builder import estimate
 from tests.lut.builds import SHARD_BYTES, FixedRows, random_rows
 
 

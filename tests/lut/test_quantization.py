@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.errors import LutError
+from src.lut.codecs import CODECS, NF3, NF4, normal_float
 from src.lut.layout import TableLayout
-from src.lut.quantization import CODECS
-from src.lut.quantization.code_books import NF3, NF4, normal_float
 from tests.lut import reference_codecs as reference
 
 PACKED = ("int8", "nf4", "nf3")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from src.errors import LutError, LutFormatError
 from src.lut import LutStore
-from src.lut.quantization import CODECS
+from src.lut.codecs import CODECS
 from src.lut.readers import READERS
 from tests.lut.tables import shard_path, write_table
 

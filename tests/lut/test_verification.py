@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from src.errors import LutError, LutFormatError
 from src.lut import LutStore, build_lut, read_manifest
-from src.lut.document import sealed_text
+from src.lut.manifest import sealed_text
 from src.lut.verification import verify_table
 from tests.lut.builds import SHARD_BYTES, FixedRows, contents, random_rows
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from src.lut import LutStore, read_manifest
-from src.lut.quantization.code_books import NF3, NF4
-from src.lut.row_errors import read_row_errors
+from src.lut.codecs import NF3, NF4
+from src.lut.manifest import read_row_errors
 from src.lut.verification import verify_table
 from tests.lut.fixtures_v1 import PRECISIONS, fixture_rows
 from tests.lut.reference_codecs import encode_int8, encode_normal_float

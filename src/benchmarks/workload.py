@@ -31,7 +31,7 @@ from src.errors import DataError, UserError
 from src.lut import LutStore, builder
 from src.lut.layout import ALIGNMENT, plan_shards
 from src.lut.readers.memory import release_pages
-from src.lut.readers.shard_files import ShardFiles
+from src.lut.readers.reader import ShardFiles
 from src.model import ModelConfig, Transformer
 from src.run_directory import Identity, RunDirectory
 

@@ -8,8 +8,7 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
-from src.lut.readers.reader import Bytes
-from src.lut.readers.workers import after_fork_in_child
+from src.lut.readers.reader import Bytes, after_fork_in_child
 
 Ids = NDArray[np.int64]
 Positions = NDArray[np.intp]

@@ -26,10 +26,8 @@ from src.lut.codecs import FloatCodec, codec
 from src.lut.layout import TableLayout, check_rows, plan_shards, row_checksum
 from src.lut.manifest import Manifest, read_manifest
 from src.lut.readers import READERS, Fetch, Reader, open_reader
-from src.lut.readers.aligned import BufferPool
 from src.lut.readers.memory import MemoryReader
-from src.lut.readers.reader import Bytes, Done, Wanted
-from src.lut.readers.workers import after_fork_in_child
+from src.lut.readers.reader import BufferPool, Bytes, Done, Wanted, after_fork_in_child
 from src.lut.scan import check_shard, read_checksums, read_token_counts
 
 

@@ -10,7 +10,7 @@ from src.benchmarks.common import model_config
 from src.benchmarks.memory_use import PeakAnonymous, anonymous_bytes
 from src.benchmarks.workload import write_runs
 from src.inference import load_model
-from src.lut.readers.aligned import aligned_bytes
+from src.lut.readers.reader import aligned_bytes
 from tests.inference.cgroups import memory_cgroup
 from tests.inference.runs import prompts, write_run
 

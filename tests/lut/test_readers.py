@@ -20,12 +20,9 @@ from src.lut.layout import plan_shards
 from src.lut.manifest import read_manifest
 from src.lut.readers import READERS, Reader, open_reader
 from src.lut.readers import pread as pread_module
-from src.lut.readers.aligned import BufferPool, aligned_bytes
-from src.lut.readers.choice import MixedReader
-from src.lut.readers.direct import DirectReader
+from src.lut.readers.direct import DirectReader, MixedReader
 from src.lut.readers.pread import PreadReader
-from src.lut.readers.reader import Bytes
-from src.lut.readers.workers import WorkerPool
+from src.lut.readers.reader import BufferPool, Bytes, WorkerPool, aligned_bytes
 from tests.lut.tables import shard_path, write_table
 
 VOCAB = 300

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from src.errors import LutError
 from src.lut.layout import Shard, TableLayout, tokens_per_shard
-from src.lut.readers.reader import Arrived, Bytes, Done, Fetch, Reader, Wanted
-from src.lut.readers.shard_files import ShardFiles
+from src.lut.readers.reader import Arrived, Bytes, Done, Fetch, Reader, ShardFiles, Wanted
 
 
 class MemoryReader(Reader):

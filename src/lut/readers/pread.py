@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from src.lut.layout import Shard, TableLayout
-from src.lut.readers.reader import Arrived, Bytes, Done, Fetch, Reader, Wanted
-from src.lut.readers.shard_files import ShardFiles
-from src.lut.readers.workers import WorkerPool
+from src.lut.readers.reader import Arrived, Bytes, Done, Fetch, Reader, ShardFiles, Wanted, WorkerPool
 
 IN_FLIGHT_BYTES = 8 * 2**20
 """Reads started ahead of their collection: deep enough for any device, small beside a tight memory limit."""

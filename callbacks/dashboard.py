@@ -15,9 +15,9 @@ from src.evaluation.routing_view import RoutingView, view_routing
 from src.evaluation.suite import evaluating
 from src.files import atomic_path
 from src.lightning_module import LanguageModel
+from src.model.sharding import is_sharded
 from src.publishing import log_figures, log_table, logged_step
 from src.run_directory import RunDirectory
-from src.sharding import is_sharded
 
 VIEWED_TOKENS = 8192
 """Tokens of held-out text that the routers are watched on."""

@@ -9,8 +9,8 @@ from src.cli import progress_bar
 from src.lightning_module import LanguageModel
 from src.lut import builder
 from src.lut.sources import ModelRows, RunRows
+from src.model.sharding import is_sharded, whole_weights
 from src.run_directory import RunDirectory
-from src.sharding import is_sharded, whole_weights
 
 
 class ReparameterizeCallback(lightning.Callback):

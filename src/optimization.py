@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from src.errors import ConfigError
+from src.model.parts import parameter_part
 
 Schedule = Literal["cosine", "wsd", "constant"]
-Part = Literal["backbone", "embedding", "experts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +115,6 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
     )
-
-
-def parameter_part(name: str) -> Part:
-    """Return the part of the model that a parameter's dotted name places it in."""
-    components = name.split(".")
-    if "experts" in components or "hidden_experts" in components:  # MoLE beside the blocks, MoE inside them
-        return "experts"
-    return "embedding" if "embedding" in components else "backbone"
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:

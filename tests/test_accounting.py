@@ -21,7 +21,7 @@ from src.config import load_config
 from src.errors import ConfigError
 from src.lut.codecs import CODECS
 from src.model import ModelConfig, Transformer
-from src.sharding import shard_model
+from src.model.sharding import shard_model
 
 PAPER = Path("configs/paper")
 GIB, KIB = 2**30, 2**10

@@ -30,8 +30,8 @@ from src.errors import ConfigError, LutError
 from src.lut.codecs import CODECS, FloatCodec
 from src.lut.layout import TableLayout
 from src.model import ModelConfig, Transformer
-from src.optimization import parameter_part
-from src.sharding import shard_dimension, shard_groups
+from src.model.parts import parameter_part
+from src.model.sharding import shard_dimension, shard_groups
 
 
 @dataclass(frozen=True, kw_only=True)

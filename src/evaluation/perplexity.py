@@ -17,8 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from src.data.document_mask import document_mask
 from src.model import Transformer
+from src.model.attention import document_mask
 from src.model.loss import token_losses
 
 Batch = TypeVar("Batch")

@@ -16,8 +16,8 @@ from src.lut import LutStore
 from src.lut.manifest import MANIFEST_NAME
 from src.lut.sources import require_lookup_form
 from src.model import ModelConfig, Transformer
-from src.model.block import Block
 from src.model.experts import EmbeddingExperts
+from src.model.transformer import Block
 from src.run_directory import RunDirectory, read_metadata
 
 ExpertForm = Literal["auto", "lut", "ffn"]

@@ -1,6 +1,10 @@
 """Causal multi-head attention with rotary embedding over the whole head, without biases; its norm is the block's.
 
 B batch, T new tokens, S cached + new tokens, D hidden, H heads, K head dimension.
+
+Which positions of a packed window belong to the same document. Knows nothing of models.
+
+B batch, T tokens.
 """
 
 import torch
@@ -130,3 +134,21 @@ def causal_mask(num_new: int, num_total: int, device: torch.device) -> Tensor:
     """Return (1, 1, T, S) booleans: the T newest of S tokens each see themselves and what came before."""
     visible = torch.ones(num_new, num_total, dtype=torch.bool, device=device).tril(num_total - num_new)
     return visible.view(1, 1, num_new, num_total)
+
+
+def segment_ids(token_ids: Tensor, separator_id: int) -> Tensor:
+    """Return, for windows (B, T), which document each position belongs to (B, T) int64, counted from 0 per window.
+
+    A separator belongs to the document that it ends.
+    """
+    ends = (token_ids == separator_id).long()
+    return ends.cumsum(dim=-1) - ends
+
+
+def document_mask(token_ids: Tensor, separator_id: int) -> Tensor:
+    """Return booleans (B, T, T): True where the first position may attend to the second, being of one document.
+
+    It is symmetric: combine it with a causal mask. Rotary positions need no reset, for only their differences count.
+    """
+    segments = segment_ids(token_ids, separator_id)
+    return segments.unsqueeze(-1) == segments.unsqueeze(-2)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.data.document_mask import document_mask, segment_ids
 from src.model import ModelConfig, Transformer
+from src.model.attention import document_mask, segment_ids
 from src.train import train
 from tests.conftest import small_config
 from tests.data.corpora import sentences, write_as

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.model.experts import mix
-from src.model.hidden_experts import HiddenExperts
+from src.model.experts import HiddenExperts, mix
 from src.model.router import Routing, router_probs
 
 TOKENS, EXPERTS, HIDDEN, INNER, UNIQUE = 64, 8, 32, 4, 16

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from src.model import ModelConfig, Transformer
-from src.model.block import Block
+from src.model.transformer import Block
 from tests.model.models import CONFIGS, MOE, build, token_ids
 from tests.reference import reference_logits
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from src.model import KeyValueCache, ModelConfig, attention
-from src.model.experts import mix
-from src.model.hidden_experts import HiddenExperts
+from src.model.experts import HiddenExperts, mix
 from src.model.router import Router, Routing
 from tests.model.models import ARCHITECTURES, CONFIGS, MOLE, build, token_ids
 

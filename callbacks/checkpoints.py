@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from src.checkpointing.config import CheckpointConfig
 from src.checkpointing.files import CheckpointFiles, best_steps
-from src.checkpointing.random_state import capture_random_state, restore_random_state
-from src.checkpointing.signals import Preempted, StopSignals
 from src.run_directory import RunDirectory
+from src.system.random_state import capture_random_state, restore_random_state
+from src.system.signals import Preempted, StopSignals
 
 MONITORED = "val/loss"
 

@@ -9,7 +9,6 @@ from typing import Any
 import lightning
 from rich.console import Console
 
-from src.cli import progress_bar
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.perplexity import Score, Share, summarize, window_losses, zlib_bits_per_byte
 from src.evaluation.report import Report, TableFacts, print_report, sample_text
@@ -21,6 +20,7 @@ from src.lightning_module import LanguageModel
 from src.model import Transformer
 from src.publishing import logged_step, publish_results
 from src.run_directory import RunDirectory, update_report
+from src.system.console import progress_bar
 
 
 class EvaluationCallback(lightning.Callback):

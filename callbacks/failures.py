@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from src.checkpointing.files import CheckpointFiles
-from src.checkpointing.signals import Preempted
 from src.data.datamodule import StepWindows
 from src.errors import TrainingError
 from src.lightning_module import LanguageModel, StepOutput
-from src.ranks import ParentWatch, describe_failure, describe_lost, report_once
 from src.run_directory import RunDirectory
+from src.system.ranks import ParentWatch, describe_failure, describe_lost, report_once
+from src.system.signals import Preempted
 
 RECORD = "failure.txt"
 _LEARN_SECONDS = 3.0

@@ -2,15 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
 from src.errors import UserError
-from src.ranks import is_rank_zero
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -51,23 +46,3 @@ def add_form_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
     options.add_argument("--reader", default="auto", help="how the table is read: auto (default), memmap, pread, ...")
     options.add_argument("--device", default="cpu", help="where the model computes (default: cpu)")
-
-
-def stderr_console() -> Console:
-    """A console for everything that is not the verb's result; silent on ranks above 0."""
-    return Console(stderr=True, quiet=not is_rank_zero())
-
-
-@contextmanager
-def progress_bar(description: str, total: int) -> Generator[Callable[[int], None]]:
-    """Show a bar on stderr and yield a function that advances it."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr_console()) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda count: progress.advance(task, count)

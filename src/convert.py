@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from src.cli import parser, progress_bar, run_verb, stderr_console
+from src.cli import parser, run_verb
 from src.interop import export_official, import_official
+from src.system.console import progress_bar, stderr_console
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import cast
 
 from rich.console import Console
 
-from src.cli import add_form_options, parser, progress_bar, run_verb, stderr_console
+from src.cli import add_form_options, parser, run_verb
 from src.config import load_run_config
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import ConfigError
@@ -18,12 +18,13 @@ from src.evaluation.held_out import EvaluationCorpus, held_out_of_run
 from src.evaluation.perplexity import zlib_bits_per_byte
 from src.evaluation.results import Evaluation
 from src.evaluation.suite import Suite, evaluate_model, prepare_suite
-from src.files import write_text
 from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
 from src.inference.loader import ExpertForm
 from src.lut.manifest import MANIFEST_NAME
 from src.run_directory import RunDirectory
+from src.system.console import progress_bar, stderr_console
+from src.system.files import write_text
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ from rich.markup import escape
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from src.cli import parser, progress_bar, run_verb, stderr_console
+from src.cli import parser, run_verb
 from src.config import load_run_config
 from src.data.tokenizer import load_tokenizer
 from src.errors import UserError
 from src.evaluation.held_out import held_out_of_run
 from src.evaluation.routing_view import TokenWeights, measure_token_weights, windows_with
-from src.files import write_text
 from src.inference import load_model
 from src.lut import read_manifest
 from src.lut.verification import Neighborhood, find_neighbors
 from src.run_directory import RunDirectory
+from src.system.console import progress_bar, stderr_console
+from src.system.files import write_text
 
 MAX_WINDOWS = 64
 """Held-out windows that are routed at most."""

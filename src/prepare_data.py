@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from src.cli import parser, run_verb, stderr_console
+from src.cli import parser, run_verb
 from src.config import load_config
 from src.data.packed_corpus import prepare_corpus
-from src.data.progress import progress_report
 from src.data.report import describe_sources, print_sources
-from src.files import write_text
+from src.system.console import progress_report, stderr_console
+from src.system.files import write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

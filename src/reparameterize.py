@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from src.checkpointing.weights import read_weights
-from src.cli import parser, progress_bar, run_verb, stderr_console
+from src.cli import parser, run_verb
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, RunError
 from src.lut import Manifest, builder, read_manifest
@@ -22,6 +22,7 @@ from src.lut.plan import MEMORY_BYTES, BuildPlan
 from src.lut.scan import read_token_counts
 from src.lut.sources import COMPUTE_DTYPES, open_source
 from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
+from src.system.console import progress_bar, stderr_console
 
 DEFAULT_PRECISION = "bfloat16"
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from src.errors import RunError
-from src.files import atomic_path, write_text
 from src.model.config import ModelConfig
+from src.system.files import atomic_path, write_text
 
 SCHEMA_VERSION = 1
 EXPERTS_PREFIX = "experts."

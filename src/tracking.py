@@ -18,12 +18,12 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from src.code_version import code_version
 from src.config import RunConfig, WandbConfig
-from src.files import write_text
 from src.publishing import without_paths
-from src.ranks import is_rank_zero
 from src.run_directory import RunDirectory, update_report
+from src.system.code_version import code_version
+from src.system.files import write_text
+from src.system.ranks import is_rank_zero
 
 _WANDB_ID = "wandb_id"
 

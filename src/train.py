@@ -3,7 +3,6 @@
 Lightning's Trainer for a run: arguments and callbacks, in the order in which they act.
 """
 
-import ctypes
 import importlib.metadata
 import json
 import logging
@@ -13,7 +12,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import lightning
 import torch
@@ -37,27 +35,26 @@ from callbacks import (
 )
 from src.accounting import account, print_account
 from src.checkpointing.resume import Resumption, compare_configs
-from src.checkpointing.signals import Preempted
 from src.checkpointing.streaming import StreamingCheckpointIO
-from src.cli import parser, run_verb, stderr_console
-from src.code_version import code_version
+from src.cli import parser, run_verb
 from src.config import RunConfig, describe, load_config, load_run_config
 from src.data.datamodule import PackedDataModule
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
-from src.data.progress import progress_report
 from src.data.tokenizer import fingerprint, separator_id
 from src.evaluation.held_out import held_out
 from src.evaluation.report import Report
 from src.evaluation.suite import prepare_suite
-from src.files import write_text
 from src.initialization import start_from_run
 from src.lightning_module import LanguageModel
-from src.ranks import FAILED, ReportedFailureError, is_rank_zero, leave
 from src.run_directory import RunDirectory, update_report
 from src.sharding import ShardedStrategy
+from src.system.code_version import code_version
+from src.system.console import progress_report, stderr_console
+from src.system.files import write_text
+from src.system.hardware import keep_freed_memory, native_precision
+from src.system.ranks import FAILED, ReportedFailureError, is_rank_zero, leave
+from src.system.signals import Preempted
 from src.tracking import build_loggers, close_loggers
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def build_trainer(
@@ -143,25 +140,6 @@ def result_callbacks(
         callbacks.append(DashboardCallback(run.path, config.evaluation, evaluation.suite.text))
     callbacks.append(evaluation)
     return callbacks
-
-
-def native_precision() -> Literal["bf16-mixed", "32-true"]:
-    """Return bf16-mixed where the accelerator or the processor computes in bfloat16, else 32-true."""
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if native else "32-true"
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse large freed blocks instead of returning them to the system (elsewhere: do nothing).
-
-    Activations come and go every step; mapping and zeroing their pages anew took a quarter of the quick start's step.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 DEFAULT_CONFIG = "configs/quickstart.yaml"

@@ -8,13 +8,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from src.cli import parser, progress_bar, run_verb, stderr_console
+from src.cli import parser, run_verb
 from src.config import load_run_config
 from src.evaluation.equivalence import plot_costs
 from src.evaluation.held_out import held_out_of_run
 from src.evaluation.proof import Check, prove
-from src.files import atomic_path, write_text
 from src.run_directory import RunDirectory
+from src.system.console import progress_bar, stderr_console
+from src.system.files import atomic_path, write_text
 
 FAILED = 1
 

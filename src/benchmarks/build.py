@@ -27,13 +27,14 @@ from rich.console import Console
 from rich.table import Table
 
 from src.benchmarks.common import describe_machine, machine_line
-from src.cli import parser, progress_bar, run_verb
-from src.files import write_text
+from src.cli import parser, run_verb
 from src.lut import builder
 from src.lut.codecs import CODECS
 from src.lut.sources import COMPUTE_DTYPES, RowSource, open_source, turn_tokens
 from src.model import ModelConfig, Transformer
 from src.run_directory import RunDirectory
+from src.system.console import progress_bar
+from src.system.files import write_text
 
 _WRITE_BYTES, _WRITE_PIECE_BYTES = 2**30, 64 * 2**20
 _MATMULS_PER_CHUNK = 3

@@ -25,9 +25,9 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from src.files import write_text
 from src.lut.codecs import CODECS
 from src.model import ModelConfig
+from src.system.files import write_text
 
 
 @dataclass

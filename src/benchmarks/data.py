@@ -32,7 +32,7 @@ from src.data.datamodule import StepWindows
 from src.data.files import source_files
 from src.data.packed_corpus import prepare_corpus
 from src.data.tokenizer import load_tokenizer, train_bpe
-from src.files import atomic_path, write_text
+from src.system.files import atomic_path, write_text
 
 _BATCH_CHARACTERS = 1 << 20
 _SAMPLE_INTERVAL_SECONDS = 0.1

@@ -34,13 +34,14 @@ from src.benchmarks.common import (
 )
 from src.benchmarks.memory_use import anonymous_bytes
 from src.benchmarks.workload import TextIds, load_text_ids, scratch_directory, write_runs
-from src.cli import parser, progress_bar, run_verb
+from src.cli import parser, run_verb
 from src.inference import InferenceModel, load_model
 from src.inference.disk_experts import DiskExperts
 from src.inference.generation import PREFILL_CHUNK_POSITIONS, PREFILL_CHUNK_TOKENS, prefetch, prefill
 from src.lut import read_manifest
 from src.model import KeyValueCache
 from src.model.products import linear
+from src.system.console import progress_bar
 
 PROMPT_TOKENS = 512
 CACHED_ROWS = 1024

@@ -30,11 +30,12 @@ from src.benchmarks.common import (
     write_results,
 )
 from src.benchmarks.workload import MemmapCopy, RawReads, TextIds, load_text_ids, scratch_directory, write_table
-from src.cli import parser, progress_bar, run_verb
+from src.cli import parser, run_verb
 from src.errors import LutFormatError
 from src.lut import LutStore, read_manifest
 from src.lut.readers.memory import MemmapReader
 from src.run_directory import Identity
+from src.system.console import progress_bar
 
 COUNTS = (1, 8, 32, 256, 2048)
 CACHED_ROWS = 1024

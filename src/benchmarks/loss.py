@@ -26,9 +26,10 @@ from src.benchmarks.common import (
 )
 from src.benchmarks.train import peak_bytes
 from src.benchmarks.workload import load_text_ids
-from src.cli import parser, progress_bar, run_verb
+from src.cli import parser, run_verb
 from src.model.loss import next_token_loss
-from src.train import keep_freed_memory
+from src.system.console import progress_bar
+from src.system.hardware import keep_freed_memory
 
 OURS, PLAIN, PRODUCTS = "in chunks", "plain", "three matrix products"
 Work = Callable[[], object]

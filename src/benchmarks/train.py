@@ -32,18 +32,18 @@ from torch import Tensor
 
 from src.accounting.flops import step_flops
 from src.benchmarks.common import describe_machine, machine_line
-from src.cli import parser, progress_bar, run_verb
+from src.cli import parser, run_verb
 from src.data.config import DataConfig, TokenizerConfig
 from src.data.packed_corpus import prepare_corpus
 from src.data.windows import training_windows
 from src.errors import UserError
-from src.files import atomic_path, write_text
-from src.hardware import matmul_rate, synchronize
 from src.model import ModelConfig, Transformer
 from src.model.experts import LayerExperts, mix
 from src.model.router import Routing, router_probs
 from src.model.step_rows import StepRows
-from src.train import native_precision
+from src.system.console import progress_bar
+from src.system.files import atomic_path, write_text
+from src.system.hardware import matmul_rate, native_precision, synchronize
 
 Value = TypeVar("Value")
 

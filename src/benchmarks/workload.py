@@ -24,7 +24,6 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from src.cli import progress_bar
 from src.data.files import stdlib_files
 from src.data.tokenizer import load_tokenizer, train_bpe
 from src.errors import DataError, UserError
@@ -34,6 +33,7 @@ from src.lut.readers.memory import release_pages
 from src.lut.readers.reader import ShardFiles
 from src.model import ModelConfig, Transformer
 from src.run_directory import Identity, RunDirectory
+from src.system.console import progress_bar
 
 HELD_OUT_SHARE = 0.1
 _DEFAULT_VOCABULARY = 16_384

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.files import sync_directory
+from src.system.files import sync_directory
 
 _ENTRY = re.compile(r"step-(\d+)\.ckpt")
 _UNFINISHED = ".*step-*.tmp"

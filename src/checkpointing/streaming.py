@@ -15,7 +15,7 @@ from lightning.fabric.utilities.types import _PATH
 
 from src.checkpointing.files import CheckpointFiles
 from src.errors import TrainingError
-from src.files import atomic_path
+from src.system.files import atomic_path
 
 
 class StreamingCheckpointIO(CheckpointIO):

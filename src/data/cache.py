@@ -29,7 +29,6 @@ from src.data.config import DataConfig, SourceConfig
 from src.data.encoder import token_dtype
 from src.data.encoder_pool import encode_in_order
 from src.data.files import inputs_of, source_files
-from src.data.progress import Reading, Report
 from src.data.records import hub_rows
 from src.data.shards import (
     SPLITS,
@@ -44,7 +43,8 @@ from src.data.shards import (
 )
 from src.data.tokenizer import fingerprint, require_same, separator_id, vocabulary_size
 from src.errors import DataError
-from src.files import sync_directory, write_text
+from src.system.console import Reading, Report
+from src.system.files import sync_directory, write_text
 
 
 def prepare_shards(

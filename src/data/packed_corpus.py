@@ -20,11 +20,11 @@ from src.data.cache import PreparedSource, entry_key, exclusive, prepare_source
 from src.data.config import DataConfig, SourceConfig
 from src.data.corpus import Document, is_held_out, read_source
 from src.data.files import source_files
-from src.data.progress import Reading, Report, no_report
 from src.data.shards import SplitCount, TokenSequence
 from src.data.tokenizer import fingerprint, load_hub_tokenizer, load_tokenizer, require_room, train_bpe
 from src.errors import DataError
-from src.files import write_text
+from src.system.console import Reading, Report, no_report
+from src.system.files import write_text
 
 _SMALL = 4
 """A file may expand so far; a source below its budget divided by this is read whole."""

@@ -25,7 +25,7 @@ from src.data.config import DataConfig
 from src.data.corpus import Position, Skipped
 from src.data.encoder import Encoded
 from src.errors import DataError
-from src.files import sync_directory, write_text
+from src.system.files import sync_directory, write_text
 
 _SETTLED_RECORDS = 10_000
 """Records after which a share far over its budget stops the work at once; else the end of the source decides."""

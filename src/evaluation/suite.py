@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.checkpointing.random_state import capture_random_state, restore_random_state
 from src.errors import ConfigError
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.generated_tasks import GENERATED, Document, score_documents
@@ -22,6 +21,7 @@ from src.evaluation.perplexity import Share, loss_by_frequency, summarize, windo
 from src.evaluation.published_tasks import PUBLISHED, require_known
 from src.evaluation.results import Evaluation, TaskScore, TextScore, fingerprint_documents
 from src.model import Transformer
+from src.system.random_state import capture_random_state, restore_random_state
 
 GENERATED_DOCUMENTS = 100
 """Documents of a generated task, unless the limit is lower."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from src.data.tokenizer import END_OF_TEXT, load_tokenizer
 from src.errors import CheckpointError
-from src.files import atomic_directory, atomic_path, write_text
 from src.inference import InferenceModel, load_model
 from src.inference.disk_experts import DiskExperts
 from src.interop.importer import require_new
@@ -19,6 +18,7 @@ from src.interop.names import TABLE_NAME, official_config, require_expressible, 
 from src.interop.table import Progress, export_table, no_progress
 from src.lut.manifest import MANIFEST_NAME
 from src.run_directory import RunDirectory
+from src.system.files import atomic_directory, atomic_path, write_text
 
 
 def export_official(

@@ -13,12 +13,12 @@ from torch import Tensor
 from src.data.config import DataConfig
 from src.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from src.errors import CheckpointError, DataError
-from src.files import atomic_directory, write_text
 from src.interop.names import TABLE_NAME, correspondences, official_shapes, read_model_config
 from src.interop.reader import CheckpointTensors, read_json
 from src.interop.table import Progress, TableRows, import_table, no_progress
 from src.model import ModelConfig
 from src.run_directory import RunDirectory
+from src.system.files import atomic_directory, write_text
 
 NAMES_SHOWN = 5
 

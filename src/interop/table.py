@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from src.errors import CheckpointError
-from src.files import atomic_path
 from src.interop.names import TABLE_NAME
 from src.interop.reader import CheckpointTensors
 from src.lut import LutStore, builder
 from src.model import ModelConfig
 from src.run_directory import Identity
+from src.system.files import atomic_path
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Opens a progress bar with a description and a total, and yields what advances it."""

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from src.errors import LutBusyError, LutError
-from src.files import atomic_path, sync_directory, write_text
 from src.lut.codecs import codec
 from src.lut.layout import SHARD_BYTES
 from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, Manifest, read_manifest, write_row_errors
@@ -41,6 +40,7 @@ from src.lut.shard_writer import (
 from src.lut.sources import RowSource, open_source
 from src.model import Transformer
 from src.run_directory import RunDirectory
+from src.system.files import atomic_path, sync_directory, write_text
 
 
 def is_recorded(plan: BuildPlan) -> bool:

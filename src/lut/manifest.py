@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from src.errors import LutError, LutFormatError
-from src.files import write_text
 from src.lut.codecs import CODECS
 from src.lut.layout import Shard, TableLayout, plan_shards, sha256, tokens_per_shard
+from src.system.files import write_text
 
 MAX_BYTES = 64 * 2**20
 """No document of a table is larger; a larger file is not read."""

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from src.errors import LutBusyError, LutError
-from src.files import sync_directory, write_text
 from src.lut.codecs import Codec, codec
 from src.lut.layout import CHECKSUM_BYTES, Shard, row_checksums
 from src.lut.manifest import LayerSums, add, combine, measure
 from src.lut.plan import BuildPlan
+from src.system.files import sync_directory, write_text
 
 
 class Background:

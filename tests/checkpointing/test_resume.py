@@ -16,11 +16,11 @@ import pytest
 
 from src.checkpointing.files import CheckpointFiles
 from src.checkpointing.resume import compare_configs
-from src.checkpointing.signals import Preempted
 from src.config import RunConfig, load_run_config
 from src.errors import ConfigError, RunError, UserError
 from src.lightning_module import LanguageModel
 from src.run_directory import RunDirectory
+from src.system.signals import Preempted
 from src.train import RunResult, main, resumed_config, train
 from tests.conftest import small_config
 from tests.distributed.processes import start

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models
 from src.data.config import DataConfig, SourceConfig, TokenizerConfig
 from src.data.files import stdlib_files
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
-from src.data.progress import Reading
 from src.data.tokenizer import byte_lengths, fingerprint, load_tokenizer, require_same, train_bpe, vocabulary_size
 from src.errors import ConfigError, DataError
+from src.system.console import Reading
 from tests.conftest import STDLIB
 from tests.data.corpora import all_documents, config_for, documents_of, sentences, stdlib_config, write_as
 

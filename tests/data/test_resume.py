@@ -13,8 +13,8 @@ import pytest
 
 from src.data.config import DataConfig, SourceConfig, TokenizerConfig
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
-from src.data.progress import Reading
 from src.data.tokenizer import load_tokenizer, train_bpe
+from src.system.console import Reading
 from tests.conftest import CONFIGS
 from tests.data.corpora import all_documents, config_for, sentences, write_as
 

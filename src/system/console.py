@@ -1,12 +1,43 @@
-"""How far preparing a corpus has come: rate and time left. Knows nothing of what is being done."""
+"""Progress bars on stderr. Knows nothing of the work that they show."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
+
+from src.system.ranks import is_rank_zero
+
+
+def stderr_console() -> Console:
+    """A console for everything that is not the verb's result; silent on ranks above 0."""
+    return Console(stderr=True, quiet=not is_rank_zero())
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Generator[Callable[[int], None]]:
+    """Show a bar on stderr and yield a function that advances it."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr_console()) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 class Reading(NamedTuple):

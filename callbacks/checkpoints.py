@@ -12,11 +12,11 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from src.checkpointing.config import CheckpointConfig
-from src.checkpointing.files import CheckpointFiles, best_steps
 from src.run_directory import RunDirectory
 from src.system.random_state import capture_random_state, restore_random_state
 from src.system.signals import Preempted, StopSignals
+from src.training.checkpoints import CheckpointFiles, best_steps
+from src.training.config import CheckpointConfig
 
 MONITORED = "val/loss"
 

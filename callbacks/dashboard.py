@@ -13,11 +13,11 @@ from src.evaluation.perplexity import Share
 from src.evaluation.report import sample_text
 from src.evaluation.routing_view import RoutingView, view_routing
 from src.evaluation.suite import evaluating
-from src.lightning_module import LanguageModel
 from src.model.sharding import is_sharded
-from src.publishing import log_figures, log_table, logged_step
 from src.run_directory import RunDirectory
 from src.system.files import atomic_path
+from src.training.lightning_module import LanguageModel
+from src.training.tracking import log_figures, log_table, logged_step
 
 VIEWED_TOKENS = 8192
 """Tokens of held-out text that the routers are watched on."""

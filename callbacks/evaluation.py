@@ -16,11 +16,11 @@ from src.evaluation.results import Evaluation
 from src.evaluation.suite import Suite, evaluate_model, evaluating
 from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
-from src.lightning_module import LanguageModel
 from src.model import Transformer
-from src.publishing import logged_step, publish_results
 from src.run_directory import RunDirectory, update_report
 from src.system.console import progress_bar
+from src.training.lightning_module import LanguageModel
+from src.training.tracking import logged_step, publish_results
 
 
 class EvaluationCallback(lightning.Callback):

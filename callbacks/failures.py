@@ -12,13 +12,13 @@ import lightning
 import torch
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from src.checkpointing.files import CheckpointFiles
 from src.data.datamodule import StepWindows
 from src.errors import TrainingError
-from src.lightning_module import LanguageModel, StepOutput
 from src.run_directory import RunDirectory
 from src.system.ranks import ParentWatch, describe_failure, describe_lost, report_once
 from src.system.signals import Preempted
+from src.training.checkpoints import CheckpointFiles
+from src.training.lightning_module import LanguageModel, StepOutput
 
 RECORD = "failure.txt"
 _LEARN_SECONDS = 3.0

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from src.accounting.flops import step_flops
 from src.errors import RunError
-from src.lightning_module import LanguageModel
 from src.system.hardware import matmul_rate, peak_memory_bytes, synchronize
+from src.training.lightning_module import LanguageModel
 
 
 class StepProgressBar(TQDMProgressBar):

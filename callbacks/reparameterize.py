@@ -5,12 +5,12 @@ from pathlib import Path
 import lightning
 from torch import Tensor
 
-from src.lightning_module import LanguageModel
 from src.lut import builder
 from src.lut.sources import ModelRows, RunRows
 from src.model.sharding import is_sharded, whole_weights
 from src.run_directory import RunDirectory
 from src.system.console import progress_bar
+from src.training.lightning_module import LanguageModel
 
 
 class ReparameterizeCallback(lightning.Callback):

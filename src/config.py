@@ -6,25 +6,29 @@ Defaults in code < `base:` file < file < `key=value`. What comes out is plain fr
 import ast
 import difflib
 import inspect
-import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from src.checkpointing.config import CheckpointConfig
 from src.data.config import DataConfig
 from src.errors import ConfigError
 from src.evaluation.config import EvaluationConfig
 from src.lut.codecs import CODECS
 from src.model.config import ModelConfig
-from src.optimization import ObjectiveConfig, OptimizerConfig
 from src.run_directory import RunDirectory
+from src.training.config import (
+    CheckpointConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    WandbConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,78 +48,6 @@ class LutConfig:
             raise ConfigError(f"lut.dtype: {self.dtype!r}, but it must be one of {', '.join(CODECS)}")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ConfigError(f"lut.chunk_tokens: {self.chunk_tokens}, but it must be at least 1")
-
-
-Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """Lightning's Trainer; names and meanings are Lightning's."""
-
-    max_steps: int
-    """Optimiser steps; also the length of the learning-rate schedule."""
-    max_time: str | None = None
-    """Stop training after DD:HH:MM:SS; what follows training still runs."""
-    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
-    """auto is cuda where there is a CUDA device, else cpu."""
-    devices: str = "auto"
-    """Number of devices, a list such as 0,1, or auto."""
-    num_nodes: int = 1
-    """Machines."""
-    strategy: Literal["auto", "ddp", "ddp_spawn", "ddp_fork", "fsdp2"] = "auto"
-    """How devices work together: in ddp each holds the model, in fsdp2 a part; auto is ddp where there are several."""
-    precision: Precision = "auto"
-    """auto is bf16-mixed where the processor computes in bfloat16, else 32-true."""
-    val_check_interval: int = 200
-    """Optimiser steps between validations; each also writes a checkpoint."""
-    limit_val_batches: int | None = None
-    """Validation batches at most; null takes all of data.validation_windows."""
-    num_sanity_val_steps: int = 0
-    """Validation batches before training starts, to find errors early."""
-    log_every_n_steps: int = 10
-    """Optimiser steps between log entries."""
-    non_finite: Literal["stop", "skip"] = "stop"
-    """When a loss or gradient is not finite: stop the run, or skip the step and count it as train/skipped_steps."""
-    compile: bool = False
-    """Compile blocks and experts with torch.compile; the first steps wait for the compiler."""
-    deterministic: bool = False
-    """Refuse operations that are not repeatable."""
-    fast_dev_run: bool = False
-    """One step of everything, without logger and checkpoints."""
-    enable_progress_bar: bool = True
-    """Show progress on the terminal."""
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError on values out of range."""
-        for name in ("max_steps", "num_nodes", "val_check_interval", "log_every_n_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"trainer.{name}: {getattr(self, name)}, but it must be at least 1")
-        if self.max_time is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", self.max_time):
-            raise ConfigError(f'trainer.max_time: {self.max_time!r}, but it must be DD:HH:MM:SS, such as "00:00:04:00"')
-
-    @property
-    def stated_devices(self) -> int:
-        """Devices on all machines, one on each where `devices` leaves their number open."""
-        if "," in self.devices:  # a list of indices
-            return self.num_nodes * len([index for index in self.devices.split(",") if index.strip()])
-        return self.num_nodes * (int(self.devices) if self.devices.isdecimal() else 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WandbConfig:
-    """Weights & Biases; a CSV of the same metrics lies in the run directory whatever is chosen."""
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto is online where an API key is set up, offline where not."""
-    project: str = "mole"
-    """Project that the run appears in."""
-    entity: str | None = None
-    """User or team; null is the account's default."""
-    tags: list[str] = field(default_factory=list[str])
-    """Labels of the run."""
-    log_table: bool = False
-    """At the end, send the lookup table as an artifact, beside the report, which is always sent. Tables are large."""
 
 
 @dataclass(frozen=True, kw_only=True)

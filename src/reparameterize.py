@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from src.checkpointing.weights import read_weights
 from src.cli import parser, run_verb
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, RunError
@@ -23,6 +22,7 @@ from src.lut.scan import read_token_counts
 from src.lut.sources import COMPUTE_DTYPES, open_source
 from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
 from src.system.console import progress_bar, stderr_console
+from src.training.checkpoints import read_weights
 
 DEFAULT_PRECISION = "bfloat16"
 

@@ -34,8 +34,6 @@ from callbacks import (
     TimeLimit,
 )
 from src.accounting import account, print_account
-from src.checkpointing.resume import Resumption, compare_configs
-from src.checkpointing.streaming import StreamingCheckpointIO
 from src.cli import parser, run_verb
 from src.config import RunConfig, describe, load_config, load_run_config
 from src.data.datamodule import PackedDataModule
@@ -44,17 +42,18 @@ from src.data.tokenizer import fingerprint, separator_id
 from src.evaluation.held_out import held_out
 from src.evaluation.report import Report
 from src.evaluation.suite import prepare_suite
-from src.initialization import start_from_run
-from src.lightning_module import LanguageModel
 from src.run_directory import RunDirectory, update_report
-from src.sharding import ShardedStrategy
 from src.system.code_version import code_version
 from src.system.console import progress_report, stderr_console
 from src.system.files import write_text
 from src.system.hardware import keep_freed_memory, native_precision
 from src.system.ranks import FAILED, ReportedFailureError, is_rank_zero, leave
 from src.system.signals import Preempted
-from src.tracking import build_loggers, close_loggers
+from src.training.checkpoints import StreamingCheckpointIO
+from src.training.lightning_module import LanguageModel
+from src.training.resume import Resumption, compare_configs, start_from_run
+from src.training.strategy import ShardedStrategy
+from src.training.tracking import build_loggers, close_loggers
 
 
 def build_trainer(
@@ -197,7 +196,7 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
     )
     failure = RankFailureCallback(run)
     callbacks = [failure, *progress_callbacks(config, run), *result_callbacks(config, run, corpus, evaluation)]
-    loggers, failed = build_loggers(config, run, 0 if start is None else start.step), True
+    loggers, failed = build_loggers(config.wandb, config.to_dict(), run, 0 if start is None else start.step), True
     try:
         trainer = build_trainer(config, callbacks, loggers)
         checkpoint = None if start is None else start.checkpoint

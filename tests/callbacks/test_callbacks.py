@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from callbacks import ReparameterizeCallback
 from src.config import load_run_config
 from src.inference import load_model
-from src.lightning_module import LanguageModel, StepOutput
 from src.lut import LutStore, read_manifest
 from src.run_directory import Identity, RunDirectory, identify
 from src.train import RunResult, train
+from src.training.lightning_module import LanguageModel, StepOutput
 from tests.conftest import small_config
 
 

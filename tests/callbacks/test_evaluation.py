@@ -21,10 +21,10 @@ from src.config import load_run_config
 from src.errors import ConfigError
 from src.evaluation.held_out import held_out_of_run
 from src.evaluation.suite import prepare_suite
-from src.lightning_module import LanguageModel
 from src.model.router import Router, Routing, router_probs
 from src.run_directory import RunDirectory
 from src.train import RunResult, train
+from src.training.lightning_module import LanguageModel
 from tests.conftest import CONFIGS, small_config
 
 QUICK = ("trainer.precision=32-true", "trainer.max_steps=6", "trainer.val_check_interval=2")

@@ -16,8 +16,8 @@ import callbacks.reparameterize
 from callbacks import EvaluationCallback
 from src import train
 from src.cli import run_verb
-from src.lightning_module import LanguageModel
 from src.lut import builder
+from src.training.lightning_module import LanguageModel
 
 SHARD_BYTES = 2**18
 MESSAGE = "the injected fault"

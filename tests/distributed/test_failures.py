@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from src.checkpointing.files import CheckpointFiles
 from src.errors import TrainingError
-from src.lightning_module import LanguageModel
 from src.train import train
+from src.training.checkpoints import CheckpointFiles
+from src.training.lightning_module import LanguageModel
 from tests.conftest import CONFIGS, small_config
 from tests.distributed.patched_train import MESSAGE, main
 from tests.distributed.processes import start_ranks, wait

@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from src.checkpointing.files import CheckpointFiles
-from src.checkpointing.weights import read_weights
 from src.config import load_run_config
-from src.lightning_module import LanguageModel
 from src.lut import LutStore, builder
-from src.optimization import ObjectiveConfig, OptimizerConfig
 from src.run_directory import RunDirectory
 from src.train import resumed_config, train
+from src.training.checkpoints import CheckpointFiles, read_weights
+from src.training.config import ObjectiveConfig, OptimizerConfig
+from src.training.lightning_module import LanguageModel
 from tests.conftest import small_config
 from tests.distributed.processes import run_ranks
 from tests.model.test_step_rows import CONFIG
-from tests.test_lightning_module import ONLY_TRAIN, read_metrics
+from tests.training.test_lightning_module import ONLY_TRAIN, read_metrics
 
 ARCHITECTURES = {
     "dense": ("model.num_experts=0", "model.expert_intermediate_size=0"),

@@ -8,8 +8,8 @@ import torch
 
 from src.evaluation.equivalence import PermutedRows, ZeroedRows, compare_greedy, experts_replaced, logit_distance
 from src.evaluation.perplexity import score_windows, window_losses, zlib_bits_per_byte
-from src.evaluation.routing import RoutingMetrics
 from src.model import ModelConfig, Transformer
+from src.training.routing_metrics import RoutingMetrics
 
 CONFIG = ModelConfig(
     vocab_size=50,

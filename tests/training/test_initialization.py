@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 
 from src.data.tokenizer import load_tokenizer, train_bpe
 from src.errors import RunError
-from src.initialization import start_from_run
 from src.model import Transformer
 from src.run_directory import RunDirectory
 from src.train import RunResult, train
+from src.training.resume import start_from_run
 from tests.conftest import small_config
 
 

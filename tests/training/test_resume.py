@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from src.checkpointing.files import CheckpointFiles
-from src.checkpointing.resume import compare_configs
 from src.config import RunConfig, load_run_config
 from src.errors import ConfigError, RunError, UserError
-from src.lightning_module import LanguageModel
 from src.run_directory import RunDirectory
 from src.system.signals import Preempted
 from src.train import RunResult, main, resumed_config, train
+from src.training.checkpoints import CheckpointFiles
+from src.training.lightning_module import LanguageModel
+from src.training.resume import compare_configs
 from tests.conftest import small_config
 from tests.distributed.processes import start
-from tests.test_lightning_module import ONLY_TRAIN, read_metrics
+from tests.training.test_lightning_module import ONLY_TRAIN, read_metrics
 
 METRICS = ("train/loss", "train/gradient_norm", "val/loss", "train/learning_rate/backbone")
 SMALLER = ("model.num_layers=1", "model.num_experts=2", "data.sequence_length=16", "data.validation_windows=8")

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from src.config import WandbConfig
-from src.publishing import NOT_LOGGED, without_paths
 from src.run_directory import RunDirectory
-from src.tracking import wandb_mode
 from src.train import resumed_config, train
+from src.training.config import WandbConfig
+from src.training.tracking import NOT_LOGGED, wandb_mode, without_paths
 from tests.conftest import CONFIGS, STDLIB, small_config
 
 

@@ -1,6 +1,10 @@
 """Where metrics go: a CSV in the run directory, always, and Weights & Biases.
 
 A resumed run continues both: the CSV from its checkpoint's step on, the W&B run under its recorded id.
+
+What Weights & Biases is told of a run, beside its metrics: config, pictures, tables, files.
+
+Nothing leaves this module that names a place outside the run directory.
 """
 
 import csv
@@ -9,31 +13,127 @@ import json
 import netrc
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import lightning
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from src.config import RunConfig, WandbConfig
-from src.publishing import without_paths
 from src.run_directory import RunDirectory, update_report
 from src.system.code_version import code_version
 from src.system.files import write_text
 from src.system.ranks import is_rank_zero
+from src.training.config import WandbConfig
+
+NOT_LOGGED = "(a path: not logged)"
+_PATHS = {"output_dir", "cache_dir", "files", "path", "init_from", "local_data"}
+"""Keys of a config, in any section, whose values are places on this machine."""
+_PATHS_OR_NAMES = {"hub"}
+"""Keys whose values are names, or folders."""
+
+_DATA_DIR = "WANDB_DATA_DIR"
+
+
+def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config in which paths are replaced by a remark; what they hold is known by fingerprints."""
+    return {key: _without_paths(key, value) for key, value in config.items()}
+
+
+def _without_paths(key: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_paths(value)
+    if value is None or value == []:
+        return value
+    if key in _PATHS or (key in _PATHS_OR_NAMES and _is_place(str(value))):
+        return [NOT_LOGGED] * len(value) if isinstance(value, list) else NOT_LOGGED
+    if isinstance(value, list):
+        return [without_paths(item) if isinstance(item, Mapping) else item for item in value]
+    return value
+
+
+def _is_place(value: str) -> bool:
+    return value.startswith((".", "~", os.sep)) or Path(value).exists()
+
+
+def logged_step(trainer: lightning.Trainer) -> int:
+    """The step that Lightning's own log gives a validation now: the index of the last one, not how many there were.
+
+    Resuming keeps what was logged before the steps that it repeats, so all of a validation must lie there.
+    """
+    return max(0, trainer.global_step - 1)
+
+
+def log_figures(loggers: Iterable[Logger], figures: Mapping[str, Path], step: int) -> None:
+    """Send PNG files; call it on rank 0."""
+    for logger in _wandb(loggers):
+        for name, path in figures.items():
+            logger.log_image(f"figures/{name}", [str(path)], step=step)
+
+
+def log_table(
+    loggers: Iterable[Logger], name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
+) -> None:
+    """Send a table as it is now; call it on rank 0."""
+    for logger in _wandb(loggers):
+        with _staged_in_run(logger):
+            logger.log_table(f"tables/{name}", columns=list(columns), data=[list(row) for row in rows], step=step)
+
+
+def publish_results(loggers: Iterable[Logger], run: RunDirectory, *, with_table: bool) -> None:
+    """Send the report and, `with_table`, the lookup table as artifacts, read from where they lie; call it on rank 0."""
+    for logger in _wandb(loggers):
+        with _staged_in_run(logger):
+            _publish(logger, [run.report_path], f"report-{run.path.name}", "report")
+            if with_table and run.lut_path().is_dir():
+                _publish(logger, sorted(run.lut_path().iterdir()), f"lut-{run.path.name}", "lut")
+
+
+def _publish(logger: WandbLogger, files: Sequence[Path], name: str, kind: str) -> None:
+    import wandb
+
+    artifact = wandb.Artifact(name, type=kind)
+    for file in files:
+        artifact.add_file(str(file), policy="immutable", skip_cache=True)
+    logger.experiment.log_artifact(artifact)
+
+
+@contextmanager
+def _staged_in_run(logger: WandbLogger) -> Generator[None]:
+    """Let W&B keep what it prepares inside the run, not in the user's home, whose path its record would then hold."""
+    before = os.environ.get(_DATA_DIR)
+    os.environ[_DATA_DIR] = str(Path(logger.save_dir or ".") / "wandb")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_DATA_DIR]
+        else:
+            os.environ[_DATA_DIR] = before
+
+
+def _wandb(loggers: Iterable[Logger]) -> list[WandbLogger]:
+    return [logger for logger in loggers if isinstance(logger, WandbLogger)]
+
 
 _WANDB_ID = "wandb_id"
 
 
-def build_loggers(config: RunConfig, run: RunDirectory, first_step: int = 0) -> list[Logger]:
-    """Return the loggers of a run that begins or goes on at `first_step`; only `online` sends anything anywhere."""
+def build_loggers(
+    config: WandbConfig, resolved: Mapping[str, Any], run: RunDirectory, first_step: int = 0
+) -> list[Logger]:
+    """Return the loggers of a run that begins or goes on at `first_step`; only `online` sends anything anywhere.
+
+    W&B records `resolved`, the run's whole config, without its paths.
+    """
     loggers: list[Logger] = [ContinuedCSVLogger(run.path, first_step)]
-    mode = wandb_mode(config.wandb)
+    mode = wandb_mode(config)
     if mode != "disabled":
-        loggers.append(_wandb_logger(config, run, mode))
+        loggers.append(_wandb_logger(config, resolved, run, mode))
     return loggers
 
 
@@ -53,7 +153,7 @@ def _has_api_key() -> bool:
         return False
 
 
-def _wandb_logger(config: RunConfig, run: RunDirectory, mode: str) -> WandbLogger:
+def _wandb_logger(config: WandbConfig, resolved: Mapping[str, Any], run: RunDirectory, mode: str) -> WandbLogger:
     import wandb
 
     logger = WandbLogger(
@@ -61,11 +161,11 @@ def _wandb_logger(config: RunConfig, run: RunDirectory, mode: str) -> WandbLogge
         resume="allow",
         name=run.path.name,
         save_dir=run.path,
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        tags=list(config.wandb.tags),
+        project=config.project,
+        entity=config.entity,
+        tags=list(config.tags),
         offline=mode == "offline",
-        config={**without_paths(config.to_dict()), "code": code_version(), "fingerprints": _fingerprints(run)},
+        config={**without_paths(resolved), "code": code_version(), "fingerprints": _fingerprints(run)},
         # no console output, no host name, no command line, no paths: metrics and config are all that is recorded
         settings=wandb.Settings(
             console="off", silent=True, host="not recorded", x_disable_meta=True, x_disable_stats=True

@@ -8,7 +8,8 @@ import torch
 from src.errors import ConfigError
 from src.model import ModelConfig, Transformer
 from src.model.parts import parameter_part
-from src.optimization import Multipliers, OptimizerConfig, build_optimizer, build_schedule, learning_rate_factor
+from src.training.config import Multipliers, OptimizerConfig
+from src.training.optimization import build_optimizer, build_schedule, learning_rate_factor
 
 DENSE = ModelConfig(vocab_size=11, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=8)
 MOLE = replace(DENSE, num_experts=3, expert_intermediate_size=8)

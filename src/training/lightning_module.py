@@ -18,7 +18,6 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from src.data.datamodule import NO_WINDOW
-from src.evaluation.routing import RoutingMetrics
 from src.model import ModelConfig, Transformer
 from src.model.attention import document_mask
 from src.model.experts import ExpertRows
@@ -26,7 +25,9 @@ from src.model.loss import next_token_loss, token_losses
 from src.model.router import load_balance_loss, z_loss
 from src.model.sharding import shard_model, whole
 from src.model.step_rows import StepRows
-from src.optimization import ObjectiveConfig, OptimizerConfig, build_optimizer, build_schedule, clip_gradients
+from src.training.config import ObjectiveConfig, OptimizerConfig
+from src.training.optimization import build_optimizer, build_schedule, clip_gradients
+from src.training.routing_metrics import RoutingMetrics
 
 
 class StepOutput(TypedDict):

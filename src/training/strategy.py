@@ -13,8 +13,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
-from src.checkpointing.streaming import full_disk_message, is_full
 from src.errors import TrainingError
+from src.training.checkpoints import full_disk_message, is_full
 
 
 class ShardedStrategy(ModelParallelStrategy):

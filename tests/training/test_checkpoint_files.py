@@ -12,9 +12,8 @@ import psutil
 import pytest
 import torch
 
-from src.checkpointing.files import CheckpointFiles, best_steps
-from src.checkpointing.streaming import StreamingCheckpointIO, tensor_bytes
 from src.errors import TrainingError
+from src.training.checkpoints import CheckpointFiles, StreamingCheckpointIO, best_steps, tensor_bytes
 from tests.conftest import CONFIGS
 
 MEBIBYTE = 2**20
@@ -87,7 +86,7 @@ def test_a_gigabyte_costs_no_memory(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         sys.path.insert(0, {str(CONFIGS.parent)!r})
-        from tests.checkpointing.test_streaming import most_memory_while_saving
+        from tests.training.test_checkpoint_files import most_memory_while_saving
         print(most_memory_while_saving(1024, Path({str(tmp_path)!r})))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)

@@ -9,15 +9,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from src import reparameterize
-from src.checkpointing.files import CheckpointFiles
-from src.checkpointing.weights import read_weights
 from src.errors import TrainingError
-from src.lightning_module import LanguageModel
 from src.lut import LutStore
 from src.run_directory import RunDirectory, identify
 from src.train import resumed_config, train
+from src.training.checkpoints import CheckpointFiles, read_weights
+from src.training.lightning_module import LanguageModel
 from tests.conftest import small_config
-from tests.test_lightning_module import ONLY_TRAIN, read_metrics
+from tests.training.test_lightning_module import ONLY_TRAIN, read_metrics
 
 TRAIN = (
     "evaluation.at_fit_end=false",

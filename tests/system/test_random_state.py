@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from src.checkpointing.streaming import StreamingCheckpointIO
 from src.system.random_state import capture_random_state, restore_random_state
+from src.training.checkpoints import StreamingCheckpointIO
 
 
 def draw() -> list[float]:

@@ -1,0 +1,1 @@
+"""Training with Lightning: module, optimization, strategies, checkpoints, resumption and tracking."""

@@ -1,0 +1,205 @@
+"""Which checkpoints a run writes and keeps, and which weights it ends with."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from src.errors import ConfigError
+
+Schedule = Literal["cosine", "wsd", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is added to the language-model loss; both terms are logged whatever their weight."""
+
+    load_balance_weight: float = 0.0
+    """Weight of the load-balance loss, per micro-batch, mean over layers; the paper uses 0 for MoLE, 0.01 for MoE."""
+    z_loss_weight: float = 0.0
+    """Weight of the router z-loss, per micro-batch, mean over layers; the paper uses 0 for MoLE, 0.001 for MoE."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError on negative weights."""
+        for name in ("load_balance_weight", "z_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"objective.{name}: {getattr(self, name)}, but it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multipliers:
+    """What a group of parameters takes of the common settings."""
+
+    learning_rate: float = 1.0
+    """Factor on `optimizer.learning_rate`, at least 0; 0 freezes the group."""
+    weight_decay: float = 1.0
+    """Factor on `optimizer.weight_decay`, at least 0; 0 leaves the group without decay. AdamW takes decay times
+    learning rate, so the other factor scales it too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and the learning rate over `trainer.max_steps`."""
+
+    learning_rate: float = 6e-4
+    """Peak learning rate."""
+    schedule: Schedule = "cosine"
+    """After the warm-up: `cosine` falls until the end, `wsd` holds the peak and falls linearly over the last
+    `decay_steps`, `constant` holds it."""
+    min_learning_rate_ratio: float = 0.1
+    """Final learning rate of `cosine` and `wsd` as a share of the peak, in 0..1."""
+    warmup_steps: int = 100
+    """Optimiser steps of linear warm-up."""
+    decay_steps: int | None = None
+    """Optimiser steps of the final decay of `wsd`, which starts no earlier than the warm-up ends; null is a tenth of
+    `trainer.max_steps`. Other schedules have no use for it."""
+    weight_decay: float = 0.01
+    """Decay of every parameter with more than one dimension."""
+    embedding_multipliers: Multipliers = field(default_factory=Multipliers)
+    """For the token embedding; the vocabulary head, untied, belongs to the backbone and has none."""
+    expert_multipliers: Multipliers = field(default_factory=Multipliers)
+    """For routed experts, of MoLE and MoE, and their norms; not for routers and the shared expert."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    beta2: float = 0.95
+    """Adam's decay of the second moment."""
+    epsilon: float = 1e-8
+    """Adam's denominator offset."""
+    gradient_clip_norm: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError on values out of range."""
+        if self.learning_rate <= 0:
+            raise ConfigError(f"optimizer.learning_rate: {self.learning_rate}, but it must be above 0")
+        if not 0 <= self.min_learning_rate_ratio <= 1:
+            raise ConfigError(
+                f"optimizer.min_learning_rate_ratio: {self.min_learning_rate_ratio}, but it must lie in 0..1"
+            )
+        self._check_decay_steps()
+        for name in ("warmup_steps", "weight_decay", "gradient_clip_norm"):
+            _require_not_negative(f"optimizer.{name}", getattr(self, name))
+        for name, part in (("embedding", self.embedding_multipliers), ("expert", self.expert_multipliers)):
+            _require_not_negative(f"optimizer.{name}_multipliers.learning_rate", part.learning_rate)
+            _require_not_negative(f"optimizer.{name}_multipliers.weight_decay", part.weight_decay)
+
+    def _check_decay_steps(self) -> None:
+        if self.decay_steps is None:
+            return
+        if self.schedule != "wsd":
+            raise ConfigError(
+                f"optimizer.decay_steps: {self.decay_steps}, but the {self.schedule} schedule has no final decay; "
+                "set it to null, or optimizer.schedule=wsd"
+            )
+        if self.decay_steps < 1:
+            raise ConfigError(f"optimizer.decay_steps: {self.decay_steps}, but it must be at least 1")
+
+
+def _require_not_negative(key: str, value: float) -> None:
+    if value < 0:
+        raise ConfigError(f"{key}: {value}, but it must not be negative")
+
+
+Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Lightning's Trainer; names and meanings are Lightning's."""
+
+    max_steps: int
+    """Optimiser steps; also the length of the learning-rate schedule."""
+    max_time: str | None = None
+    """Stop training after DD:HH:MM:SS; what follows training still runs."""
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
+    """auto is cuda where there is a CUDA device, else cpu."""
+    devices: str = "auto"
+    """Number of devices, a list such as 0,1, or auto."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Literal["auto", "ddp", "ddp_spawn", "ddp_fork", "fsdp2"] = "auto"
+    """How devices work together: in ddp each holds the model, in fsdp2 a part; auto is ddp where there are several."""
+    precision: Precision = "auto"
+    """auto is bf16-mixed where the processor computes in bfloat16, else 32-true."""
+    val_check_interval: int = 200
+    """Optimiser steps between validations; each also writes a checkpoint."""
+    limit_val_batches: int | None = None
+    """Validation batches at most; null takes all of data.validation_windows."""
+    num_sanity_val_steps: int = 0
+    """Validation batches before training starts, to find errors early."""
+    log_every_n_steps: int = 10
+    """Optimiser steps between log entries."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is not finite: stop the run, or skip the step and count it as train/skipped_steps."""
+    compile: bool = False
+    """Compile blocks and experts with torch.compile; the first steps wait for the compiler."""
+    deterministic: bool = False
+    """Refuse operations that are not repeatable."""
+    fast_dev_run: bool = False
+    """One step of everything, without logger and checkpoints."""
+    enable_progress_bar: bool = True
+    """Show progress on the terminal."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError on values out of range."""
+        for name in ("max_steps", "num_nodes", "val_check_interval", "log_every_n_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"trainer.{name}: {getattr(self, name)}, but it must be at least 1")
+        if self.max_time is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", self.max_time):
+            raise ConfigError(f'trainer.max_time: {self.max_time!r}, but it must be DD:HH:MM:SS, such as "00:00:04:00"')
+
+    @property
+    def stated_devices(self) -> int:
+        """Devices on all machines, one on each where `devices` leaves their number open."""
+        if "," in self.devices:  # a list of indices
+            return self.num_nodes * len([index for index in self.devices.split(",") if index.strip()])
+        return self.num_nodes * (int(self.devices) if self.devices.isdecimal() else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases; a CSV of the same metrics lies in the run directory whatever is chosen."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto is online where an API key is set up, offline where not."""
+    project: str = "mole"
+    """Project that the run appears in."""
+    entity: str | None = None
+    """User or team; null is the account's default."""
+    tags: list[str] = field(default_factory=list[str])
+    """Labels of the run."""
+    log_table: bool = False
+    """At the end, send the lookup table as an artifact, beside the report, which is always sent. Tables are large."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints, for resuming and for choosing weights."""
+
+    every_steps: int | None = None
+    """Optimiser steps between checkpoints, beside those after each validation and after the last step; null writes
+    only these."""
+    keep_last: int = 1
+    """Newest checkpoints that stay on disk, at least 1."""
+    keep_best: int = 1
+    """Checkpoints of the lowest validation loss that stay on disk; 0 keeps none for their loss."""
+    sharded: bool = False
+    """With trainer.strategy=fsdp2: every rank writes its part into a directory, instead of rank 0 a whole file."""
+    ema_decay: float | None = None
+    """Decay per step of an exponential moving average of the weights, above 0 and below 1. Validation, table and
+    checkpoints then use the average; training goes on with its own weights. null averages nothing."""
+    final_weights: Literal["last", "best"] = "last"
+    """Weights that a fit ends with, which become backbone, experts and table: those of the last step, or of the
+    checkpoint with the lowest validation loss."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError on values out of range."""
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ConfigError(f"checkpoint.every_steps: {self.every_steps}, but it must be at least 1")
+        if self.keep_last < 1:
+            raise ConfigError(f"checkpoint.keep_last: {self.keep_last}, but it must be at least 1")
+        if self.keep_best < 0:
+            raise ConfigError(f"checkpoint.keep_best: {self.keep_best}, but it must not be negative")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"checkpoint.ema_decay: {self.ema_decay}, but it must lie between 0 and 1")
+        if self.final_weights == "best" and self.keep_best < 1:
+            raise ConfigError("checkpoint.final_weights: best, but checkpoint.keep_best is 0; keep at least 1")

@@ -1,0 +1,64 @@
+"""Objective, optimiser and learning-rate schedule. Knows parameters, not models."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from src.model.parts import parameter_part
+from src.training.config import Multipliers, OptimizerConfig
+
+
+def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with one group per part of the model; matrices decay, norms do not.
+
+    Groups are called backbone, embedding, experts, and with the suffix `_norms` what they hold of one dimension.
+    """
+    members: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in named_parameters:
+        suffix = "" if parameter.dim() > 1 else "_norms"
+        members.setdefault(parameter_part(name) + suffix, []).append(parameter)
+    groups = [
+        {"name": name, "params": parameters, **_group_settings(name, config)} for name, parameters in members.items()
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
+    )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
+    """Scale every group's learning rate by `learning_rate_factor`."""
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, config, total_steps))
+
+
+def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
+    """Learning rate of optimiser step `step` (from 0) of `total_steps` as a share of the peak."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    start = config.warmup_steps
+    if config.schedule == "wsd":
+        start = max(start, total_steps - (config.decay_steps or max(1, total_steps // 10)))
+    progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
+    match config.schedule:
+        case "constant":
+            remaining = 1.0
+        case "cosine":
+            remaining = 0.5 * (1 + math.cos(math.pi * progress))
+        case "wsd":
+            remaining = 1 - progress
+    return config.min_learning_rate_ratio + (1 - config.min_learning_rate_ratio) * remaining
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients to a global norm of at most `max_norm` (0: leave them) and return the norm before."""
+    return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
+
+
+def _group_settings(name: str, config: OptimizerConfig) -> dict[str, float]:
+    part = name.removesuffix("_norms")
+    multipliers = {"embedding": config.embedding_multipliers, "experts": config.expert_multipliers}.get(part)
+    multipliers = multipliers or Multipliers()
+    decay = 0.0 if name.endswith("_norms") else config.weight_decay * multipliers.weight_decay
+    return {"lr": config.learning_rate * multipliers.learning_rate, "weight_decay": decay}

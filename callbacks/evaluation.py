@@ -17,7 +17,7 @@ from src.evaluation.suite import Suite, evaluate_model, evaluating
 from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
 from src.model import Transformer
-from src.run_directory import RunDirectory, update_report
+from src.run_directory import RunDirectory
 from src.system.console import progress_bar
 from src.training.lightning_module import LanguageModel
 from src.training.tracking import logged_step, publish_results
@@ -74,7 +74,7 @@ class EvaluationCallback(lightning.Callback):
         training_form = self._evaluate(trainer, pl_module.model)
         self.report = self._final_report(trainer, pl_module.model, training_form)
         if trainer.is_global_zero:
-            update_report(self.run.report_path, self.report.to_dict())
+            self.run.update_record(self.report.to_dict())
             self._log(trainer, self.report.metrics())
             publish_results(trainer.loggers, self.run, with_table=self.publish_table)
             print_report(self.report, self.console, self.run.path)

@@ -12,9 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from src.cli import add_form_options, parser, run_verb
-from src.data.tokenizer import END_OF_TEXT
+from src.data.tokenizer import END_OF_TEXT, load_bound_tokenizer
 from src.errors import UserError
-from src.evaluation.run_tokenizer import load_run_tokenizer
 from src.inference import InferenceModel, load_model, stream
 from src.inference.generation import Sampling
 from src.run_directory import RunDirectory
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end the text
     run = RunDirectory(given.run).require()
-    tokenizer = load_run_tokenizer(run)
+    tokenizer = load_bound_tokenizer(run.tokenizer_path, run.recorded_tokenizers())
     sampling = _sampling(given.temperature, given.top_k, given.top_p, given.seed)
     prompt = None if given.interactive else _prompt(given.prompt, given.prompt_file)
     with load_model(

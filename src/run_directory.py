@@ -1,13 +1,15 @@
-"""A run directory: where its files lie, and the weights in it.
+"""A run directory: the paths of its files, its record, and its weights.
 
-`backbone.safetensors` and `experts.safetensors` together are the training form. Their metadata carries identities,
-SHA-256 over names, dtypes, shapes and bytes, so that a table can say which weights it was built from. Knows nothing
-of training: an imported or copied directory is a run too.
+`backbone.safetensors` and `experts.safetensors` together are the training form. Their metadata holds identities,
+SHA-256 over names, dtypes, shapes and bytes, so that a table can say which weights it was built from. `report.json` is
+the run's record: facts from its start (corpus, code, W&B id), and scores once it is done. Knows nothing of training: an
+imported or copied directory is a run too.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from src.errors import RunError
 from src.model.config import ModelConfig
-from src.system.files import atomic_path, write_text
+from src.system.files import atomic_path, write_json, write_text
 
 SCHEMA_VERSION = 1
 EXPERTS_PREFIX = "experts."
@@ -67,7 +69,7 @@ class RunDirectory:
 
     @property
     def report_path(self) -> Path:
-        """The final report."""
+        """The record, which the final report completes."""
         return self.path / "report.json"
 
     def lut_path(self, name: str = "lut") -> Path:
@@ -102,6 +104,28 @@ class RunDirectory:
         if not isinstance(section, Mapping):
             raise RunError(f"{self.config_path}: no `model` section")
         return ModelConfig.from_dict(section, str(self.config_path))
+
+    def record(self) -> dict[str, Any]:
+        """Read the record; empty in a directory without one, such as an import."""
+        return _read_json(self.report_path) if self.report_path.is_file() else {}
+
+    def update_record(self, values: Mapping[str, Any]) -> None:
+        """Merge `values` into the record, written whole or not at all."""
+        write_json(self.report_path, {**self.record(), **values})
+
+    def recorded_corpus(self, fact: str) -> str | None:
+        """Return the training corpus' `fingerprint`, or that of its `tokenizer`; None where none is recorded."""
+        corpus = self.record().get("corpus")
+        value = corpus.get(fact) if isinstance(corpus, dict) else None
+        return value if isinstance(value, str) else None
+
+    def recorded_tokenizers(self) -> dict[str, str]:
+        """Return the fingerprints of the tokenizers of model and tables, by where they are recorded."""
+        found = {f"{self.path} (as its {self.report_path.name} says)": self.recorded_corpus("tokenizer")}
+        for path in sorted(self.path.glob("*/manifest.json")):
+            with suppress(RunError):  # opening the table reports what is wrong with it
+                found[str(path.parent)] = _read_json(path).get("tokenizer")
+        return {where: value for where, value in found.items() if isinstance(value, str)}
 
     def write_config(self, values: Mapping[str, object]) -> None:
         """Write config.yaml from plain values."""
@@ -162,7 +186,11 @@ def _save(weights: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -
         save_file(tensors, temporary, metadata=metadata)
 
 
-def update_report(path: Path, values: Mapping[str, Any]) -> None:
-    """Merge `values` into the JSON report at `path`, whole or not at all."""
-    present = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    write_text(path, json.dumps({**present, **values}, indent=1) + "\n")
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not readable JSON ({error}); copy the run again") from error
+    if not isinstance(values, dict):
+        raise RunError(f"{path}: holds a JSON {type(values).__name__}, expected an object; copy the run again")
+    return values

@@ -42,7 +42,7 @@ from src.data.tokenizer import fingerprint, separator_id
 from src.evaluation.held_out import held_out
 from src.evaluation.report import Report
 from src.evaluation.suite import prepare_suite
-from src.run_directory import RunDirectory, update_report
+from src.run_directory import RunDirectory
 from src.system.code_version import code_version
 from src.system.console import progress_report, stderr_console
 from src.system.files import write_text
@@ -248,7 +248,7 @@ def create_run(config: RunConfig, corpus: PackedCorpus) -> RunDirectory:
     run = RunDirectory(path)
     run.write_config(config.to_dict())
     write_text(run.tokenizer_path, corpus.tokenizer.to_str(pretty=True))
-    update_report(run.report_path, {"corpus": corpus.facts(), "code": code_version(), "software": software_versions()})
+    run.update_record({"corpus": corpus.facts(), "code": code_version(), "software": software_versions()})
     return run
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,22 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{path}: not a tokenizer.json of the `tokenizers` library ({error})") from error
     return _with_separator(tokenizer, str(path))
+
+
+def load_bound_tokenizer(path: Path, recorded: Mapping[str, str]) -> Tokenizer:
+    """Load the tokenizer of a run.
+
+    Args:
+        path: its `tokenizer.json`.
+        recorded: fingerprints of the tokenizers that its model and tables were made with, by where they are recorded.
+
+    Raises:
+        DataError: the file is missing or unreadable, or something was made with another tokenizer.
+    """
+    tokenizer = load_tokenizer(path)
+    for where, found in recorded.items():
+        require_same(found, where, fingerprint(tokenizer), str(path))
+    return tokenizer
 
 
 def load_hub_tokenizer(name: str) -> Tokenizer:

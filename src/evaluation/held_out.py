@@ -3,7 +3,6 @@
 Texts beside a run's own that its models are scored on.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from src.data.corpus import Document, read_source
 from src.data.encoder import PIECE_CHARACTERS, cut_at_line_ends
 from src.data.files import source_files
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
-from src.data.tokenizer import byte_lengths, separator_id
+from src.data.tokenizer import byte_lengths, load_bound_tokenizer, separator_id
 from src.data.windows import validation_windows
 from src.errors import ConfigError, DataError
-from src.evaluation.run_tokenizer import load_run_tokenizer
 from src.run_directory import RunDirectory
 
 
@@ -126,18 +124,13 @@ def held_out_of_run(run: RunDirectory, config: DataConfig) -> tuple[HeldOut, str
     Returns them and, where the corpus on this machine is not the one the run was trained on, a sentence that says
     so: documents keep their side of the split, but scores are over other text.
     """
-    corpus = prepare_corpus(config, load_run_tokenizer(run))
+    tokenizer = load_bound_tokenizer(run.tokenizer_path, run.recorded_tokenizers())
+    corpus = prepare_corpus(config, tokenizer)
     found = held_out(corpus, config, run.model_config().vocab_size)
-    recorded = _recorded_corpus(run)
-    if recorded in (None, corpus.fingerprint):
+    recorded = run.recorded_corpus("fingerprint")
+    if recorded is None or recorded == corpus.fingerprint:
         return found, None
     return found, (
         f"the corpus on this machine ({corpus.fingerprint[:12]}) is not the one this run was trained on "
-        f"({str(recorded)[:12]}), so scores are over other text"
+        f"({recorded[:12]}), so scores are over other text"
     )
-
-
-def _recorded_corpus(run: RunDirectory) -> str | None:
-    if not run.report_path.is_file():
-        return None
-    return json.loads(run.report_path.read_text(encoding="utf-8")).get("corpus", {}).get("fingerprint")

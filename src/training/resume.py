@@ -9,7 +9,6 @@ A run can begin from another when its model means the same function of the same 
 experts and the tokenizer must agree. How many experts are active, and everything about training, may change.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +127,12 @@ class Resumption:
 
 
 def _require_same_corpus(run: RunDirectory, found: str) -> None:
-    report: dict[str, Any] = json.loads(run.report_path.read_text(encoding="utf-8"))
-    expected = report["corpus"]["fingerprint"]
+    expected = run.recorded_corpus("fingerprint")
+    if expected is None:
+        raise RunError(
+            f"{run.report_path}: missing, or records no corpus, so what the run was trained on is unknown; copy the "
+            "file from where the run was made, or start a new run with init_from"
+        )
     if found != expected:
         raise RunError(
             f"{run.path}: was trained on corpus {expected[:12]}, but data now gives {found[:12]}; restore the files of "

@@ -9,7 +9,6 @@ Nothing leaves this module that names a place outside the run directory.
 
 import csv
 import io
-import json
 import netrc
 import os
 import secrets
@@ -24,7 +23,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from src.run_directory import RunDirectory, update_report
+from src.run_directory import RunDirectory
 from src.system.code_version import code_version
 from src.system.files import write_text
 from src.system.ranks import is_rank_zero
@@ -177,22 +176,17 @@ def _wandb_logger(config: WandbConfig, resolved: Mapping[str, Any], run: RunDire
 
 def _fingerprints(run: RunDirectory) -> dict[str, str | None]:
     """Return what identifies the text and the tokenizer of a run."""
-    corpus = _recorded(run).get("corpus", {})
-    return {"dataset": corpus.get("fingerprint"), "tokenizer": corpus.get("tokenizer")}
-
-
-def _recorded(run: RunDirectory) -> dict[str, Any]:
-    return json.loads(run.report_path.read_text(encoding="utf-8")) if run.report_path.is_file() else {}
+    return {"dataset": run.recorded_corpus("fingerprint"), "tokenizer": run.recorded_corpus("tokenizer")}
 
 
 def _wandb_id(run: RunDirectory) -> str:
     """Return the id that this run has at W&B, a new one when it has none yet."""
-    recorded = _recorded(run)
+    recorded = run.record()
     if _WANDB_ID in recorded:
         return recorded[_WANDB_ID]
     new = secrets.token_hex(4)
     if is_rank_zero():
-        update_report(run.report_path, {_WANDB_ID: new})
+        run.update_record({_WANDB_ID: new})
     return new
 
 

@@ -195,6 +195,12 @@ def test_a_run_that_cannot_go_on_says_why(begun: Path, tmp_path: Path) -> None:
     report = copy / "report.json"
     report.write_text(report.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
     assert "was trained on corpus 0" in refusal(copy, "trainer.max_steps=8")
+    report.write_text('{"corpus": ')
+    assert "report.json: not readable JSON" in refusal(copy, "trainer.max_steps=8")
+    report.write_text("[]")
+    assert "report.json: holds a JSON list, expected an object" in refusal(copy, "trainer.max_steps=8")
+    report.unlink()
+    assert "records no corpus, so what the run was trained on is unknown" in refusal(copy, "trainer.max_steps=8")
     shutil.rmtree(copy / "checkpoints")
     assert "holds no checkpoint" in refusal(copy, "trainer.max_steps=8")
     with pytest.raises(RunError, match="no such run directory"):

@@ -18,6 +18,7 @@ from src.evaluation.held_out import EvaluationCorpus, held_out_of_run
 from src.evaluation.perplexity import zlib_bits_per_byte
 from src.evaluation.results import Evaluation
 from src.evaluation.suite import Suite, evaluate_model, prepare_suite
+from src.evaluation.tasks import describe_tasks
 from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
 from src.inference.loader import ExpertForm
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str] | None) -> Namespace:
     options = parser("evaluate", __doc__ or "", "python -m src.evaluate --run runs/quickstart --compare ffn")
     add_form_options(options)
+    options.epilog = f"{options.epilog}\n\n{describe_tasks()}"
     _add_suite_options(options)
     options.add_argument(
         "--compare",
@@ -76,7 +78,9 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
 
 
 def _add_suite_options(options: ArgumentParser) -> None:
-    options.add_argument("--tasks", help="comma-separated; default: evaluation.tasks of the run's config")
+    options.add_argument(
+        "--tasks", help="names with commas between, of those below (default: evaluation.tasks of the run)"
+    )
     options.add_argument("--local-data", type=Path, metavar="DIR", help="folder of <task>.<split>.jsonl[.gz] files")
     options.add_argument("--limit", type=int, help="documents of each task at most")
     options.add_argument(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from src.errors import ConfigError
 from src.evaluation.held_out import EvaluationCorpus
+from src.evaluation.tasks import find_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +16,7 @@ class EvaluationConfig:
     every_validations: int | None = None
     """Score the training form on tasks and texts with every so many validations, too; null waits for the end."""
     tasks: list[str] = field(default_factory=lambda: ["next_passage", "repeated_word"])
-    """next_passage and repeated_word are made of held-out text. The paper's tasks need the extra `eval`: arc_challenge,
-    arc_easy, boolq, hellaswag, lambada_openai, piqa, race, social_iqa."""
+    """Names of tasks; `python -m src.evaluate --help` lists them. Those of lm-eval need the extra `eval`."""
     task_limit: int | None = None
     """Documents of each task at most; null takes all (100 of those made of held-out text)."""
     local_data: str | None = None
@@ -36,10 +36,12 @@ class EvaluationConfig:
     """Temperature of the sample; 0 is greedy."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError on values out of range."""
+        """Raise ConfigError on values out of range and unknown tasks."""
         for name in ("batch_size", "every_validations", "task_limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"evaluation.{name}: {value}, but it must be at least 1")
         for name in ("sample_tokens", "sample_temperature"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"evaluation.{name}: {getattr(self, name)}, but it must not be negative")
+        for name in self.tasks:
+            find_task(name)

@@ -18,11 +18,11 @@ from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from src.evaluation.likelihood import Request, TextModel
-from src.evaluation.published_tasks import PUBLISHED, read_rows
 from src.evaluation.results import TaskScore, fingerprint_documents
+from src.evaluation.tasks import PublishedTask, read_rows
 
-Tasks = dict[str, Any]
-"""Tasks as lm-eval loads them."""
+LoadedTask = dict[str, Any]
+"""A task as lm-eval loads it."""
 
 
 class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
@@ -82,34 +82,35 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         raise NotImplementedError("tasks that generate text are not supported; the paper's tasks score given text")
 
 
-def load_tasks(names: Sequence[str], local_data: Path | None, limit: int | None = None) -> Tasks:
-    """Load tasks with their data, from a folder (see `read_rows`) or from the Hugging Face hub.
+def load_task(task: PublishedTask, local_data: Path | None, limit: int | None = None) -> LoadedTask:
+    """Load a task with its data, from a folder (see `read_rows`) or from the Hugging Face hub.
 
     Raises:
         DataError: a file in `local_data` is missing or is not the task's.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            definition = {"include": str(Path(str(lm_eval.__file__)).parent / "tasks" / PUBLISHED[name].definition)}
-            if local_data is not None:
-                definition |= _local_data(name, read_rows(local_data, name, limit), Path(folder))
-            (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump({**definition, "task": name}), encoding="utf-8")
-        manager: Any = TaskManager(include_path=folder, include_defaults=False)
-        return manager.load(list(names))
+    definition: dict[str, Any] = {"include": str(Path(str(lm_eval.__file__)).parent / "tasks" / task.definition)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if local_data is not None:
+            definition |= _local_data(task, read_rows(local_data, task, limit), folder)
+        (folder / "task.yaml").write_text(yaml.safe_dump({**definition, "task": task.name}), encoding="utf-8")
+        manager: Any = TaskManager(include_path=name, include_defaults=False)
+        return manager.load([task.name])
 
 
-def score_tasks(tasks: Tasks, model: TextModel, limit: int | None = None) -> list[TaskScore]:
-    """Score loaded tasks, at most `limit` documents of each."""
+def score_task(loaded: LoadedTask, model: TextModel, limit: int | None = None) -> TaskScore:
+    """Score a loaded task, at most `limit` documents of it."""
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     adapter = HarnessModel(model)
-    found: Any = evaluate(adapter, tasks, limit=limit, bootstrap_iters=0)
+    found: Any = evaluate(adapter, loaded, limit=limit, bootstrap_iters=0)
     assert found is not None  # it is None on ranks that lm-eval knows to be above 0
-    return [_task_score(name, found["samples"][name], adapter.gaps) for name in tasks["tasks"]]
+    (name,) = loaded["tasks"]
+    return _task_score(name, found["samples"][name], adapter.gaps)
 
 
-def _local_data(name: str, rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
+def _local_data(task: PublishedTask, rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Write rows where `datasets` reads them, and return what the task's definition says of them."""
-    split, path = PUBLISHED[name].split, folder / f"{name}.jsonl"
+    split, path = task.split, folder / f"{task.name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {
         "dataset_path": "json",

@@ -7,24 +7,20 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from src.errors import ConfigError
 from src.evaluation.config import EvaluationConfig
-from src.evaluation.generated_tasks import GENERATED, Document, score_documents
 from src.evaluation.held_out import HeldOut, corpus_windows
 from src.evaluation.likelihood import Progress, TextModel, no_progress
 from src.evaluation.perplexity import Share, loss_by_frequency, summarize, window_losses
-from src.evaluation.published_tasks import PUBLISHED, require_known
-from src.evaluation.results import Evaluation, TaskScore, TextScore, fingerprint_documents
+from src.evaluation.results import Evaluation, TextScore, fingerprint_documents
+from src.evaluation.tasks import ScoreTask, find_task
 from src.model import Transformer
 from src.system.random_state import capture_random_state, restore_random_state
 
-GENERATED_DOCUMENTS = 100
-"""Documents of a generated task, unless the limit is lower."""
 HELD_OUT = "held_out"
 """The name of a run's own held-out text among corpora."""
 
@@ -36,11 +32,7 @@ class Suite:
     text: HeldOut
     corpora: dict[str, Tensor]
     """Windows (N, T+1) int64 by corpus."""
-    generated: dict[str, list[Document]]
-    published: dict[str, Any] | None
-    """The tasks that lm-eval loaded."""
-    limit: int | None
-    """Documents of each task at most."""
+    tasks: list[ScoreTask]
     notes: list[str] = field(default_factory=list[str])
     """What a reader should know is not scored."""
 
@@ -56,11 +48,9 @@ def prepare_suite(text: HeldOut, config: EvaluationConfig) -> Suite:
         ConfigError: a task is unknown, a corpus has the name of another, or lm-eval is needed and not installed.
         DataError: data of a task or corpus is missing or damaged.
     """
-    require_known(config.tasks, GENERATED)
     _require_distinct([corpus.name for corpus in config.corpora])
-    limit = config.task_limit
-    wanted = GENERATED_DOCUMENTS if limit is None else min(limit, GENERATED_DOCUMENTS)
-    made = {name: GENERATED[name](text, wanted) for name in config.tasks if name in GENERATED}
+    local_data = None if config.local_data is None else Path(config.local_data)
+    tasks = {name: find_task(name).prepare(text, config.task_limit, local_data) for name in config.tasks}
     sequence_length = text.windows.shape[1] - 1
     return Suite(
         text=text,
@@ -69,10 +59,8 @@ def prepare_suite(text: HeldOut, config: EvaluationConfig) -> Suite:
             **{f"{HELD_OUT}/{name}": windows for name, windows in text.by_source.items()},
             **{corpus.name: corpus_windows(corpus, text.tokenizer, sequence_length) for corpus in config.corpora},
         },
-        generated={name: documents for name, documents in made.items() if documents},
-        published=_load_published([name for name in config.tasks if name in PUBLISHED], config),
-        limit=limit,
-        notes=[f"the held-out text has no documents for task {name}" for name, found in made.items() if not found],
+        tasks=[score for score in tasks.values() if score is not None],
+        notes=[f"the held-out text has no documents for task {name}" for name, score in tasks.items() if score is None],
     )
 
 
@@ -106,7 +94,7 @@ def evaluate_model(
         _score_text(name, model, corpus, suite.text, batch_size, share, progress)
         for name, corpus in suite.corpora.items()
     ]
-    return Evaluation(texts=texts, tasks=_score_tasks(suite, text_model))
+    return Evaluation(texts=texts, tasks=[score(text_model) for score in suite.tasks])
 
 
 @torch.no_grad()
@@ -129,23 +117,6 @@ def _score_text(
         bands=loss_by_frequency(losses, windows, text.token_counts),
         fingerprint=fingerprint_documents(windows.tolist()),
     )
-
-
-def _score_tasks(suite: Suite, model: TextModel) -> list[TaskScore]:
-    scores = [score_documents(name, documents, model) for name, documents in suite.generated.items()]
-    if suite.published is not None:
-        from src.evaluation.harness import score_tasks  # needs the extra `eval`
-
-        scores += score_tasks(suite.published, model, suite.limit)
-    return scores
-
-
-def _load_published(names: Sequence[str], config: EvaluationConfig) -> dict[str, Any] | None:
-    if not names:
-        return None
-    from src.evaluation.harness import load_tasks  # needs the extra `eval`
-
-    return load_tasks(names, None if config.local_data is None else Path(config.local_data), config.task_limit)
 
 
 @contextmanager

@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from src.evaluation.tasks import TASKS, PublishedTask
+
 Row = dict[str, Any]
+PUBLISHED = {name: task for name, task in TASKS.items() if isinstance(task, PublishedTask)}
 
 ANIMALS = ("cat", "dog", "owl", "bee", "cow")
 SOUNDS = ("meows", "barks", "hoots", "buzzes", "moos")

@@ -8,18 +8,19 @@ import torch
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
+
 from src import evaluate
 from src.config import load_run_config
 from src.evaluation.config import EvaluationConfig
-from src.evaluation.harness import HarnessModel, load_tasks, score_tasks
+from src.evaluation.harness import HarnessModel, load_task, score_task
 from src.evaluation.held_out import HeldOut, held_out_of_run
 from src.evaluation.likelihood import TextModel
-from src.evaluation.published_tasks import PUBLISHED, read_rows
 from src.evaluation.suite import evaluate_model, evaluating, prepare_suite
+from src.evaluation.tasks import read_rows
 from src.inference import InferenceModel, load_model
 from src.run_directory import RunDirectory
 from src.train import RunResult
-from tests.evaluation.published_rows import write_rows
+from tests.evaluation.published_rows import PUBLISHED, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -57,9 +58,9 @@ def test_eight_tasks_run_offline(folder: Path, text: HeldOut, model: InferenceMo
 
 def test_answers_are_those_of_plain_loops(folder: Path, text: HeldOut, model: InferenceModel) -> None:
     tokenizer = text.tokenizer
-    tasks = load_tasks(["arc_easy"], folder)
-    (score,) = score_tasks(tasks, TextModel(model, tokenizer, max_length=128), limit=20)
-    for number, row in enumerate(read_rows(folder, "arc_easy", limit=20)):
+    task = PUBLISHED["arc_easy"]
+    score = score_task(load_task(task, folder), TextModel(model, tokenizer, max_length=128), limit=20)
+    for number, row in enumerate(read_rows(folder, task, limit=20)):
         context = f"Question: {row['question']}\nAnswer:"
         values: list[float] = []
         for choice in row["choices"]["text"]:

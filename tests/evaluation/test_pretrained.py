@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -47,7 +47,8 @@ def test_it_scores_as_hf_does() -> None:
     from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-    from src.evaluation.harness import HarnessModel, load_tasks
+    from src.evaluation.harness import HarnessModel, load_task
+    from src.evaluation.tasks import PublishedTask, find_task
 
     pretrained, tokenizer = _pretrained()
     ours = HarnessModel(
@@ -60,12 +61,10 @@ def test_it_scores_as_hf_does() -> None:
     )
     reference: Any = HFLM
     theirs = reference(pretrained=pretrained, tokenizer=tokenizer, batch_size=16, device="cpu", max_length=2048)
-    results: list[Any] = []
-    for model in (ours, theirs):
-        tasks: Any = load_tasks(TASKS, Path(DATA or ""), DOCUMENTS)
-        results.append(evaluate(model, tasks, limit=DOCUMENTS, bootstrap_iters=0))
     widest = 0.0
     for task in TASKS:
+        loaded: Any = load_task(cast(PublishedTask, find_task(task)), Path(DATA or ""), DOCUMENTS)
+        results: list[Any] = [evaluate(model, loaded, limit=DOCUMENTS, bootstrap_iters=0) for model in (ours, theirs)]
         found, expected = (_likelihoods(result["samples"][task]) for result in results)
         assert len(found) == len(expected) == DOCUMENTS
         for document, reference in zip(found, expected, strict=True):

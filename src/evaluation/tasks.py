@@ -1,0 +1,318 @@
+"""Evaluation tasks: what one is, which there are, and how those made of held-out text are asked and scored.
+
+A task is one object that carries its own facts, registered in one line: `register_task(GeneratedTask(...))`. Two come
+from held-out text, so that every run is scored on tasks without any data set. The paper's eight (arXiv:2503.15798,
+section 4.1) are lm-eval's: this module knows their files and rows, but only `harness` imports lm-eval. Documents are
+text: models with other tokenizers get the same ones.
+"""
+
+import difflib
+import gzip
+import importlib.util
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from src.errors import ConfigError, DataError
+from src.evaluation.held_out import HeldOut
+from src.evaluation.likelihood import Likelihood, TextModel
+from src.evaluation.results import TaskScore, fingerprint_documents
+
+PASSAGE_TOKENS = 64
+"""Tokens of a document of `next_passage`; its last quarter is what is asked for."""
+CONTEXT_TOKENS = 64
+"""Tokens in front of the word that `repeated_word` asks for."""
+CHOICES = 4
+GENERATED_DOCUMENTS = 100
+"""Documents of a generated task, unless the limit is lower."""
+_WORD = re.compile(r" [^\W\d]{4,}")
+_ENDINGS = (".jsonl", ".jsonl.gz")
+
+Row = dict[str, Any]
+ScoreTask = Callable[[TextModel], TaskScore]
+"""Scores a model on documents that are already there."""
+
+
+class Task(Protocol):
+    """What `evaluation.tasks` and `evaluate --tasks` name."""
+
+    @property
+    def name(self) -> str:
+        """What configs, the command line and reports call it."""
+        ...
+
+    @property
+    def help(self) -> str:
+        """One line for `evaluate --help`."""
+        ...
+
+    def prepare(self, text: HeldOut, limit: int | None, local_data: Path | None) -> ScoreTask | None:
+        """Make or read at most `limit` documents, before a model is trained; None where there are none to score.
+
+        Args:
+            text: the run's held-out text.
+            limit: documents at most; None takes the task's own number.
+            local_data: folder with published data sets; None fetches them.
+
+        Raises:
+            ConfigError: something that the task needs is not installed.
+            DataError: its data is missing or damaged.
+        """
+        ...
+
+
+TASKS: dict[str, Task] = {}
+"""Every task by name."""
+
+
+def register_task(task: Task) -> None:
+    """Make `task` available by its name; ValueError where another one has it."""
+    if task.name in TASKS:
+        raise ValueError(f"task {task.name}: the name is taken; choose another one")
+    TASKS[task.name] = task
+
+
+def find_task(name: str) -> Task:
+    """Return a task by name; ConfigError says which there are."""
+    if name not in TASKS:
+        nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0)[0]
+        raise ConfigError(
+            f"evaluation.tasks: unknown task {name!r}; did you mean {nearest!r}? Known: {', '.join(sorted(TASKS))}"
+        )
+    return TASKS[name]
+
+
+def describe_tasks() -> str:
+    """Return a line of help for each task."""
+    width = max(map(len, TASKS))
+    return "\n".join(["tasks:", *(f"  {name:{width}}  {task.help}" for name, task in TASKS.items())])
+
+
+@dataclass(frozen=True)
+class TaskDocument:
+    """A context and one or several continuations, of which `target` is the true one."""
+
+    context: str
+    choices: tuple[str, ...]
+    target: int
+
+
+def next_passage(text: HeldOut, limit: int) -> list[TaskDocument]:
+    """Which of four passages continues the text? The other three are from elsewhere in the held-out text."""
+    size = min(PASSAGE_TOKENS, text.windows.shape[1])
+    pieces = text.windows.unfold(1, size, size).reshape(-1, size)  # (N, size)
+    head = size - max(1, size // 4)
+    contexts = text.tokenizer.decode_batch(pieces[:, :head].tolist())
+    passages = text.tokenizer.decode_batch(pieces[:, head:].tolist())
+    draw = random.Random(0)
+    order = draw.sample(range(len(passages)), len(passages))
+    documents: list[TaskDocument] = []
+    for index in order:
+        others = _others(passages, index, draw)
+        if len(documents) == limit:
+            break
+        if others is None or not contexts[index].strip():
+            continue
+        if not _is_plain("".join((contexts[index], passages[index], *others))):
+            continue
+        target = draw.randrange(CHOICES)
+        documents.append(TaskDocument(contexts[index], (*others[:target], passages[index], *others[target:]), target))
+    return documents
+
+
+def repeated_word(text: HeldOut, limit: int) -> list[TaskDocument]:
+    """Complete the text with a word that occurred earlier in it, in the manner of LAMBADA (arXiv:1606.06031)."""
+    size = min(2 * CONTEXT_TOKENS, text.windows.shape[1])
+    pieces = text.windows.unfold(1, size, size).reshape(-1, size)  # (N, size)
+    draw = random.Random(0)
+    documents: list[TaskDocument] = []
+    for piece in draw.sample(text.tokenizer.decode_batch(pieces.tolist()), len(pieces)):
+        candidates = list(_repetitions(piece))
+        if len(documents) == limit:
+            break
+        if candidates and _is_plain(piece):
+            context, word = draw.choice(candidates)
+            documents.append(TaskDocument(context, (word,), 0))
+    return documents
+
+
+@dataclass(frozen=True)
+class GeneratedTask:
+    """A task whose documents are made of held-out text."""
+
+    name: str
+    help: str
+    make: Callable[[HeldOut, int], list[TaskDocument]]
+    """Makes at most so many documents."""
+
+    def prepare(self, text: HeldOut, limit: int | None, local_data: Path | None) -> ScoreTask | None:
+        """Make the documents."""
+        documents = self.make(text, GENERATED_DOCUMENTS if limit is None else min(limit, GENERATED_DOCUMENTS))
+        return partial(score_documents, self.name, documents) if documents else None
+
+
+def score_documents(name: str, documents: Sequence[TaskDocument], model: TextModel) -> TaskScore:
+    """Score the documents of one task."""
+    requests = [model.encode_pair(document.context, choice) for document in documents for choice in document.choices]
+    likelihoods = iter(model.log_likelihoods(requests, name))
+    scored = [[next(likelihoods) for _ in document.choices] for document in documents]
+    answers = [_choice(found) if len(found) > 1 else _completion(found[0]) for found in scored]
+    hits = [
+        float(answer == (document.target if len(document.choices) > 1 else 1))
+        for (answer, _), document in zip(answers, documents, strict=True)
+    ]
+    truths = [found[document.target].log_likelihood for found, document in zip(scored, documents, strict=True)]
+    return TaskScore(
+        task=name,
+        values={"acc": hits, "log_likelihood": truths},
+        predictions=[answer for answer, _ in answers],
+        gaps=[gap for _, gap in answers],
+        fingerprint=fingerprint_documents([astuple(document) for document in documents]),
+    )
+
+
+def _choice(found: Sequence[Likelihood]) -> tuple[int, float]:
+    """Return the choice with the highest log-likelihood, and by how much it won."""
+    values = [likelihood.log_likelihood for likelihood in found]
+    best, second = sorted(values, reverse=True)[:2]
+    return values.index(best), best - second
+
+
+def _completion(found: Likelihood) -> tuple[int, float]:
+    return int(found.is_greedy), found.gap
+
+
+def _others(passages: Sequence[str], index: int, draw: random.Random) -> list[str] | None:
+    """Draw passages that differ from the true one and from each other; None where the text has too few."""
+    others: list[str] = []
+    for _ in range(8 * CHOICES):
+        other = passages[draw.randrange(len(passages))]
+        if other not in (passages[index], *others):
+            others.append(other)
+        if len(others) == CHOICES - 1:
+            return others
+    return None
+
+
+def _repetitions(piece: str) -> Iterator[tuple[str, str]]:
+    """Yield contexts and the words after them, in the second half of a piece, that the context holds already."""
+    for match in _WORD.finditer(piece, len(piece) // 2):
+        context = piece[: match.start()]
+        if re.search(rf"\b{match.group().strip()}\b", context):
+            yield context, match.group()
+
+
+def _is_plain(text: str) -> bool:
+    return "\N{REPLACEMENT CHARACTER}" not in text  # a character that was cut between two pieces
+
+
+@dataclass(frozen=True)
+class PublishedTask:
+    """A task that lm-eval (the extra `eval`) defines and scores."""
+
+    name: str
+    """lm-eval's own name."""
+    definition: str
+    """Its YAML file inside lm-eval's `tasks` folder."""
+    split: str
+    """The split that it is scored on."""
+    columns: tuple[str, ...]
+    """What each of its rows must hold."""
+    adapt: Callable[[Row], Row] = dict
+    """Brings rows of other editions into the form that lm-eval reads."""
+
+    @property
+    def help(self) -> str:
+        return f"lm-eval's task, scored on its {self.split} split"
+
+    def prepare(self, text: HeldOut, limit: int | None, local_data: Path | None) -> ScoreTask | None:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ConfigError(f"task {self.name} needs lm-eval, which is not installed; pip install -e '.[eval]'")
+        from src.evaluation.harness import load_task, score_task  # imports lm-eval
+
+        return partial(score_task, load_task(self, local_data, limit), limit=limit)
+
+
+def read_rows(folder: Path, task: PublishedTask, limit: int | None = None) -> list[Row]:
+    """Read the rows that a task is scored on from `<folder>/<task>.<split>.jsonl` or `.jsonl.gz`.
+
+    Raises:
+        DataError: the folder, the task's file or its split is missing, or a row is not one of the task's.
+    """
+    path, rows = _find(folder, task), list[Row]()
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(itertools.islice(lines, limit), start=1):
+            rows.append(_parse(line, f"{path}, line {number}", task))
+    if not rows:
+        raise DataError(f"{path}: no rows; task {task.name} needs {', '.join(task.columns)} in each line")
+    return rows
+
+
+def _find(folder: Path, task: PublishedTask) -> Path:
+    name, split = task.name, task.split
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of evaluation data; name one that holds {name}.{split}.jsonl")
+    for ending in _ENDINGS:
+        if (path := folder / f"{name}.{split}{ending}").is_file():
+            return path
+    other = sorted(path.name for path in folder.glob(f"{name}.*") if path.name.endswith(_ENDINGS))
+    if other:
+        raise DataError(
+            f"{folder}: holds {', '.join(other)}, but task {name} is scored on its {split} split; "
+            f"add {name}.{split}.jsonl, or .jsonl.gz"
+        )
+    raise DataError(f"{folder}: no file for task {name}; add {name}.{split}.jsonl, or .jsonl.gz")
+
+
+def _parse(line: str, where: str, task: PublishedTask) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error}); each line must be one object") from error
+    row = task.adapt(row) if isinstance(row, dict) else {}
+    missing = [column for column in task.columns if column not in row]
+    if missing:
+        raise DataError(f"{where}: no {missing[0]!r}; task {task.name} needs {', '.join(task.columns)}")
+    return row
+
+
+def _boolq(row: Row) -> Row:
+    """Google's own files say `answer: true` where SuperGLUE's say `label: 1`."""
+    return row if "label" in row or "answer" not in row else {**row, "label": int(row["answer"])}
+
+
+def _race(row: Row) -> Row:
+    """lm-eval reads the problems of an article as a Python literal."""
+    problems = row.get("problems")
+    return row if problems is None or isinstance(problems, str) else {**row, "problems": repr(problems)}
+
+
+register_task(GeneratedTask("next_passage", "which of four passages continues the held-out text", next_passage))
+register_task(GeneratedTask("repeated_word", "complete held-out text with a word that occurred before", repeated_word))
+for published in (
+    PublishedTask("arc_challenge", "arc/arc_challenge.yaml", "test", ("question", "choices", "answerKey")),
+    PublishedTask("arc_easy", "arc/arc_easy.yaml", "test", ("question", "choices", "answerKey")),
+    PublishedTask(
+        "boolq", "super_glue/boolq/default.yaml", "validation", ("passage", "question", "label"), adapt=_boolq
+    ),
+    PublishedTask(
+        "hellaswag", "hellaswag/hellaswag.yaml", "validation", ("activity_label", "ctx_a", "ctx_b", "endings", "label")
+    ),
+    PublishedTask("lambada_openai", "lambada/lambada_openai.yaml", "test", ("text",)),
+    PublishedTask("piqa", "piqa/piqa.yaml", "validation", ("goal", "sol1", "sol2", "label")),
+    PublishedTask("race", "race/race.yaml", "test", ("article", "problems"), adapt=_race),
+    PublishedTask(
+        "social_iqa",
+        "siqa/siqa.yaml",
+        "validation",
+        ("context", "question", "answerA", "answerB", "answerC", "label"),
+    ),
+):
+    register_task(published)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from callbacks import DashboardCallback, EvaluationCallback
 from src.config import load_run_config
-from src.errors import ConfigError
+from src.errors import ConfigError, UserError
 from src.evaluation.held_out import held_out_of_run
 from src.evaluation.suite import prepare_suite
 from src.model.router import Router, Routing, router_probs
@@ -94,9 +94,11 @@ def _brightness(run: Path) -> float:
 
 
 def test_a_mistake_in_tasks_ends_before_a_run_begins(tmp_path: Path, small_overrides: Sequence[str]) -> None:
-    config = small_config(small_overrides, tmp_path, *QUICK, "evaluation.tasks=[next_pasage]")
     with pytest.raises(ConfigError, match="did you mean 'next_passage'"):
-        train(config)
+        small_config(small_overrides, tmp_path, *QUICK, "evaluation.tasks=[next_pasage]")
+    missing = ("evaluation.tasks=[piqa]", f"evaluation.local_data={tmp_path}/nowhere")
+    with pytest.raises(UserError, match=r"no such folder of evaluation data|task piqa needs lm-eval"):
+        train(small_config(small_overrides, tmp_path, *QUICK, *missing))
     assert not (tmp_path / "quickstart").exists()
 
 

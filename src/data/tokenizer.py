@@ -1,4 +1,4 @@
-"""Tokenizers of the `tokenizers` library: trained here or loaded, fingerprinted, measured in bytes."""
+"""Tokenizers of the `tokenizers` library: trained here or loaded, identified, measured in bytes."""
 
 import hashlib
 import json
@@ -17,6 +17,35 @@ END_OF_TEXT = "<|endoftext|>"
 """Separates documents, as in GPT-NeoX's vocabulary."""
 _METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What SentencePiece vocabularies write for a space."""
+_FIELDS = {
+    "": "version truncation padding added_tokens normalizer pre_tokenizer post_processor decoder model",
+    "added_tokens": "id content single_word lstrip rstrip normalized special",
+    "BPE": "type dropout unk_token continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback ignore_merges "
+    "vocab merges",
+    "WordPiece": "type unk_token continuing_subword_prefix max_input_chars_per_word vocab prefix cleanup",
+    "WordLevel": "type vocab unk_token",
+    "Unigram": "type unk_id vocab byte_fallback",
+    "Sequence": "type normalizers pretokenizers processors decoders id type_id",
+    "SpecialToken": "id type_id",
+    "BertNormalizer": "type clean_text handle_chinese_chars strip_accents lowercase",
+    "Precompiled": "type precompiled_charsmap",
+    "Prepend": "type prepend",
+    "Replace": "type pattern content",
+    "Strip": "type strip_left strip_right content start stop",
+    "ByteLevel": "type add_prefix_space trim_offsets use_regex",
+    "CharDelimiterSplit": "type delimiter",
+    "Digits": "type individual_digits",
+    "FixedLength": "type length",
+    "Metaspace": "type replacement prepend_scheme split",
+    "Punctuation": "type behavior",
+    "Split": "type pattern behavior invert",
+    "BertProcessing": "type sep cls",
+    "RobertaProcessing": "type sep cls trim_offsets add_prefix_space",
+    "TemplateProcessing": "type single pair special_tokens",
+    "BPEDecoder": "type suffix",
+    "CTC": "type pad_token word_delimiter_token cleanup",
+}
+"""Fields of each part of a tokenizer, as version 0.23 of the library writes them; other parts have a type alone."""
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -82,8 +111,57 @@ def separator_id(tokenizer: Tokenizer) -> int:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 of the tokenizer's own JSON: binds data, model and table to one vocabulary."""
-    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    """SHA-256 of the tokenizer's canonical JSON: binds data, model and table to one vocabulary."""
+    return hashlib.sha256(canonical_json(tokenizer.to_str()).encode()).hexdigest()
+
+
+class _Number(str):
+    """A number as the library wrote it; Python would write some in another way."""
+
+    __slots__ = ()
+
+
+def canonical_json(text: str) -> str:
+    """Write a tokenizer's JSON in one way, whichever release of the library wrote `text`.
+
+    Fields come in the order of `_FIELDS`. Fields that are not listed there are left out if the library makes the same
+    tokenizer without them, so that a new field with its default value changes nothing. For releases up to 0.23 the
+    result is what the library itself writes, whose hash is recorded in runs, tables and caches.
+    """
+    whole = json.loads(text, parse_float=_Number)
+    full, known = _written(whole, "", with_unlisted=True), _written(whole, "", with_unlisted=False)
+    return known if full != known and _same_tokenizer(known, text) else full
+
+
+def _same_tokenizer(one: str, other: str) -> bool:
+    try:
+        return Tokenizer.from_str(one).to_str() == Tokenizer.from_str(other).to_str()
+    except Exception:  # noqa: BLE001 - the library raises bare Exception, here for a field that it requires
+        return False
+
+
+def _written(value: Any, place: str, *, with_unlisted: bool) -> str:
+    """Write a value that was found at the key `place` as JSON without spaces."""
+    if isinstance(value, _Number):  # not quoted
+        return value
+    if place == "merges" or not isinstance(value, dict | list):
+        return _compact(value)
+    if isinstance(value, list):
+        return f"[{','.join([_written(item, place, with_unlisted=with_unlisted) for item in value])}]"
+    if place == "vocab":
+        return _compact({token: value[token] for token in sorted(value, key=value.__getitem__)})
+    if place == "special_tokens":  # its keys are tokens, not fields
+        return _compact(value, sort_keys=True)
+    kind = value.get("type", place)
+    listed = _FIELDS[kind].split() if kind in _FIELDS else ["type"] if "type" in value else sorted(value)
+    fields = [field for field in listed if field in value]
+    fields += sorted(value.keys() - listed) if with_unlisted else []
+    written = [f'"{field}":{_written(value[field], field, with_unlisted=with_unlisted)}' for field in fields]
+    return f"{{{','.join(written)}}}"
+
+
+def _compact(value: Any, *, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort_keys)
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning
 from torch import Tensor
 
-from src.lut import builder
+from src.lut import build_lut
 from src.lut.sources import ModelRows, RunRows
 from src.model.sharding import is_sharded, whole_weights
 from src.run_directory import RunDirectory
@@ -29,7 +29,7 @@ class ReparameterizeCallback(lightning.Callback):
         tokenizer: str | None = None,
         token_counts: Tensor | None = None,
     ) -> None:
-        """Write into `run_dir`; other arguments as in `src.lut.builder.plan`."""
+        """Write into `run_dir`; other arguments as in `src.lut.build_lut`."""
         self.run_dir, self.dtype, self.chunk_tokens = run_dir, dtype, chunk_tokens
         self.tokenizer, self.token_counts = tokenizer, token_counts
 
@@ -45,20 +45,17 @@ class ReparameterizeCallback(lightning.Callback):
         trainer.strategy.barrier("weights written")
         if model.config.architecture != "mole":
             return
-        plan = builder.plan(
-            RunRows(run) if is_sharded(model) else ModelRows(model),
-            run.lut_path(),
-            dtype=self.dtype,
-            chunk_tokens=self.chunk_tokens,
-            tokenizer=self.tokenizer,
-            token_counts=self.token_counts,
-        )
-        if rank == 0:
-            builder.prepare(plan, overwrite=True)
-        trainer.strategy.barrier("lut prepared")
-        with progress_bar("building the table (rows)", sum(shard.num_tokens for shard in plan.shards)) as advance:
-            builder.write_shards(plan, rank, trainer.world_size, advance)
-        trainer.strategy.barrier("lut written")
-        if rank == 0:
-            builder.publish(plan)
-        trainer.strategy.barrier("lut published")
+        with progress_bar("building the table (rows)", model.config.vocab_size) as advance:
+            build_lut(
+                RunRows(run) if is_sharded(model) else ModelRows(model),
+                run.lut_path(),
+                dtype=self.dtype,
+                chunk_tokens=self.chunk_tokens,
+                overwrite=True,
+                rank=rank,
+                world_size=trainer.world_size,
+                barrier=trainer.strategy.barrier,
+                tokenizer=self.tokenizer,
+                token_counts=self.token_counts,
+                progress=advance,
+            )

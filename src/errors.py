@@ -25,10 +25,6 @@ class LutError(UserError):
     """A lookup table that cannot be built or opened."""
 
 
-class LutBusyError(LutError):
-    """A directory in which another process is building."""
-
-
 class LutFormatError(LutError):
     """A lookup table on disk that is unfinished, damaged or of another format version."""
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from src.cli import parser, run_verb
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, RunError
-from src.lut import Manifest, builder, read_manifest
+from src.lut import Manifest, build_lut, read_manifest
 from src.lut.builder import Estimate, estimate, recorded_precision
 from src.lut.codecs import CODECS
 from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME
-from src.lut.plan import MEMORY_BYTES, BuildPlan
+from src.lut.plan import MEMORY_BYTES, plan
 from src.lut.scan import read_token_counts
-from src.lut.sources import COMPUTE_DTYPES, open_source
+from src.lut.sources import COMPUTE_DTYPES, RowSource, open_source
 from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
 from src.system.console import progress_bar, stderr_console
 from src.training.checkpoints import read_weights
@@ -52,39 +52,19 @@ def _available(run: RunDirectory) -> str:
     return f"this run has {', '.join(names)}" if names else "this run has none"
 
 
-def plan_table(run: RunDirectory, lut: str, given: argparse.Namespace) -> BuildPlan:
-    """Plan the table called `lut` from the run's training form, or from another of its tables."""
-    if given.from_lut is None:
-        source = open_source(run, given.compute_dtype)
-        counts = _token_counts(run)
-    else:
-        read_manifest(run.lut_path(given.from_lut))  # says what is missing before a run directory is looked for there
-        source, counts = open_source(run.lut_path(given.from_lut)), None
-    tokenizer = fingerprint(load_tokenizer(run.tokenizer_path)) if run.tokenizer_path.is_file() else None
-    return builder.plan(
-        source,
-        run.lut_path(lut),
-        dtype=given.dtype or (recorded_precision(run.lut_path(lut)) if given.resume else None) or DEFAULT_PRECISION,
-        memory_bytes=given.memory_mb * 2**20,
-        tokenizer=tokenizer,
-        token_counts=counts,
-    )
+def row_source(run: RunDirectory, from_lut: str | None, compute_dtype: str) -> tuple[RowSource, Tensor | None]:
+    """Return what rows are computed or copied from, and the token counts of a run's training data if it has them."""
+    if from_lut is None:
+        return open_source(run, compute_dtype), _token_counts(run)
+    read_manifest(run.lut_path(from_lut))  # names a missing table; `open_source` would name a missing run
+    return open_source(run.lut_path(from_lut)), None
 
 
-def build(plan: BuildPlan, *, resume: bool, overwrite: bool) -> Manifest:
-    """Build a planned table with a progress bar; arguments as in `src.lut.builder.prepare`."""
-    builder.prepare(plan, resume=resume, overwrite=overwrite)
-    with progress_bar("building the table (rows)", plan.layout.vocab_size) as advance:
-        builder.write_shards(plan, progress=advance)
-    return builder.publish(plan)
-
-
-def describe(plan: BuildPlan) -> str:
-    """Say what a planned table is."""
-    layout = plan.layout
+def describe(lut_dir: Path, manifest: Manifest) -> str:
+    """Say what a table is."""
     return (
-        f"{plan.lut_dir}: {layout.vocab_size:,} rows of {layout.row_bytes:,} bytes in {layout.precision}, "
-        f"{plan.file_bytes:,} bytes in {len(plan.shards)} shards"
+        f"{lut_dir}: {manifest.vocab_size:,} rows of {manifest.row_bytes:,} bytes in {manifest.precision}, "
+        f"{sum(shard.file_bytes for shard in manifest.shards):,} bytes in {len(manifest.shards)} shards"
     )
 
 
@@ -115,13 +95,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run, console = RunDirectory(given.run).require(), stderr_console()
     if given.checkpoint is not None:
         adopt_checkpoint(run, given.checkpoint, overwrite=given.overwrite)
-    plan = plan_table(run, given.lut, given)
+    source, token_counts = row_source(run, given.from_lut, given.compute_dtype)
+    lut_dir, memory_bytes = run.lut_path(given.lut), given.memory_mb * 2**20
+    dtype = given.dtype or (recorded_precision(lut_dir) if given.resume else None) or DEFAULT_PRECISION
     if given.dry_run:
-        for line in (describe(plan), describe_estimate(estimate(plan))):
+        planned = plan(source, lut_dir, dtype=dtype, memory_bytes=memory_bytes)
+        for line in (describe(lut_dir, planned.manifest), describe_estimate(estimate(planned))):
             console.print(line, highlight=False, soft_wrap=True)
         return
-    build(plan, resume=given.resume, overwrite=given.overwrite)
-    console.print(describe(plan), highlight=False, soft_wrap=True)
+    with progress_bar("building the table (rows)", source.config.vocab_size) as advance:
+        manifest = build_lut(
+            source,
+            lut_dir,
+            dtype=dtype,
+            memory_bytes=memory_bytes,
+            resume=given.resume,
+            overwrite=given.overwrite,
+            tokenizer=fingerprint(load_tokenizer(run.tokenizer_path)) if run.tokenizer_path.is_file() else None,
+            token_counts=token_counts,
+            progress=advance,
+        )
+    console.print(describe(lut_dir, manifest), highlight=False, soft_wrap=True)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -140,7 +134,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument(
         "--memory-mb", type=int, default=MEMORY_BYTES // 2**20, help="memory of the buffers (default: %(default)s)"
     )
-    options.add_argument("--resume", action="store_true", help="go on with an unfinished table")
+    options.add_argument("--resume", action="store_true", help="continue an unfinished table")
     options.add_argument("--overwrite", action="store_true", help="replace a table (or weights) that is already there")
     options.add_argument("--dry-run", action="store_true", help="print size, memory and expected time, and stop")
     given = options.parse_args(arguments)

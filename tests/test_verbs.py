@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from src import evaluate, generate, reparameterize, train, verify
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, UserError
-from src.lut import LutStore, builder, read_manifest
+from src.lut import LutStore, build_lut, read_manifest
 from src.lut.scan import read_token_counts
-from src.lut.sources import open_source
 from src.run_directory import RunDirectory
 from src.train import RunResult
 from tests.conftest import CONFIGS
@@ -231,14 +230,10 @@ def test_a_table_that_training_left_unfinished_is_finished_as_it_was_begun(
     shutil.rmtree(run / "lut")
     counts = torch.from_numpy(read_token_counts(trained.run_dir / "lut", read_manifest(trained.run_dir / "lut")))
     identity = load_tokenizer(run / "tokenizer.json")
-    plan = builder.plan(
-        open_source(run), run / "lut", dtype="float32", token_counts=counts, tokenizer=fingerprint(identity)
-    )
-    builder.prepare(plan)
     with monkeypatch.context() as patch:
         patch.setattr("src.lut.builder.encode_chunk", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            builder.write_shards(plan)
+            build_lut(run, run / "lut", dtype="float32", token_counts=counts, tokenizer=fingerprint(identity))
     reparameterize.main(["--run", str(run), "--resume"])
     for path in sorted((trained.run_dir / "lut").iterdir()):
         assert (run / "lut" / path.name).read_bytes() == path.read_bytes(), path.name

@@ -28,8 +28,9 @@ from rich.table import Table
 
 from src.benchmarks.common import describe_machine, machine_line
 from src.cli import parser, run_verb
-from src.lut import builder
+from src.lut import build_lut
 from src.lut.codecs import CODECS
+from src.lut.plan import plan
 from src.lut.sources import COMPUTE_DTYPES, RowSource, open_source, turn_tokens
 from src.model import ModelConfig, Transformer
 from src.run_directory import RunDirectory
@@ -120,8 +121,8 @@ def measure_build(
     source: RowSource, config: ModelConfig, lut_dir: Path, *, dtype: str, compute_dtype: str
 ) -> BuildFigures:
     """Build the table in `lut_dir` and measure both limits beside it."""
-    plan = builder.plan(source, lut_dir, dtype=dtype)
-    num_tokens = min(plan.chunk_tokens, turn_tokens(config.expert_intermediate_size, COMPUTE_DTYPES[compute_dtype]))
+    build = plan(source, lut_dir, dtype=dtype)
+    num_tokens = min(build.chunk_tokens, turn_tokens(config.expert_intermediate_size, COMPUTE_DTYPES[compute_dtype]))
     probe = MatmulProbe(config, num_tokens, COMPUTE_DTYPES[compute_dtype])
     write_rates = [measure_writes(lut_dir.parent)]
     probe.sample_alone()
@@ -132,15 +133,13 @@ def measure_build(
             advance(num_rows)
 
         start = time.perf_counter()
-        builder.prepare(plan)
-        builder.write_shards(plan, progress=report)
-        builder.publish(plan)
+        build_lut(source, lut_dir, dtype=dtype, progress=report)
         seconds = time.perf_counter() - start - probe.seconds
     probe.sample_alone()
     write_rates.append(measure_writes(lut_dir.parent))
     expert_flops = 4 * config.hidden_size * config.expert_intermediate_size
     return BuildFigures(
-        table_bytes=plan.file_bytes,
+        table_bytes=build.file_bytes,
         build_seconds=seconds,
         matmul_flops=probe.rate,
         write_bytes_per_second=sum(write_rates) / len(write_rates),

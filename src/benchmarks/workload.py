@@ -27,7 +27,7 @@ from torch import Tensor
 from src.data.files import stdlib_files
 from src.data.tokenizer import load_tokenizer, train_bpe
 from src.errors import DataError, UserError
-from src.lut import LutStore, builder
+from src.lut import LutStore, build_lut
 from src.lut.layout import ALIGNMENT, plan_shards
 from src.lut.readers.memory import release_pages
 from src.lut.readers.reader import ShardFiles
@@ -123,11 +123,9 @@ def write_table(
     lut_dir: Path, config: ModelConfig, identity: Identity, dtype: str, token_counts: Tensor | None = None
 ) -> None:
     """Write a table of random rows with the builder of real ones."""
-    plan = builder.plan(RandomRows(config, identity), lut_dir, dtype=dtype, token_counts=token_counts)
-    builder.prepare(plan)
+    source = RandomRows(config, identity)
     with progress_bar("writing the table (rows)", config.vocab_size) as advance:
-        builder.write_shards(plan, progress=advance)
-    builder.publish(plan)
+        build_lut(source, lut_dir, dtype=dtype, token_counts=token_counts, progress=advance)
 
 
 def write_runs(directory: Path, config: ModelConfig, dtype: str, token_counts: Tensor | None) -> tuple[Path, Path]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from src.errors import CheckpointError
 from src.interop.names import TABLE_NAME
 from src.interop.reader import CheckpointTensors
-from src.lut import LutStore, builder
+from src.lut import LutStore, build_lut
 from src.model import ModelConfig
 from src.run_directory import Identity
 from src.system.files import atomic_path
@@ -57,11 +57,8 @@ def import_table(rows: TableRows, lut_dir: Path, tokenizer: str | None, where: P
         raise CheckpointError(
             f"{where}: {TABLE_NAME} is {dtype}, but a table is one of {', '.join(PRECISIONS.values())}; convert it"
         )
-    plan = builder.plan(rows, lut_dir, dtype=PRECISIONS[dtype], tokenizer=tokenizer)
-    builder.prepare(plan)
     with progress("writing the table (rows)", rows.config.vocab_size) as advance:
-        builder.write_shards(plan, progress=advance)
-    builder.publish(plan)
+        build_lut(rows, lut_dir, dtype=PRECISIONS[dtype], tokenizer=tokenizer, progress=advance)
 
 
 def export_table(store: LutStore, path: Path, progress: Progress) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src.errors import LutBusyError, LutError
+from src.errors import LutError
 from src.lut.codecs import codec
 from src.lut.layout import SHARD_BYTES
 from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, Manifest, read_manifest, write_row_errors
@@ -62,11 +62,6 @@ def is_built(plan: BuildPlan) -> bool:
     return (plan.lut_dir / MANIFEST_NAME).is_file() and read_manifest(plan.lut_dir) == plan.manifest
 
 
-def is_empty(lut_dir: Path) -> bool:
-    """Whether there is nothing in the directory, or no directory."""
-    return not lut_dir.is_dir() or not any(lut_dir.iterdir())
-
-
 def clear(plan: BuildPlan, *, resume: bool, overwrite: bool) -> None:
     """Remove what an earlier build left, if that is allowed."""
     (plan.lut_dir / MANIFEST_NAME).unlink(missing_ok=True)  # first, so that no half-replaced table is ever readable
@@ -104,11 +99,10 @@ def require_space(plan: BuildPlan) -> None:
 
 Progress = Callable[[int], None]
 """Called with the number of rows that were just written."""
-JOIN_SECONDS = 60.0
-"""How long a rank waits until another prepares the directory."""
-PREPARING_SECONDS = 5.0
-"""How long that preparation may hold the directory's lock."""
-POLL_SECONDS = 0.05
+
+
+def no_barrier() -> None:
+    """Return at once: a single rank has no other to wait for."""
 
 
 def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) -> None:
@@ -124,23 +118,18 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
     """
     finished = (plan.lut_dir / MANIFEST_NAME).exists()
     if finished and resume and not overwrite and is_recorded(plan) and is_built(plan):
-        return  # interrupted while it tidied up, which is what is left to do
+        return  # interrupted after the manifest was written; `publish` removes what is left over
     if finished and not overwrite:
         raise LutError(f"{plan.lut_dir}: holds a finished table; choose another --lut name, or --overwrite it")
-    continues = _continues(plan, resume=resume)
+    continues = resume and not finished and is_recorded(plan)
     with disk_errors(plan.lut_dir):
         plan.lut_dir.mkdir(parents=True, exist_ok=True)
-    with disk_errors(plan.lut_dir), building(plan.lut_dir, shared=continues):
-        require_space(plan)  # before anything is removed: what will be counts as free already
-        if not continues and not _continues(plan, resume=resume):  # by now another rank may have prepared it
+    with disk_errors(plan.lut_dir), building(plan.lut_dir, shared=False):
+        require_space(plan)  # before anything is removed; files that will be replaced already count as free
+        if not continues:
             clear(plan, resume=resume, overwrite=overwrite)
-        _write_counts(plan)  # now, so that whoever finishes this build finds them
+        _write_counts(plan)  # now, so that any later command that finishes this build finds them
         write_text(plan.lut_dir / PLAN_NAME, plan.text)
-
-
-def _continues(plan: BuildPlan, *, resume: bool) -> bool:
-    """Whether the directory holds an unfinished build of this plan that should go on."""
-    return resume and not (plan.lut_dir / MANIFEST_NAME).exists() and is_recorded(plan)
 
 
 def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: Progress | None = None) -> None:
@@ -173,7 +162,7 @@ def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: 
 
 def publish(plan: BuildPlan) -> Manifest:
     """Write row errors and, last, the manifest; from here on the table can be opened."""
-    with disk_errors(plan.lut_dir), building(plan.lut_dir, shared=False, wait=True):
+    with disk_errors(plan.lut_dir), building(plan.lut_dir, shared=False):
         if not is_built(plan):
             missing = [shard.file_name for shard in plan.shards if not is_finished(plan, shard)]
             if missing:
@@ -200,17 +189,40 @@ def build_lut(
     overwrite: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    barrier: Callable[[], object] = no_barrier,
     tokenizer: str | None = None,
     token_counts: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Build the lookup table of a model or a run directory, or another precision of a table; return its manifest.
 
-    With `world_size` above 1 every rank calls it: each writes its shards, and the one that finds all of them
-    finished publishes. `src.lut.builder` has the steps apart, for callers that own a barrier. Arguments as in
-    `open_source`, `plan` and `prepare`; raises LutError when there is no lookup form or the directory holds another
-    table.
+    With `world_size` above 1 every rank calls it with the same arguments but its own `rank`: rank 0 prepares and
+    publishes, each rank writes its share of the shards, and all of them call `barrier` three times. A finished table
+    of the same build is returned as it is when `resume` is set and `overwrite` is not.
+
+    Args:
+        source: what the rows come from, as in `open_source`.
+        lut_dir: the table's directory.
+        dtype: a precision of `src.lut.codecs`.
+        compute_dtype: what experts compute in, as in `open_source`.
+        chunk_tokens: rows computed and written at a time; by default as many as `memory_bytes` allows.
+        memory_bytes: what one rank's buffers may take.
+        shard_bytes: what the rows of a shard fit in.
+        resume: continue an unfinished build of the same table; otherwise start over.
+        overwrite: replace a finished table, or an unfinished one of another build.
+        rank: this process among those that build.
+        world_size: how many processes build.
+        barrier: returns once every rank has called it, such as `torch.distributed.barrier`.
+        tokenizer: fingerprint of the tokenizer whose ids these are; a source table's by default.
+        token_counts: (V,) int64, how often training saw each id; a source table's by default.
+        progress: called with the number of rows that this rank just wrote or found written.
+
+    Raises:
+        ValueError: `world_size` is above 1 and there is no barrier.
+        LutError: there is no lookup form, the directory holds another table, or the disk is full.
     """
+    if world_size > 1 and barrier is no_barrier:
+        raise ValueError(f"world_size is {world_size}, but barrier is missing; pass torch.distributed.barrier")
     build = plan(
         open_source(source, compute_dtype),
         Path(lut_dir),
@@ -221,42 +233,21 @@ def build_lut(
         tokenizer=tokenizer,
         token_counts=token_counts,
     )
-    if resume and not overwrite and is_built(build):
-        return publish(build) if is_recorded(build) else build.manifest
-    _beside_ranks(partial(_prepare_or_join, build, rank, resume=resume, overwrite=overwrite), world_size)
-    _beside_ranks(partial(write_shards, build, rank, world_size, progress), world_size)
-    if all(is_finished(build, shard) for shard in build.shards) or is_built(build):
-        return publish(build)
+    if resume and not overwrite and is_built(build) and not is_recorded(build):
+        return build.manifest
+    if rank == 0:
+        prepare(build, resume=resume, overwrite=overwrite)
+    barrier()
+    write_shards(build, rank, world_size, progress)
+    barrier()
+    if rank == 0:
+        publish(build)
+    barrier()
     return build.manifest
 
 
 def _silent(_: int) -> None:
-    """Report progress to nobody."""
-
-
-def _beside_ranks(step: Callable[[], None], world_size: int) -> None:
-    """Take a step that begins with a lock, which a rank that prepares the directory holds for a moment."""
-    until = time.monotonic() + (PREPARING_SECONDS if world_size > 1 else 0)
-    while True:
-        try:
-            step()
-            return
-        except LutBusyError:
-            if time.monotonic() >= until:
-                raise
-        time.sleep(POLL_SECONDS)
-
-
-def _prepare_or_join(plan: BuildPlan, rank: int, *, resume: bool, overwrite: bool) -> None:
-    """Prepare the directory, or wait until another rank has done so, or has even finished the table."""
-    if rank == 0 or is_empty(plan.lut_dir):
-        prepare(plan, resume=resume, overwrite=overwrite)
-        return
-    until = time.monotonic() + JOIN_SECONDS
-    while not is_recorded(plan) and (overwrite or not is_built(plan)):
-        if time.monotonic() > until:
-            raise LutError(f"{plan.lut_dir}: no other rank prepared it within {JOIN_SECONDS:.0f} s; did rank 0 fail?")
-        time.sleep(POLL_SECONDS)
+    """Report no progress."""
 
 
 def _write_counts(plan: BuildPlan) -> None:

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from src.errors import LutBusyError, LutError
+from src.errors import LutError
 from src.lut.codecs import Codec, codec
 from src.lut.layout import CHECKSUM_BYTES, Shard, row_checksums
 from src.lut.manifest import LayerSums, add, combine, measure
@@ -64,29 +64,26 @@ LOCK_NAME = "build.lock"
 
 
 @contextmanager
-def building(lut_dir: Path, *, shared: bool, wait: bool = False) -> Generator[None]:
-    """Hold the directory: alone, or shared with other ranks of the same build.
-
-    LutBusyError when somebody else holds it, unless `wait` asks to stand in line.
-    """
-    descriptor = lock_file(lut_dir / LOCK_NAME, shared=shared, wait=wait)
+def building(lut_dir: Path, *, shared: bool) -> Generator[None]:
+    """Lock the directory, alone or shared with other ranks of the same build; LutError if another build holds it."""
+    descriptor = lock_file(lut_dir / LOCK_NAME, shared=shared)
     try:
         yield
     finally:
         os.close(descriptor)
 
 
-def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> int:
+def lock_file(path: Path, *, shared: bool = False) -> int:
     """Open (or create) a file, lock it, and return its descriptor; closing it unlocks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             if _is_still(path, descriptor):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise LutBusyError(
+            raise LutError(
                 f"{path.parent}: another process is building this table; wait for it, or choose another --lut"
             ) from None
         except BaseException:

@@ -16,7 +16,7 @@ import callbacks.reparameterize
 from callbacks import EvaluationCallback
 from src import train
 from src.cli import run_verb
-from src.lut import builder
+from src.lut import build_lut, builder
 from src.training.lightning_module import LanguageModel
 
 SHARD_BYTES = 2**18
@@ -52,7 +52,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 
 def main(arguments: list[str] | None = None, fault: str = "") -> None:
-    callbacks.reparameterize.builder.plan = partial(builder.plan, shard_bytes=SHARD_BYTES)
+    callbacks.reparameterize.build_lut = partial(build_lut, shard_bytes=SHARD_BYTES)
     place, _, rank = fault.partition(":")
     if place and rank == os.environ.get("LOCAL_RANK", "0"):
         FAULTS[place]()

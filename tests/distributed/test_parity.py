@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from src.config import load_run_config
-from src.lut import LutStore, builder
+from src.lut import LutStore, build_lut
 from src.run_directory import RunDirectory
 from src.train import resumed_config, train
 from src.training.checkpoints import CheckpointFiles, read_weights
@@ -115,7 +115,7 @@ def test_every_execution_gives_the_same_gradients_on_one_rank_and_on_two(tmp_pat
 def test_every_strategy_builds_the_same_table(
     tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("callbacks.reparameterize.builder.plan", partial(builder.plan, shard_bytes=2**18))
+    monkeypatch.setattr("callbacks.reparameterize.build_lut", partial(build_lut, shard_bytes=2**18))
     # the best checkpoint is that of step 10, whatever the step after it does, so all tables are of its weights
     best = (
         "checkpoint.final_weights=best",

@@ -1,11 +1,15 @@
 """Sources and models for tests of the builder."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from src.lut import Manifest, build_lut
 from src.lut.layout import TableLayout
 from src.model import ModelConfig, Transformer
 from src.run_directory import Identity
@@ -62,6 +66,21 @@ class FixedRows:
 def random_rows(vocab_size: int = 23, hidden_size: int = 32) -> Tensor:
     """Rows (V, 3, 3, D)."""
     return torch.randn(vocab_size, 3, 3, hidden_size, generator=torch.Generator().manual_seed(2))
+
+
+def build_on_ranks(source: FixedRows | Transformer, lut_dir: Path, world_size: int, **options: Any) -> list[Manifest]:
+    """Build with `world_size` ranks, each a thread of its own; raises what the first of them raised."""
+    barrier = threading.Barrier(world_size, timeout=60)
+
+    def build(rank: int) -> Manifest:
+        try:
+            return build_lut(source, lut_dir, rank=rank, world_size=world_size, barrier=barrier.wait, **options)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(world_size) as ranks:
+        return list(ranks.map(build, range(world_size)))
 
 
 def contents(lut_dir: Path) -> dict[str, bytes]:

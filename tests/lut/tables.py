@@ -1,6 +1,5 @@
 """Tables of random rows for tests of readers and stores, and the bytes that they must return."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from src.lut import builder
+from src.lut import build_lut
 from src.lut.layout import SHARD_BYTES, TableLayout, plan_shards
 from src.lut.manifest import read_manifest
 from src.model import ModelConfig
@@ -52,12 +51,7 @@ def write_table(
 ) -> NDArray[np.uint8]:
     """Build a table in `lut_dir` and return its stored rows (V, row_bytes), read the plainest way there is."""
     source = RandomRows(vocab_size, num_layers, num_experts, hidden_size)
-    plan = builder.plan(source, lut_dir, dtype=dtype, token_counts=token_counts)
-    layout = replace(plan.layout, shard_bytes=shard_bytes)
-    plan = replace(plan, layout=layout, shards=tuple(plan_shards(layout)))
-    builder.prepare(plan)
-    builder.write_shards(plan)
-    builder.publish(plan)
+    build_lut(source, lut_dir, dtype=dtype, token_counts=token_counts, shard_bytes=shard_bytes)
     return stored_rows(lut_dir)
 
 

@@ -6,7 +6,7 @@ import random
 import resource
 import time
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
 from src.errors import LutError
-from src.lut import build_lut, builder
+from src.lut import build_lut
 from src.lut.verification import verify_table
 from tests.lut.builds import FixedRows, contents, random_rows
 
@@ -79,21 +79,26 @@ def test_a_file_size_limit_is_one_clear_error_and_the_build_goes_on_after(tmp_pa
     assert finish(tmp_path / "lut") == finish(tmp_path / "whole")
 
 
-def build_without_barrier(rank: int, world_size: int, lut_dir: Path, begin: Event) -> None:
-    begin.wait()
+def build_beside(rank: int, world_size: int, lut_dir: Path, barrier: Barrier) -> None:
     build_lut(
-        FixedRows(ROWS), lut_dir, dtype="float32", shard_bytes=100_000, chunk_tokens=5, rank=rank, world_size=world_size
+        FixedRows(ROWS),
+        lut_dir,
+        dtype="float32",
+        shard_bytes=100_000,
+        chunk_tokens=5,
+        rank=rank,
+        world_size=world_size,
+        barrier=barrier.wait,
     )
 
 
-def test_ranks_that_start_at_once_need_no_barrier(tmp_path: Path) -> None:
+def test_processes_that_share_a_build_write_the_same_bytes(tmp_path: Path) -> None:
     whole = finish(tmp_path / "whole")
-    for attempt in range(10):
-        lut_dir, begin = tmp_path / f"together-{attempt}", FORK.Event()
-        ranks = [FORK.Process(target=build_without_barrier, args=(rank, 3, lut_dir, begin)) for rank in range(3)]
+    for attempt in range(5):
+        lut_dir, barrier = tmp_path / f"together-{attempt}", FORK.Barrier(3, timeout=60)
+        ranks = [FORK.Process(target=build_beside, args=(rank, 3, lut_dir, barrier)) for rank in range(3)]
         for process in ranks:
             process.start()
-        begin.set()
         for process in ranks:
             process.join(60)
         assert [process.exitcode for process in ranks] == [0, 0, 0]
@@ -109,14 +114,16 @@ def build_as_rank(rank: int, world_size: int, lut_dir: Path, broken: int | None)
         if rank == broken:
             raise RuntimeError("a rank broke")
 
-    plan = builder.plan(FixedRows(ROWS, before), lut_dir, dtype="nf4", shard_bytes=10_000, chunk_tokens=5)
-    if rank == 0:
-        builder.prepare(plan)
-    dist.barrier()
-    builder.write_shards(plan, rank, world_size)
-    dist.barrier()
-    if rank == 0:
-        builder.publish(plan)
+    build_lut(
+        FixedRows(ROWS, before),
+        lut_dir,
+        dtype="nf4",
+        shard_bytes=10_000,
+        chunk_tokens=5,
+        rank=rank,
+        world_size=world_size,
+        barrier=dist.barrier,
+    )
     dist.destroy_process_group()
 
 

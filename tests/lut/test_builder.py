@@ -18,7 +18,7 @@ from src.lut.manifest import read_row_errors
 from src.lut.sources import ModelRows, RunRows, TableRows
 from src.lut.verification import verify_table
 from src.run_directory import RunDirectory
-from tests.lut.builds import SHARD_BYTES, FixedRows, contents, random_rows, small_model
+from tests.lut.builds import SHARD_BYTES, FixedRows, build_on_ranks, contents, random_rows, small_model
 
 PRECISIONS = ("float32", "bfloat16", "int8", "nf4")
 
@@ -30,27 +30,36 @@ def build(lut_dir: Path, rows: Tensor | None = None, **options: object) -> dict[
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("ranks", [(0, 1), (1, 0), (2, 0, 1)])
-def test_any_number_of_ranks_writes_the_same_bytes(dtype: str, ranks: tuple[int, ...], tmp_path: Path) -> None:
-    model = small_model()
-    counts = torch.arange(23)
-    build_lut(model, tmp_path / "one", dtype=dtype, shard_bytes=1200, chunk_tokens=2, token_counts=counts)
-    for rank in ranks:
-        with pytest.raises(LutError, match=r"no such table|unfinished"):
-            read_manifest(tmp_path / "many")
-        build_lut(
-            model,
-            tmp_path / "many",
-            dtype=dtype,
-            shard_bytes=1200,
-            chunk_tokens=2,
-            token_counts=counts,
-            rank=rank,
-            world_size=len(ranks),
-        )
-    assert len(read_manifest(tmp_path / "one").shards) >= 3
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_any_number_of_ranks_writes_the_same_bytes(dtype: str, world_size: int, tmp_path: Path) -> None:
+    model, options = small_model(), {"dtype": dtype, "shard_bytes": 1200, "chunk_tokens": 2}
+    build_lut(model, tmp_path / "one", **options, token_counts=torch.arange(23))  # pyright: ignore[reportArgumentType]
+    manifests = build_on_ranks(model, tmp_path / "many", world_size, **options, token_counts=torch.arange(23))
+    assert manifests == [read_manifest(tmp_path / "one")] * world_size
+    assert len(manifests[0].shards) >= 3
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert verify_table(tmp_path / "many") == []
+
+
+def test_ranks_need_a_barrier(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"world_size is 2, but barrier is missing; pass torch\.distributed\.barrier"):
+        build(tmp_path / "lut", rank=1, world_size=2)
+    assert not (tmp_path / "lut").exists()
+
+
+def test_a_rank_that_cannot_prepare_ends_the_build_of_all(tmp_path: Path) -> None:
+    before = build(tmp_path / "lut", random_rows() + 1)
+    with pytest.raises(LutError, match="holds a finished table"):
+        build_on_ranks(FixedRows(random_rows()), tmp_path / "lut", 3, dtype="bfloat16", shard_bytes=SHARD_BYTES)
+    assert contents(tmp_path / "lut") == before
+
+
+def test_a_finished_table_is_not_built_again(tmp_path: Path) -> None:
+    before, seen = build(tmp_path / "lut"), list[int]()
+    options = {"dtype": "float32", "shard_bytes": SHARD_BYTES}
+    build_on_ranks(FixedRows(random_rows(), seen.append), tmp_path / "lut", 2, **options)
+    assert contents(tmp_path / "lut") == before
+    assert not seen
 
 
 def test_a_build_that_was_interrupted_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -131,8 +140,7 @@ def test_too_little_space_is_found_before_anything_is_written(tmp_path: Path, mo
     assert not list((tmp_path / "lut").glob("rows-*"))
 
 
-def test_a_second_builder_is_refused_while_the_first_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "PREPARING_SECONDS", 0.1)
+def test_a_second_builder_is_refused_while_the_first_works(tmp_path: Path) -> None:
     started, go = threading.Event(), threading.Event()
 
     def before(first_token: int) -> None:
@@ -148,7 +156,8 @@ def test_a_second_builder_is_refused_while_the_first_works(tmp_path: Path, monke
     first.start()
     assert started.wait(30)
     try:
-        for options in ({}, {"overwrite": True}, {"resume": False}, {"rank": 1, "world_size": 2}):
+        joined = {"rank": 1, "world_size": 2, "barrier": lambda: None}
+        for options in ({}, {"overwrite": True}, {"resume": False}, joined):
             with pytest.raises(LutError, match="another process is building this table"):
                 build(tmp_path / "lut", None, **options)
         with pytest.raises(LutError, match="another process is building this table"):

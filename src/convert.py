@@ -1,21 +1,24 @@
-"""`python -m src.convert`: read the authors' Hugging Face checkpoints into runs, and write runs back."""
+"""`python -m src.convert`: read Hugging Face checkpoints into runs, and write runs back."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from src.cli import parser, run_verb
-from src.interop import export_official, import_official
+from src.interop import FAMILIES
 from src.system.console import progress_bar, stderr_console
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and convert."""
     options = parser(
-        "convert", __doc__ or "", "python -m src.convert --from official --input MoLE-160M-4E --output runs/mole-160m"
+        "convert",
+        "\n".join([__doc__ or "", "", "families:", *(f"  {each.name}: {each.help}" for each in FAMILIES.values())]),
+        "python -m src.convert --from official --input MoLE-160M-4E --output runs/mole-160m",
     )
+    exports = {name: family.export_checkpoint for name, family in FAMILIES.items() if family.export_checkpoint}
     direction = options.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from", dest="source", choices=("official",), help="read a checkpoint into a new run")
-    direction.add_argument("--to", dest="target", choices=("official",), help="write a run as a checkpoint")
+    direction.add_argument("--from", dest="source", choices=tuple(FAMILIES), help="read a checkpoint into a new run")
+    direction.add_argument("--to", dest="target", choices=tuple(exports), help="write a run as a checkpoint")
     options.add_argument("--input", type=Path, required=True, metavar="DIR", help="checkpoint, or run with --to")
     options.add_argument("--output", type=Path, required=True, metavar="DIR", help="new directory; must not exist")
     options.add_argument("--top-k", type=int, help="experts per token of an MoE, which its config lacks (default: 2)")
@@ -25,10 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.target is not None:
         if given.top_k is not None or given.tokenizer is not None:
             options.error("--top-k and --tokenizer belong to --from; a run knows both")
-        export_official(given.input, given.output, lut=given.lut, progress=progress_bar)
+        exports[given.target](given.input, given.output, lut=given.lut, progress=progress_bar)
     else:
         top_k = 2 if given.top_k is None else given.top_k
-        import_official(given.input, given.output, top_k=top_k, tokenizer=given.tokenizer, progress=progress_bar)
+        convert = FAMILIES[given.source].import_checkpoint
+        convert(given.input, given.output, top_k=top_k, tokenizer=given.tokenizer, progress=progress_bar)
     stderr_console().print(f"{given.input} -> {given.output}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,6 +1,6 @@
-"""The authors' Hugging Face checkpoints (JieShibo/MoLE), in and out."""
+"""Other people's checkpoints, in and out: one file per family."""
 
-from src.interop.exporter import export_official
-from src.interop.importer import import_official
+from src.interop.families import FAMILIES, Family, register_family
+from src.interop.official import export_official, import_official
 
-__all__ = ["export_official", "import_official"]
+__all__ = ["FAMILIES", "Family", "export_official", "import_official", "register_family"]

@@ -1,15 +1,14 @@
-"""Which of the authors' tensors make up which of ours, and back. Arithmetic on names and tensors; no files.
+"""The authors' names: which of their tensors make up which of ours, and their config.json as our ModelConfig.
 
-Theirs are one projection per query, key and value, one linear layer per expert (out, in), and one table for all
-layers. Ours fuse the first, stack the second as (E, in, out), and keep the third apart as a table on disk.
+Arithmetic on names, tensors and settings; no files. They have one projection per query, key and value, one linear layer
+per expert (out, in), and one table for all layers. Ours fuses the first, stacks the second as (E, in, out), and keeps
+the third apart as a table on disk.
+
+Their config is a LlamaConfig with one more field, `num_experts`. It names neither the architecture nor the routed
+experts' width nor how many are chosen: the first follows from the tensors' names, the second is `intermediate_size`,
+and the third is asked for. Their code ignores `hidden_act`: it is always the exact GELU.
 
 D hidden, F intermediate, E experts, L layers, V vocabulary.
-
-The authors' config.json and our ModelConfig, both ways.
-
-Theirs is a LlamaConfig with one more field, `num_experts`. It names neither the architecture nor the routed
-experts' width nor how many are chosen: the first follows from the tensors' names, the second is
-`intermediate_size`, and the third is asked for. Their code ignores `hidden_act`: it is always the exact GELU.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -23,7 +22,7 @@ from src.errors import CheckpointError, ConfigError
 from src.model import ModelConfig, Transformer
 
 TABLE_NAME = "model.moe_table.weight"
-"""The re-parameterised form's table (V, L*E*D): in row v, expert j of layer l starts at (l*E + j)*D."""
+"""The re-parameterized form's table (V, L*E*D): in row v, expert j of layer l starts at (l*E + j)*D."""
 
 
 @dataclass(frozen=True)

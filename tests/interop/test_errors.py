@@ -12,8 +12,9 @@ from torch import Tensor
 
 from src.convert import main
 from src.errors import CheckpointError
-from src.interop import export_official, import_official
-from src.interop.importer import NAMES_SHOWN
+from src.interop import FAMILIES, Family, export_official, import_official, register_family
+from src.interop.official import NAMES_SHOWN
+from src.interop.table import Progress
 from src.model import ModelConfig
 from src.run_directory import RunDirectory
 from tests.interop.checkpoints import (
@@ -228,3 +229,29 @@ def test_command_line_mistakes(arguments: list[str], message: str, capsys: pytes
         main([*arguments, "--input", "a", "--output", "b"])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_family_is_registered_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def import_toy(
+        checkpoint_dir: Path, run_dir: Path, *, top_k: int, tokenizer: Path | None, progress: Progress
+    ) -> None:
+        with progress("toys", 1) as advance:
+            run_dir.write_text(f"{checkpoint_dir.name} {top_k} {tokenizer}")
+            advance(1)
+
+    register_family(Family(name="toy", help="of wood", import_checkpoint=import_toy))
+    try:
+        main(["--from", "toy", "--input", "a", "--output", str(tmp_path / "run")])
+        assert (tmp_path / "run").read_text() == "a 2 None"
+        with pytest.raises(SystemExit):
+            main(["--to", "toy", "--input", "a", "--output", "b"])
+        assert "invalid choice: 'toy' (choose from official)" in capsys.readouterr().err.replace(
+            "'official'", "official"
+        )
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert "toy: of wood" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="toy: a family of that name is registered already"):
+            register_family(FAMILIES["toy"])
+    finally:
+        del FAMILIES["toy"]

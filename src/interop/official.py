@@ -1,24 +1,39 @@
-"""Makes a run directory of one of the authors' checkpoints, whole or not at all.
+"""The authors' Hugging Face checkpoints (JieShibo/MoLE) as run directories, and back; whole or not at all.
 
-A re-parameterised checkpoint becomes a run with a table and no `experts.safetensors`. Its training form is unknown;
+A re-parameterized checkpoint becomes a run with a table and no `experts.safetensors`. Its training form is unknown;
 the identity that stands for it covers the backbone and no experts, so that comparing and recomputing both work.
+A run without a training form is written re-parameterized, its table streamed as `moe_table`: memory never holds it.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from src.data.config import DataConfig
-from src.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
+from src.data.tokenizer import END_OF_TEXT, fingerprint, load_tokenizer, vocabulary_size
 from src.errors import CheckpointError, DataError
-from src.interop.names import TABLE_NAME, correspondences, official_shapes, read_model_config
+from src.inference import InferenceModel, load_model
+from src.inference.disk_experts import DiskExperts
+from src.interop.families import Family, register_family
+from src.interop.names import (
+    TABLE_NAME,
+    correspondences,
+    official_config,
+    official_shapes,
+    read_model_config,
+    require_expressible,
+    to_official,
+)
 from src.interop.reader import CheckpointTensors, read_json
-from src.interop.table import Progress, TableRows, import_table, no_progress
+from src.interop.table import Progress, TableRows, export_table, import_table, no_progress
+from src.lut.manifest import MANIFEST_NAME
 from src.model import ModelConfig
 from src.run_directory import RunDirectory
-from src.system.files import atomic_directory, write_text
+from src.system.files import atomic_directory, atomic_path, write_text
 
 NAMES_SHOWN = 5
 
@@ -31,7 +46,7 @@ def import_official(
     tokenizer: Path | str | None = None,
     progress: Progress = no_progress,
 ) -> None:
-    """Read one of the authors' checkpoints (Dense, MoE, MoLE or MoLE re-parameterised) into a new run directory.
+    """Read one of the authors' checkpoints (Dense, MoE, MoLE or MoLE re-parameterized) into a new run directory.
 
     Args:
         checkpoint_dir: holds config.json and safetensors (whole or in shards) or pytorch_model.bin.
@@ -61,6 +76,40 @@ def import_official(
         if with_table:
             known = None if vocabulary is None else fingerprint(vocabulary)
             import_table(TableRows(config, identity, checkpoint), run.lut_path(), known, source, progress)
+
+
+def export_official(
+    run_dir: Path | str, checkpoint_dir: Path | str, *, lut: str = "lut", progress: Progress = no_progress
+) -> None:
+    """Write a run as a Hugging Face directory that the authors' code loads.
+
+    Args:
+        run_dir: its training form is written; without one, its backbone and its table.
+        checkpoint_dir: must not exist yet.
+        lut: name of the table inside the run, where that is what is written.
+        progress: shows the table being written.
+
+    Raises:
+        CheckpointError: the authors' code has no such model, or `checkpoint_dir` exists.
+        RunError: the run is incomplete.
+        LutError: the table is damaged or belongs to another model.
+    """
+    run, target = RunDirectory(Path(run_dir)).require(), Path(checkpoint_dir)
+    require_new(target)
+    require_expressible(run.model_config())
+    with_table = _is_table_only(run, lut)
+    with (
+        load_model(run.path, experts="lut" if with_table else "ffn", lut=lut) as model,
+        atomic_directory(target) as directory,
+    ):
+        _write_weights(model, directory, progress)
+        end_of_text = None
+        if run.tokenizer_path.is_file():
+            tokenizer = load_tokenizer(run.tokenizer_path)
+            end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+            write_text(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
+        config = official_config(model.config, model.head.weight.dtype, end_of_text)
+        write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def require_new(path: Path) -> None:
@@ -111,7 +160,7 @@ def _shorten(names: list[str]) -> str:
 
 
 def _load_tokenizer(given: Path | str | None, source: Path, config: ModelConfig) -> Tokenizer | None:
-    """Load the tokenizer that was given or lies in the checkpoint; a model may have more ids than it, as padding."""
+    """Load the given tokenizer or the checkpoint's own; the model may have more ids, as padding."""
     path = Path(given) if given is not None else source / "tokenizer.json"
     if given is None and not path.is_file():
         return None
@@ -135,3 +184,43 @@ def _run_config(config: ModelConfig, run_dir: Path) -> dict[str, object]:
         },
         "trainer": {"max_steps": 1},
     }
+
+
+def _is_table_only(run: RunDirectory, lut: str) -> bool:
+    if run.model_config().architecture != "mole" or run.experts_path.is_file():
+        return False
+    if not (run.lut_path(lut) / MANIFEST_NAME).is_file():
+        raise CheckpointError(
+            f"{run.path}: holds neither {run.experts_path.name} nor a finished table {lut}; nothing to export"
+        )
+    return True
+
+
+def _write_weights(model: InferenceModel, directory: Path, progress: Progress) -> None:
+    weights = to_official(model.state_dict(), model.config)
+    dtype = model.head.weight.dtype  # that of the run, whose routers were widened for inference
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+    if not isinstance(model.experts, DiskExperts):
+        _save(weights, directory / "model.safetensors")
+        return
+    backbone, table = (f"model-0000{part}-of-00002.safetensors" for part in (1, 2))
+    _save(weights, directory / backbone)
+    table_bytes = export_table(model.experts.store, directory / table, progress)
+    total = sum(tensor.nbytes for tensor in weights.values()) + table_bytes
+    index = {"metadata": {"total_size": total}, "weight_map": {**dict.fromkeys(weights, backbone), TABLE_NAME: table}}
+    write_text(directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _save(weights: dict[str, Tensor], path: Path) -> None:
+    with atomic_path(path) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+
+
+register_family(
+    Family(
+        name="official",
+        help="the code of the paper's authors (JieShibo/MoLE): Dense, MoE, MoLE, MoLE re-parameterized",
+        import_checkpoint=import_official,
+        export_checkpoint=export_official,
+    )
+)

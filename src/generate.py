@@ -76,7 +76,8 @@ def _prompt(text: str | None, file: Path | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and generate."""
-    options = parser("generate", __doc__ or "", 'python -m src.generate --run runs/quickstart --prompt "import os"')
+    example = 'python -m src.generate --run runs/quickstart --prompt "import os" --temperature 0.8'
+    options = parser("generate", __doc__ or "", example)
     add_form_options(options)
     source = options.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")

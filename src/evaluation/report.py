@@ -119,9 +119,11 @@ def print_report(report: Report, console: Console, run: Path) -> None:
         console.print("a sample from the trained model:", style="bold")
         console.print(report.sample, markup=False, highlight=False, style="dim")
     console.print("\nnext:", style="bold")
-    console.print(f'  python -m src.generate --run {run} --prompt "import os"', markup=False, highlight=False)
+    commands = [f'python -m src.generate --run {run} --prompt "import os" --temperature 0.8 --seed 0']
     if report.lookup_form is not None:
-        console.print(f"  python -m src.verify --run {run}", markup=False, highlight=False)
+        commands.append(f"python -m src.verify --run {run}")
+    for command in commands:
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _scores_table(report: Report) -> Table:

@@ -323,7 +323,7 @@ def test_the_dry_runs_own_options_are_refused_without_it(capsys: pytest.CaptureF
 
 def test_the_readmes_table_of_devices_is_what_the_dry_run_says() -> None:
     pattern = r"^\| ([0-9a-z]+-[0-9a-z-]+) \| ([\d,]+) M \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (.+) \|$"
-    rows = re.findall(pattern, Path("README.md").read_text(), re.MULTILINE)
+    rows = re.findall(pattern, Path("configs/README.md").read_text(), re.MULTILINE)
     assert {row[0] for row in rows} == {path.stem for path in PAPER.glob("*.yaml")} - {"base"}
     for name, parameters, *memory, experts in rows:
         config = load_config(PAPER / f"{name}.yaml")

@@ -1,10 +1,6 @@
-"""What the routers do with text, for pictures: how probability is spread, and which tokens each expert answers.
+"""What the routers do with text: shares of experts, their top tokens, and the mixture where one token occurs.
 
-B batch, T tokens, D hidden, E experts, L layers, U distinct token ids.
-
-How much weight the routers give each expert where one token occurs in real text.
-
-B windows, T tokens, L layers, E experts.
+Knows nothing of figures and printing. N windows, B batch, T tokens, E experts, L layers, U distinct token ids.
 """
 
 import math
@@ -174,7 +170,7 @@ def _total(tensors: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenWeights:
-    """The routers' weights at a token's occurrences."""
+    """Weights of the mixture at a token's occurrences."""
 
     occurrences: int
     shares: Tensor | None
@@ -191,12 +187,13 @@ def windows_with(windows: Tensor, token_id: int, limit: int) -> Tensor:
 def measure_token_weights(
     model: Transformer, inputs: Tensor, token_id: int, *, progress: Callable[[int], None] | None = None
 ) -> TokenWeights:
-    """Run inputs (B, T) int64, one window at a time, and average the routing where the token occurs."""
+    """Run inputs (B, T) int64, one window at a time, and average the mixture weights where the token occurs."""
     sums, occurrences = torch.zeros(model.config.num_layers, model.config.num_experts), 0
     for window in inputs.unsqueeze(1):  # (1, T)
         here = window == token_id  # (1, T)
         logits = model.trunk(window).router_logits
-        sums += torch.stack([router_probs(layer)[here].float().sum(dim=0) for layer in logits])  # (L, E)
+        gates = [_gates(layer_logits, model.config.top_k) for layer_logits in logits]
+        sums += torch.stack([gate[here].float().sum(dim=0) for gate in gates])  # (L, E)
         occurrences += int(here.sum())
         if progress is not None:
             progress(1)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from src.data.tokenizer import train_bpe
 from src.evaluation.figures import entropy_lines, expert_token_rows, expert_tokens, probability_heat_map
 from src.evaluation.perplexity import Share
-from src.evaluation.routing_view import RoutingView, view_routing
+from src.evaluation.routing_view import RoutingView, measure_token_weights, view_routing
 from src.model import ModelConfig
 from tests.model.models import CONFIGS, DENSE, MOE, build
 
@@ -58,6 +58,18 @@ def test_contributions_are_norms_of_what_each_expert_adds(name: str) -> None:
         expected = (sums / counts.clamp(min=1).unsqueeze(-1))[found.token_ids]
         torch.testing.assert_close(found.contributions[:, layer], expected, check_dtype=False)
         torch.testing.assert_close(found.probabilities[layer], probs / windows.numel(), check_dtype=False)
+
+
+def test_token_weights_are_those_that_the_model_mixes_with() -> None:
+    config = replace(CONFIGS["mole-top2"], vocab_size=13)
+    model = build(config).eval()
+    inputs = torch.randint(13, (4, 9), generator=torch.Generator().manual_seed(1))
+    found = measure_token_weights(model, inputs, 5)
+    assert found.shares is not None
+    for layer, logits in enumerate(model.trunk(inputs).router_logits):
+        kept = logits.topk(2).indices
+        mixed = torch.zeros_like(logits).scatter(-1, kept, logits.gather(-1, kept).softmax(-1))
+        torch.testing.assert_close(found.shares[layer], mixed[inputs == 5].mean(dim=0), check_dtype=False)
 
 
 def test_models_without_a_table_show_what_there_is() -> None:

@@ -1,11 +1,12 @@
 """Log-likelihoods of continuations: the one path by which every task is scored, of any model that gives logits.
 
-N requests, B batch, T tokens, C continuation tokens, V vocabulary.
+Logits are made for scored positions only, and for few of them at a time. B batch, T tokens, C continuation tokens,
+N scored positions, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from tokenizers import Tokenizer
@@ -14,10 +15,24 @@ from torch import Tensor
 from src.data.tokenizer import separator_id
 from src.evaluation.perplexity import Share
 
-LogitsFunction = Callable[[Tensor], Tensor]
-"""Token ids (B, T) int64 -> next-token logits (B, T, V), each of which sees earlier tokens only."""
+HEAD_POSITIONS = 512
+"""Positions that have logits at a time."""
+
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Opens a progress bar with a description and a total."""
+
+
+class CausalModel(Protocol):
+    """What a `Transformer` and other people's decoders have in common."""
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Maps hidden states (N, D) to next-token logits (N, V)."""
+        ...
+
+    def hidden_states(self, token_ids: Tensor, /) -> Tensor:
+        """Return (B, T, D) for token ids (B, T) int64; each position sees earlier ones only."""
+        ...
 
 
 class Request(NamedTuple):
@@ -48,11 +63,11 @@ def _ignore(count: int) -> None:
 
 
 class TextModel:
-    """A function from ids to logits and its tokenizer: all that a task needs to know of a model."""
+    """A model and its tokenizer: all that a task needs to know."""
 
     def __init__(
         self,
-        logits: LogitsFunction,
+        model: CausalModel,
         tokenizer: Tokenizer,
         *,
         max_length: int,
@@ -61,8 +76,8 @@ class TextModel:
         share: Share = Share(),  # noqa: B008 - frozen
         progress: Progress = no_progress,
     ) -> None:
-        """Run `logits` on up to `batch_tokens` tokens at a time, sequences of up to `max_length` tokens."""
-        self.logits, self.tokenizer, self.max_length, self.device = logits, tokenizer, max_length, device
+        """Run `model` on up to `batch_tokens` tokens at a time, sequences of up to `max_length` tokens."""
+        self.model, self.tokenizer, self.max_length, self.device = model, tokenizer, max_length, device
         self.batch_tokens, self.share, self.progress = batch_tokens, share, progress
 
     @property
@@ -121,21 +136,29 @@ class TextModel:
         token_ids = torch.zeros(len(inputs), max(map(len, inputs)), dtype=torch.int64)  # (B, T), padded on the right
         for row, ids in enumerate(inputs):
             token_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        logits = self.logits(token_ids.to(self.device))  # (B, T, V)
+        hidden_states = self.model.hidden_states(token_ids.to(self.device))  # (B, T, D)
+        counts = [min(len(request.continuation), len(ids)) for request, ids in zip(requests, inputs, strict=True)]
+        tails = [
+            hidden_states[row, len(ids) - count : len(ids)]  # (C, D)
+            for row, (ids, count) in enumerate(zip(inputs, counts, strict=True))
+        ]
+        targets = [
+            torch.tensor(request.continuation[-count:], dtype=torch.int64)  # (C,)
+            for request, count in zip(requests, counts, strict=True)
+        ]
+        scores = self._score_positions(torch.cat(tails), torch.cat(targets).to(self.device))  # (N, 3)
         return [
-            _likelihood(logits[row, : len(ids)], request.continuation)
-            for row, (ids, request) in enumerate(zip(inputs, requests, strict=True))
+            Likelihood(float(log_probs.sum()), bool(greedy.all()), float(gaps.min()))
+            for log_probs, greedy, gaps in (part.unbind(dim=1) for part in scores.split(counts))
         ]
 
-
-def _likelihood(logits: Tensor, continuation: Sequence[int]) -> Likelihood:
-    """Score the last of (T, V) logits; a continuation longer than that is scored in its last T tokens."""
-    targets = torch.tensor(continuation, dtype=torch.int64, device=logits.device)[-len(logits) :]  # (C,)
-    logits = logits[len(logits) - len(targets) :]  # (C, V)
-    log_probs = logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    best = logits.topk(2, dim=-1)
-    return Likelihood(
-        log_likelihood=float(log_probs.gather(1, targets.unsqueeze(1)).sum()),
-        is_greedy=bool((best.indices[:, 0] == targets).all()),
-        gap=float((best.values[:, 0] - best.values[:, 1]).min()),
-    )
+    def _score_positions(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        """Return (N, 3) of hidden states (N, D): the target's log-probability, whether it is the likeliest, the gap."""
+        parts: list[Tensor] = []
+        for hidden, wanted in zip(hidden_states.split(HEAD_POSITIONS), targets.split(HEAD_POSITIONS), strict=True):
+            logits = self.model.head(hidden)  # (HEAD_POSITIONS, V)
+            log_probs = logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+            best = logits.topk(2, dim=-1)
+            greedy, gaps = best.indices[:, 0] == wanted, best.values[:, 0] - best.values[:, 1]
+            parts.append(torch.stack([log_probs.gather(1, wanted.unsqueeze(1)).squeeze(1), greedy, gaps], dim=1).cpu())
+        return torch.cat(parts)

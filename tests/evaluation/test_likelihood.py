@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from src.data.tokenizer import train_bpe
+from src.evaluation import likelihood
 from src.evaluation.likelihood import Request, TextModel
 from src.evaluation.perplexity import Share
 from src.model import Transformer
@@ -55,10 +56,10 @@ def test_they_are_sums_over_the_continuation_in_the_order_asked(
     model: Transformer, tokenizer: Tokenizer, batch_tokens: int
 ) -> None:
     found = text_model(model, tokenizer, batch_tokens=batch_tokens).log_likelihoods(REQUESTS, "")
-    for request, likelihood in zip(REQUESTS, found, strict=True):
+    for request, scored in zip(REQUESTS, found, strict=True):
         expected, greedy = by_hand(model, request, 8)
-        assert likelihood.log_likelihood == pytest.approx(expected, abs=1e-5)
-        assert likelihood.is_greedy == greedy
+        assert scored.log_likelihood == pytest.approx(expected, abs=1e-5)
+        assert scored.is_greedy == greedy
 
 
 def test_what_a_model_prefers_is_greedy_and_its_gap_is_that_of_the_two_best(
@@ -77,6 +78,24 @@ def test_what_a_model_prefers_is_greedy_and_its_gap_is_that_of_the_two_best(
     )
     assert both.is_greedy
     assert not one.is_greedy
+
+
+def test_only_positions_that_are_scored_get_logits_and_few_at_a_time(
+    model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = text_model(model, tokenizer, batch_tokens=1000).log_likelihoods(REQUESTS, "")
+    monkeypatch.setattr(likelihood, "HEAD_POSITIONS", 4)
+    shapes: list[torch.Size] = []
+
+    def record(_module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        shapes.append(inputs[0].shape)
+
+    with model.head.register_forward_pre_hook(record):
+        found = text_model(model, tokenizer, batch_tokens=1000).log_likelihoods(REQUESTS, "")
+    assert shapes == [(4, 8), (4, 8), (1, 8)]  # 3 + 2 + 3 + 1 continuation tokens; the context would be 13 more
+    for one, other in zip(found, whole, strict=True):
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-5)
+        assert one.is_greedy == other.is_greedy
 
 
 def test_a_pair_is_cut_as_running_text_is(model: Transformer, tokenizer: Tokenizer) -> None:

@@ -38,6 +38,19 @@ def _pretrained() -> tuple[Any, Any]:
     return model, transformers.AutoTokenizer.from_pretrained(**arguments)
 
 
+class _Pretrained:
+    """A model whose head is part of its forward pass."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def hidden_states(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(token_ids).logits
+
+    def head(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+
 def _likelihoods(samples: Sequence[dict[str, Any]]) -> list[list[tuple[float, bool]]]:
     ordered = sorted(samples, key=lambda sample: sample["doc_id"])
     return [[(float(value), bool(greedy)) for value, greedy in sample["filtered_resps"]] for sample in ordered]
@@ -53,7 +66,7 @@ def test_it_scores_as_hf_does() -> None:
     pretrained, tokenizer = _pretrained()
     ours = HarnessModel(
         TextModel(
-            lambda token_ids: pretrained(token_ids).logits,
+            _Pretrained(pretrained),
             tokenizer.backend_tokenizer,
             max_length=2048,
             batch_tokens=2048,

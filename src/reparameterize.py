@@ -14,10 +14,10 @@ from src.cli import parser, run_verb
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, RunError
 from src.lut import Manifest, build_lut, read_manifest
-from src.lut.builder import Estimate, estimate, recorded_precision
+from src.lut.builder import Estimate, estimate
 from src.lut.codecs import CODECS
 from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME
-from src.lut.plan import MEMORY_BYTES, plan
+from src.lut.plan import MEMORY_BYTES, plan, recorded_precision
 from src.lut.scan import read_token_counts
 from src.lut.sources import COMPUTE_DTYPES, RowSource, open_source
 from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lut_dir, memory_bytes = run.lut_path(given.lut), given.memory_mb * 2**20
     dtype = given.dtype or (recorded_precision(lut_dir) if given.resume else None) or DEFAULT_PRECISION
     if given.dry_run:
-        planned = plan(source, lut_dir, dtype=dtype, memory_bytes=memory_bytes)
+        planned = plan(source, lut_dir, dtype=dtype, memory_bytes=memory_bytes, resume=given.resume)
         for line in (describe(lut_dir, planned.manifest), describe_estimate(estimate(planned))):
             console.print(line, highlight=False, soft_wrap=True)
         return
@@ -132,7 +132,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--compute-dtype", choices=tuple(COMPUTE_DTYPES), default="float32", help="what experts compute in (float32)"
     )
     options.add_argument(
-        "--memory-mb", type=int, default=MEMORY_BYTES // 2**20, help="memory of the buffers (default: %(default)s)"
+        "--memory-mb",
+        type=int,
+        default=MEMORY_BYTES // 2**20,
+        help="memory of the buffers (default: %(default)s, or that of what is resumed)",
     )
     options.add_argument("--resume", action="store_true", help="continue an unfinished table")
     options.add_argument("--overwrite", action="store_true", help="replace a table (or weights) that is already there")

@@ -234,7 +234,7 @@ def test_a_table_that_training_left_unfinished_is_finished_as_it_was_begun(
         patch.setattr("src.lut.builder.encode_chunk", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             build_lut(run, run / "lut", dtype="float32", token_counts=counts, tokenizer=fingerprint(identity))
-    reparameterize.main(["--run", str(run), "--resume"])
+    reparameterize.main(["--run", str(run), "--resume", "--memory-mb", "1"])
     for path in sorted((trained.run_dir / "lut").iterdir()):
         assert (run / "lut" / path.name).read_bytes() == path.read_bytes(), path.name
 

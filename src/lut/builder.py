@@ -8,7 +8,6 @@ The directory of a table while it is built: what is in it, and what has to go.
 What a build will take, found out without writing anything: size, memory, and time from a small trial.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -41,20 +40,6 @@ from src.lut.sources import RowSource, open_source
 from src.model import Transformer
 from src.run_directory import RunDirectory
 from src.system.files import atomic_path, sync_directory, write_text
-
-
-def is_recorded(plan: BuildPlan) -> bool:
-    """Whether the directory was prepared for this plan, and is still being built."""
-    path = plan.lut_dir / PLAN_NAME
-    return path.is_file() and path.read_bytes() == plan.text.encode()
-
-
-def recorded_precision(lut_dir: Path) -> str | None:
-    """Return the precision of the unfinished table in a directory; None where no readable plan says one."""
-    try:
-        return str(json.loads((lut_dir / PLAN_NAME).read_text(encoding="utf-8"))["precision"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def is_built(plan: BuildPlan) -> bool:
@@ -117,11 +102,11 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
         LutError: the directory holds something else, another process is building in it, or the disk is too small.
     """
     finished = (plan.lut_dir / MANIFEST_NAME).exists()
-    if finished and resume and not overwrite and is_recorded(plan) and is_built(plan):
+    if finished and resume and not overwrite and plan.is_recorded() and is_built(plan):
         return  # interrupted after the manifest was written; `publish` removes what is left over
     if finished and not overwrite:
         raise LutError(f"{plan.lut_dir}: holds a finished table; choose another --lut name, or --overwrite it")
-    continues = resume and not finished and is_recorded(plan)
+    continues = resume and not finished and plan.is_recorded()
     with disk_errors(plan.lut_dir):
         plan.lut_dir.mkdir(parents=True, exist_ok=True)
     with disk_errors(plan.lut_dir), building(plan.lut_dir, shared=False):
@@ -140,7 +125,7 @@ def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: 
     report = progress or _silent
     with building(plan.lut_dir, shared=world_size > 1), ExitStack() as opened, Background(report) as disk:
         built = is_built(plan)
-        if not built and not is_recorded(plan):
+        if not built and not plan.is_recorded():
             raise LutError(
                 f"{plan.lut_dir}: is not prepared for this build; prepare it, and build in one place at a time"
             )
@@ -205,7 +190,8 @@ def build_lut(
         lut_dir: the table's directory.
         dtype: a precision of `src.lut.codecs`.
         compute_dtype: what experts compute in, as in `open_source`.
-        chunk_tokens: rows computed and written at a time; by default as many as `memory_bytes` allows.
+        chunk_tokens: rows computed and written at a time; by default as many as `memory_bytes` allows. An unfinished
+            build that is resumed keeps its own.
         memory_bytes: what one rank's buffers may take.
         shard_bytes: what the rows of a shard fit in.
         resume: continue an unfinished build of the same table; otherwise start over.
@@ -230,10 +216,11 @@ def build_lut(
         chunk_tokens=chunk_tokens,
         memory_bytes=memory_bytes,
         shard_bytes=shard_bytes,
+        resume=resume,
         tokenizer=tokenizer,
         token_counts=token_counts,
     )
-    if resume and not overwrite and is_built(build) and not is_recorded(build):
+    if resume and not overwrite and is_built(build) and not build.is_recorded():
         return build.manifest
     if rank == 0:
         prepare(build, resume=resume, overwrite=overwrite)

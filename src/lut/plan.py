@@ -1,8 +1,9 @@
 """What a build will do, decided before it touches the disk: everything that its writers must agree on."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save
@@ -13,6 +14,7 @@ from src.lut.layout import SHARD_BYTES, Shard, TableLayout, plan_shards, sha256,
 from src.lut.manifest import FORMAT_VERSION, Manifest, shard_record
 from src.lut.sources import RowSource, TableRows
 
+T = TypeVar("T")
 PLAN_NAME = "plan.json"
 MEMORY_BYTES = 512 * 2**20
 """What a builder's buffers take by default; weights that its source reads come on top."""
@@ -71,6 +73,11 @@ class BuildPlan:
         """Memory that one writer needs beside its source's weights."""
         return self.chunk_tokens * _bytes_per_token(self.layout, self.source)
 
+    def is_recorded(self) -> bool:
+        """Whether the directory was prepared for this plan, and its build is not over."""
+        path = self.lut_dir / PLAN_NAME
+        return path.is_file() and path.read_bytes() == self.text.encode()
+
     def counts_file(self) -> bytes:
         """The content of `token_counts.safetensors`."""
         assert self.token_counts is not None
@@ -85,10 +92,11 @@ def plan(
     chunk_tokens: int | None = None,
     memory_bytes: int = MEMORY_BYTES,
     shard_bytes: int = SHARD_BYTES,
+    resume: bool = True,
     tokenizer: str | None = None,
     token_counts: Tensor | None = None,
 ) -> BuildPlan:
-    """Decide layout, shards and chunks; touches nothing on disk.
+    """Decide layout, shards and chunks; writes nothing to disk.
 
     Args:
         source: gives the rows.
@@ -97,6 +105,8 @@ def plan(
         chunk_tokens: rows computed and written at a time; by default as many as `memory_bytes` allows.
         memory_bytes: what one writer's buffers may take.
         shard_bytes: what the rows of a shard fit in.
+        resume: keep the chunks of an unfinished build of the same table, because rows computed in chunks of another
+            size may round differently.
         tokenizer: fingerprint of the tokenizer whose ids these are; a source table's by default.
         token_counts: (V,) int64, how often training saw each id; a source table's by default.
 
@@ -117,7 +127,7 @@ def plan(
     if isinstance(source, TableRows):
         tokenizer = source.tokenizer if tokenizer is None else tokenizer
         token_counts = source.token_counts if token_counts is None else token_counts
-    return BuildPlan(
+    decided = BuildPlan(
         source=source,
         lut_dir=lut_dir,
         layout=layout,
@@ -126,6 +136,22 @@ def plan(
         tokenizer=tokenizer,
         token_counts=token_counts,
     )
+    unfinished = replace(decided, chunk_tokens=_recorded(lut_dir, "chunk_tokens", int) or decided.chunk_tokens)
+    return unfinished if resume and unfinished.is_recorded() else decided
+
+
+def recorded_precision(lut_dir: Path) -> str | None:
+    """Return the precision of the unfinished table in a directory; None if there is none."""
+    return _recorded(lut_dir, "precision", str)
+
+
+def _recorded(lut_dir: Path, key: str, kind: type[T]) -> T | None:
+    """Return a value of the plan that an unfinished build left in a directory."""
+    try:
+        value = json.loads((lut_dir / PLAN_NAME).read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, kind) else None
 
 
 def _bytes_per_token(layout: TableLayout, source: RowSource) -> int:

@@ -85,6 +85,25 @@ def test_a_build_that_was_interrupted_goes_on_where_it_stopped(tmp_path: Path) -
         assert sorted(done) == sorted([*firsts, stop])  # every chunk once, and the one that failed again
 
 
+@pytest.mark.parametrize(("chunk_tokens", "memory_bytes"), [(3, 2**20), (None, 1), (None, 2**20)])
+def test_an_unfinished_build_is_resumed_in_its_own_chunks(
+    chunk_tokens: int | None, memory_bytes: int, tmp_path: Path
+) -> None:
+    whole, done = build(tmp_path / "whole"), list[int]()
+    _stop_before(9, tmp_path / "lut")
+    source = FixedRows(random_rows(), done.append)
+    build_lut(
+        source,
+        tmp_path / "lut",
+        dtype="float32",
+        shard_bytes=SHARD_BYTES,
+        chunk_tokens=chunk_tokens,
+        memory_bytes=memory_bytes,
+    )
+    assert contents(tmp_path / "lut") == whole
+    assert done == [9, 10, 12, 14, 15, 17, 19, 20, 22]
+
+
 @pytest.mark.parametrize("journal", ["", '{"num_tok', '{"num_tokens": 4, "sums": []}', '{"num_tokens": 99, "sums": 3}'])
 def test_a_damaged_journal_costs_its_shard_and_nothing_else(journal: str, tmp_path: Path) -> None:
     whole = build(tmp_path / "whole")

@@ -1,16 +1,8 @@
-"""Everything a config costs, put together: what it stores and what it computes.
+"""Everything a config costs: parameters and their offloaded part, FLOPs, and what a device keeps in memory in training.
 
-What a config stores: parameters, and the part of them that is offloaded at inference.
+Counts on a model built on the meta device, which has shapes and no storage.
 
-Builds the model on the meta device: shapes, no storage.
-
-D hidden, F intermediate, E experts, K active experts, L layers, V vocabulary.
-
-What each device keeps in memory while a model trains: what lasts, by strategy, and what experts add for a while.
-
-Builds the model on the meta device: shapes, no storage.
-
-D hidden, F an expert's intermediate, E experts, L layers, U token ids that the experts run on.
+D hidden, F an expert's intermediate, E experts, K active experts, L layers, V vocabulary, U token ids of the experts.
 """
 
 from dataclasses import asdict, dataclass
@@ -47,7 +39,7 @@ class Parameters:
     offloaded: int
     """What is offloaded, in the paper's count: MoE's expert weights, L E 2 D F; MoLE's table, L E D V."""
     loaded_per_token: int
-    """Values fetched per token: MoLE L E D; MoE L K 2 D F, its worst case of no expert still being there."""
+    """Values fetched per token: MoLE L E D; MoE L K 2 D F, its worst case, no expert still in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,14 +203,14 @@ class Account:
     """Precisions that this model's table cannot have, and why."""
     micro_batch_tokens: int
     micro_batches: int
-    """Forward passes of one device per optimiser step."""
+    """Forward passes of one device per optimizer step."""
     sequence_length: int
     expert_execution: str
     """Which of the two training forms the config asks for; Dense and MoE have one."""
     unique_ids: int
     """Distinct ids per micro-batch that `training_unique` assumes."""
     unique_ids_estimated: bool
-    """True when nobody stated `unique_ids`."""
+    """True when `unique_ids` was not given."""
     training_per_token: Flops
     """Experts at every position."""
     training_unique: Flops | None
@@ -257,7 +249,7 @@ def account(
         sequence_length: tokens per window; attention's share depends on it.
         micro_batch_size: windows per forward pass, over which distinct ids are shared.
         precision: `trainer.precision`; only its 16- and 64-bit `true` forms change the size of what is stored.
-        micro_batches: forward passes of one device per optimiser step, whose distinct ids `unique_per_step` shares.
+        micro_batches: forward passes of one device per optimizer step, whose distinct ids `unique_per_step` shares.
         unique_ids: distinct ids per micro-batch; None estimates them (see `estimated_unique_ids`).
 
     Raises:

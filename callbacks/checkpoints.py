@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from src.run_directory import RunDirectory
+from src.system.private_api import log_step_now, set_logged_step
 from src.system.random_state import capture_random_state, restore_random_state
 from src.system.signals import Preempted, StopSignals
 from src.training.checkpoints import CheckpointFiles, best_steps
@@ -55,7 +56,7 @@ class CheckpointCallback(Checkpoint):
             return
         signum = self._agreed_signal(trainer)
         if signum:
-            trainer._logger_connector.update_train_step_metrics()  # Lightning would log this step after its callbacks
+            log_step_now(trainer)
         if signum or self._is_due(trainer):
             self.save(trainer)
         _stop(trainer, signum)
@@ -64,9 +65,7 @@ class CheckpointCallback(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """After a checkpoint, let the metrics of its step, which are logged after it, reach the disk too."""
-        # A checkpoint written in a validation holds this count before the step was counted, and Lightning only makes up
-        # for it where it validates at once again, which the interval of a resumed run may not want.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        set_logged_step(trainer)
         if self._saved_step == trainer.global_step:
             _flush(trainer)
 
@@ -146,10 +145,10 @@ def _flush(trainer: lightning.Trainer) -> None:
 
 
 def _validation_follows(trainer: lightning.Trainer) -> bool:
-    """Whether Lightning validates after this step (it asks itself the same question)."""
+    """Whether Lightning validates after this step: when it is due, and before it stops (no `min_steps` is set)."""
     interval = trainer.val_check_batch
     is_due = isinstance(interval, int) and trainer.global_step % interval == 0
-    return trainer.enable_validation and (is_due or (trainer.should_stop and trainer.fit_loop._can_stop_early))
+    return trainer.enable_validation and (is_due or trainer.should_stop)
 
 
 class BestWeightsCallback(lightning.Callback):

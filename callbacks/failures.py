@@ -10,11 +10,11 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from src.data.datamodule import StepWindows
 from src.errors import TrainingError
 from src.run_directory import RunDirectory
+from src.system.private_api import ranks_are_scripts, started_ranks
 from src.system.ranks import ParentWatch, describe_failure, describe_lost, report_once
 from src.system.signals import Preempted
 from src.training.checkpoints import CheckpointFiles
@@ -44,7 +44,7 @@ class RankFailureCallback(lightning.Callback):
         if trainer.is_global_zero:
             self.record.unlink(missing_ok=True)
         trainer.strategy.barrier("failure record")
-        if _are_scripts(trainer) and not _children(trainer):
+        if ranks_are_scripts(trainer) and not started_ranks(trainer):
             self._watch = ParentWatch(self.record)
             self._watch.start()
 
@@ -58,9 +58,9 @@ class RankFailureCallback(lightning.Callback):
         """Say why, unless another rank did, and end the ranks that this process started."""
         if isinstance(exception, Preempted):
             self._stop_watching()
-        if isinstance(exception, Preempted | KeyboardInterrupt) or not _are_scripts(trainer):
+        if isinstance(exception, Preempted | KeyboardInterrupt) or not ranks_are_scripts(trainer):
             return
-        children = _children(trainer)
+        children = started_ranks(trainer)
         report_once(self.record, self._reason(exception, trainer.global_rank, children))
         self.reported = True
         for child in children:
@@ -87,17 +87,6 @@ class RankFailureCallback(lightning.Callback):
 def _is_lost_contact(exception: BaseException) -> bool:
     text = str(exception).lower()
     return isinstance(exception, RuntimeError) and any(word in text for word in _LOST_CONTACT)
-
-
-def _are_scripts(trainer: lightning.Trainer) -> bool:
-    launcher = trainer.strategy.launcher
-    return trainer.world_size > 1 and (launcher is None or isinstance(launcher, _SubprocessScriptLauncher))
-
-
-def _children(trainer: lightning.Trainer) -> list[Popen[bytes]]:
-    """The ranks that this process started: none above rank 0, and none where torchrun or srun starts them."""
-    launcher = trainer.strategy.launcher
-    return list(launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else []
 
 
 class NonFiniteCallback(lightning.Callback):

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import lightning
 import torch
@@ -50,6 +51,7 @@ from src.system.hardware import keep_freed_memory, native_precision
 from src.system.ranks import FAILED, ReportedFailureError, is_rank_zero, leave
 from src.system.signals import Preempted
 from src.training.checkpoints import StreamingCheckpointIO
+from src.training.config import TrainerConfig
 from src.training.lightning_module import LanguageModel
 from src.training.resume import Resumption, compare_configs, start_from_run
 from src.training.strategy import ShardedStrategy
@@ -68,7 +70,7 @@ def build_trainer(
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=_strategy(run_config),
-        precision=native_precision() if config.precision == "auto" else config.precision,
+        precision=precision(config),
         max_steps=config.max_steps,
         max_epochs=-1,
         val_check_interval=config.val_check_interval,
@@ -86,6 +88,11 @@ def build_trainer(
         plugins=[StreamingCheckpointIO()],
         logger=loggers,
     )
+
+
+def precision(config: TrainerConfig) -> Literal["32-true", "bf16-mixed", "bf16-true", "64-true"]:
+    """Resolve `auto` on this machine."""
+    return native_precision(config.accelerator) if config.precision == "auto" else config.precision
 
 
 def _accelerator(name: str) -> str:
@@ -264,7 +271,7 @@ def dry_run(config: RunConfig, unique_ids: int | None = None, json_path: Path | 
         config.model,
         sequence_length=config.data.sequence_length,
         micro_batch_size=config.data.micro_batch_size,
-        precision=config.trainer.precision,
+        precision=precision(config.trainer),
         micro_batches=config.data.micro_batches_per_step(config.trainer.stated_devices),
         unique_ids=unique_ids,
     )

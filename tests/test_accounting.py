@@ -315,6 +315,18 @@ def test_dry_run_reads_no_corpus_and_prints_and_writes_the_same_figures(
     assert "FLOPs per token" in shown and "AdamW's two moments" in shown
 
 
+@pytest.mark.parametrize("native", ["bf16-mixed", "32-true"])
+def test_the_dry_run_counts_in_the_precision_that_training_would_use(
+    native: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "native_precision", lambda _: native)
+    written = [tmp_path / "auto.json", tmp_path / "native.json"]
+    for path, precision in zip(written, ("auto", native), strict=True):
+        options = ["--dry-run", "--json", str(path), f"trainer.precision={precision}"]
+        train.main(["--config", str(PAPER / "160m-mole-4e.yaml"), *options])
+    assert written[0].read_text() == written[1].read_text()
+
+
 def test_the_dry_runs_own_options_are_refused_without_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         train.main(["--unique-ids", "5"])

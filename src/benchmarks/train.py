@@ -414,7 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     console, machine = Console(), describe_machine(options.device)
     text = read_text(options)
-    dtype = torch.bfloat16 if options.device != "cpu" or native_precision() == "bf16-mixed" else None
+    dtype = torch.bfloat16 if options.device != "cpu" or native_precision("cpu") == "bf16-mixed" else None
     rate = matmul_rate(dtype or torch.float32, torch.device(options.device))
     console.print(machine_line(machine), text.describe(), sep="\n")
     console.print(f"{options.layers} layers of the {options.shape} shape, {dtype or torch.float32}, no vocabulary head")

@@ -17,14 +17,16 @@ CAST_BYTES = 16 * 2**20
 """Float32 copy of a weight that exists at a time; a vocabulary head does not fit in it."""
 
 
+_NEEDS = {  # any of these sets of instructions, as the errors of torch's oneDNN products say; `bf16` is ARM's
+    torch.bfloat16: ({"avx512_bw", "avx512_vl", "avx512_dq"}, {"avx_ne_convert"}, {"bf16"}),
+    torch.float16: ({"avx512_fp16"}, {"avx_ne_convert"}),
+}
+
+
 def _without_instructions() -> frozenset[torch.dtype]:
-    if not torch.backends.mkldnn.is_available():
-        return frozenset((torch.bfloat16, torch.float16))
-    supported = {  # what torch asks before it hands a product on; its public interface names instruction sets only
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-    }
-    return frozenset(dtype for dtype, is_supported in supported.items() if not is_supported)
+    present = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
+    is_fast = {dtype: any(names <= present for names in sets) for dtype, sets in _NEEDS.items()}
+    return frozenset(dtype for dtype in _NEEDS if not (is_fast[dtype] and torch.backends.mkldnn.is_available()))
 
 
 SLOW_ON_CPU = _without_instructions()

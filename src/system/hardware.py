@@ -42,12 +42,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def native_precision() -> Literal["bf16-mixed", "32-true"]:
-    """Return bf16-mixed where the accelerator or the processor computes in bfloat16, else 32-true."""
-    if torch.cuda.is_available():
+def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
+    """Return bf16-mixed if what `trainer.accelerator` selects computes in bfloat16, else 32-true."""
+    if accelerator != "cpu" and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_tile"))
     return "bf16-mixed" if native else "32-true"
 
 

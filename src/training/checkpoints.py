@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.types import _PATH
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -103,7 +102,7 @@ def _remove(path: Path) -> None:
 class StreamingCheckpointIO(CheckpointIO):
     """`torch.save` into a temporary file beside the target, flushed to disk, then renamed over it."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write `checkpoint` to `path`; TrainingError when the disk is full, and what was there stays."""
         target = Path(path)
         try:
@@ -115,12 +114,12 @@ class StreamingCheckpointIO(CheckpointIO):
             raise TrainingError(full_disk_message(target, checkpoint)) from error
 
     def load_checkpoint(
-        self, path: _PATH, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+        self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Map the file at `path`: tensors are read when they are copied to where they belong."""
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
-    def remove_checkpoint(self, path: _PATH) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the file at `path`."""
         Path(path).unlink(missing_ok=True)
 

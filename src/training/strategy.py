@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
 from src.errors import TrainingError
+from src.system.private_api import use_all_devices
 from src.training.checkpoints import full_disk_message, is_full
 
 
@@ -26,10 +26,12 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Size the group by the devices there are."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        use_all_devices(self)
         super().setup_environment()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
         """Write it; TrainingError when the disk is full. What ranks raise then is not even an `Exception`."""
         try:
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -38,7 +40,7 @@ class ShardedStrategy(ModelParallelStrategy):
                 raise TrainingError(full_disk_message(Path(filepath), checkpoint)) from error
             raise RuntimeError(f"{filepath}: cannot be written: {error}") from error
 
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load model and optimiser in place, and return the rest.
 
         Whole checkpoints of any strategy will do. Lightning takes their optimiser states for numbered in the order of

@@ -19,13 +19,13 @@ from typing import Any
 from urllib.parse import urlparse
 
 import lightning
-from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from src.run_directory import RunDirectory
 from src.system.code_version import code_version
 from src.system.files import write_text
+from src.system.private_api import drop_anonymous, has_started
 from src.system.ranks import is_rank_zero
 from src.training.config import WandbConfig
 
@@ -120,6 +120,8 @@ def _wandb(loggers: Iterable[Logger]) -> list[WandbLogger]:
 
 
 _WANDB_ID = "wandb_id"
+_WRITE_EVERY = 100
+"""Steps whose metrics wait in memory at most; a checkpoint writes them too."""
 
 
 def build_loggers(
@@ -129,7 +131,7 @@ def build_loggers(
 
     W&B records `resolved`, the run's whole config, without its paths.
     """
-    loggers: list[Logger] = [ContinuedCSVLogger(run.path, first_step)]
+    loggers: list[Logger] = [MetricsFile(run.path, first_step)]
     mode = wandb_mode(config)
     if mode != "disabled":
         loggers.append(_wandb_logger(config, resolved, run, mode))
@@ -170,7 +172,7 @@ def _wandb_logger(config: WandbConfig, resolved: Mapping[str, Any], run: RunDire
             console="off", silent=True, host="not recorded", x_disable_meta=True, x_disable_stats=True
         ),
     )
-    logger._wandb_init.pop("anonymous")  # Lightning passes it always, and W&B warns that it means nothing any more
+    drop_anonymous(logger)
     return logger
 
 
@@ -190,53 +192,70 @@ def _wandb_id(run: RunDirectory) -> str:
     return new
 
 
-class ContinuedCSVLogger(CSVLogger):
-    """`metrics.csv` in a directory, whose rows before `first_step` stay."""
+class MetricsFile(Logger):
+    """`metrics.csv` in a directory, one row per logged step. Rows before `first_step` are kept, later ones replaced.
+
+    Lightning's `CSVLogger` deletes an existing file.
+    """
 
     def __init__(self, directory: Path, first_step: int) -> None:
-        """Keep what was logged before `first_step`; what was logged after it will be logged again."""
-        super().__init__(save_dir=directory, name="", version="")
-        self._first_step = first_step
+        super().__init__()
+        self._path, self._first_step = directory / "metrics.csv", first_step
+        self._columns: list[str] | None = None
+        self._unwritten: list[dict[str, Any]] = []
 
     @property
-    @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        """The writer, made when it is first needed."""
-        if self._experiment is None:
-            self._experiment = _ContinuedWriter(self.log_dir, self._first_step)
-        assert isinstance(self._experiment, ExperimentWriter)
-        return self._experiment
+    def name(self) -> None:
+        """None: the file belongs to the run."""
 
+    @property
+    def version(self) -> None:
+        """None: the file belongs to the run."""
 
-class _ContinuedWriter(ExperimentWriter):
-    """Lightning's writer, which deletes an existing file, on a file that was cut at a step."""
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `config.yaml` holds them."""
 
-    def __init__(self, log_dir: str, first_step: int) -> None:
-        super().__init__(log_dir)
-        path = Path(self.metrics_file_path)
-        if not path.is_file():
-            return
-        with path.open(newline="", encoding="utf-8") as handle:
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self._unwritten.append({**metrics, "step": step})
+        if (step + 1) % _WRITE_EVERY == 0:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        rows, self._unwritten = self._unwritten, []
+        names = {name for row in rows for name in row}
+        if self._columns is not None and names.issubset(self._columns):
+            with self._path.open("a", newline="", encoding="utf-8") as handle:
+                csv.DictWriter(handle, self._columns).writerows(rows)
+        elif rows:
+            columns, earlier = self._written()
+            self._columns = sorted(names.union(columns))
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, self._columns)
+            writer.writeheader()
+            writer.writerows([*earlier, *rows])
+            write_text(self._path, text.getvalue())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+    def _written(self) -> tuple[Sequence[str], list[dict[str, Any]]]:
+        """Return columns and rows of the file, without rows that are to be replaced or that a kill cut short."""
+        if not self._path.is_file():
+            return [], []
+        with self._path.open(newline="", encoding="utf-8") as handle:
             reader = csv.DictReader(handle)
-            kept = [row for row in reader if _is_number(row["step"]) and int(row["step"]) < first_step]
-            self.metrics_keys = list(reader.fieldnames or [])
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=self.metrics_keys)
-        writer.writeheader()
-        writer.writerows(kept)
-        write_text(path, text.getvalue())
-
-    def _check_log_dir_exists(self) -> None:
-        """Delete nothing."""
-
-
-def _is_number(text: str | None) -> bool:
-    """Whether a row is whole: a kill or a full disk may have cut the last one short."""
-    return text is not None and text.isdecimal()
+            rows = [row for row in reader if (row["step"] or "").isdecimal()]
+        if self._columns is None:
+            rows = [row for row in rows if int(row["step"]) < self._first_step]
+        return reader.fieldnames or [], rows
 
 
 def close_loggers(loggers: Iterable[Logger], *, failed: bool) -> None:
     """Finish the W&B run, so that its record is whole when `train` returns."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and logger._experiment is not None:
+        if isinstance(logger, WandbLogger) and has_started(logger):
             logger.experiment.finish(exit_code=int(failed))

@@ -1,0 +1,78 @@
+"""The private attributes of Lightning that this project depends on. No other module names one.
+
+It imports nothing of Lightning, so that the model and its inference may import this package. A name that a new version
+lacks raises RuntimeError where it is used; `tests/system/test_private_api.py` says what to check before an upper bound
+in pyproject.toml is raised.
+"""
+
+from subprocess import Popen
+from typing import Any
+
+
+def log_step_now(trainer: Any) -> None:
+    """Send the metrics of this training step to the loggers before the step's remaining callbacks run.
+
+    Lightning logs a step after its callbacks. A callback that saves a checkpoint and stops needs them logged before.
+    Without it: the last step before a preemption is missing from `metrics.csv`.
+    """
+    _existing(trainer, "_logger_connector").update_train_step_metrics()
+
+
+def set_logged_step(trainer: Any) -> None:
+    """Set the step that the next metrics are logged under to the number of optimizer steps taken.
+
+    Checkpoints saved during validation store `_batches_that_stepped` one too low. Lightning corrects this only if
+    validation reruns right after resuming. Without it: steps are logged under the number before them.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    _existing(loop, "_batches_that_stepped")
+    loop._batches_that_stepped = trainer.global_step
+
+
+def ranks_are_scripts(trainer: Any) -> bool:
+    """Whether each of several ranks runs the command line on its own, rather than as a fork of one process.
+
+    Without it: compare `trainer.strategy` of the config with the names of the forking strategies.
+    """
+    launcher = trainer.strategy.launcher
+    return trainer.world_size > 1 and (launcher is None or _starts_scripts(launcher))
+
+
+def started_ranks(trainer: Any) -> list[Popen[bytes]]:
+    """Return the ranks that this process started: none above rank 0, and none under torchrun or srun."""
+    launcher = trainer.strategy.launcher
+    return list(launcher.procs) if _starts_scripts(launcher) else []
+
+
+def use_all_devices(strategy: Any) -> None:
+    """Make the data-parallel group of a `ModelParallelStrategy` as large as its number of devices.
+
+    The number is known only after the constructor, which takes it as an argument. Without it: count the devices that
+    `trainer.devices` selects, and pass `data_parallel_size`.
+    """
+    _existing(strategy, "_data_parallel_size")
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+
+
+def drop_anonymous(logger: Any) -> None:
+    """Do not pass `anonymous` to `wandb.init`: Lightning always does, and W&B warns that it has no effect."""
+    _existing(logger, "_wandb_init").pop("anonymous", None)
+
+
+def has_started(logger: Any) -> bool:
+    """Whether a `WandbLogger` has begun its W&B run, without beginning it as `logger.experiment` would."""
+    return _existing(logger, "_experiment") is not None
+
+
+def _starts_scripts(launcher: Any) -> bool:
+    return any(kind.__name__ == "_SubprocessScriptLauncher" for kind in type(launcher).__mro__)
+
+
+def _existing(owner: object, name: str) -> Any:
+    if not hasattr(owner, name):
+        kind = type(owner)
+        raise RuntimeError(
+            f"{kind.__module__}.{kind.__name__}: no attribute {name} in the installed version of Lightning; "
+            "install a version that pyproject.toml allows"
+        )
+    return getattr(owner, name)

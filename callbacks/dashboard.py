@@ -66,7 +66,8 @@ class DashboardCallback(lightning.Callback):
         self._shown_step = trainer.global_step
         sample: str | None = None
         with evaluating(model):
-            view = view_routing(model, self.windows, batch_size=self.config.batch_size, share=share)
+            size, mask = self.config.batch_size, self.text.mask
+            view = view_routing(model, self.windows, batch_size=size, share=share, mask=mask)
             if trainer.is_global_zero or is_sharded(model):
                 sample = sample_text(model, self.text.tokenizer, self.config)
         if trainer.is_global_zero:

@@ -10,7 +10,7 @@ import lightning
 from rich.console import Console
 
 from src.evaluation.config import EvaluationConfig
-from src.evaluation.perplexity import Score, Share, summarize, window_losses, zlib_bits_per_byte
+from src.evaluation.perplexity import Score, Share, zlib_bits_per_byte
 from src.evaluation.report import Report, TableFacts, print_report, sample_text
 from src.evaluation.results import Evaluation
 from src.evaluation.suite import Suite, evaluate_model, evaluating
@@ -98,15 +98,7 @@ class EvaluationCallback(lightning.Callback):
     def _initial_score(self, trainer: lightning.Trainer, model: Transformer) -> Score:
         text, size = self.suite.text, self.config.batch_size
         with evaluating(model), progress_bar("scoring the untrained model (windows)", len(text.windows)) as advance:
-            losses = window_losses(
-                model,
-                text.windows,
-                batch_size=size,
-                share=_share(trainer),
-                progress=advance,
-                document_separator=text.document_separator,
-            )
-        return summarize(losses, text.windows, text.byte_lengths)
+            return text.score(model, batch_size=size, share=_share(trainer), progress=advance)
 
     def _evaluate(self, trainer: lightning.Trainer, model: Transformer) -> Evaluation:
         with evaluating(model):

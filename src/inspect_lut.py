@@ -56,7 +56,7 @@ def token_weights(run: RunDirectory, lut: str, token_id: int) -> TokenWeights:
         load_model(run.path, experts="lut", lut=lut) as model,
         progress_bar("routing text (windows)", len(inputs)) as advance,
     ):
-        return measure_token_weights(model, inputs, token_id, progress=advance)
+        return measure_token_weights(model, inputs, token_id, progress=advance, mask=text.mask)
 
 
 def chosen_layers(given: argparse.Namespace, num_layers: int) -> Sequence[int]:

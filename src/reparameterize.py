@@ -13,6 +13,7 @@ from torch import Tensor
 from src.cli import parser, run_verb
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, RunError
+from src.evaluation.held_out import recorded_token_counts
 from src.lut import Manifest, build_lut, read_manifest
 from src.lut.builder import Estimate, estimate
 from src.lut.codecs import CODECS
@@ -79,7 +80,9 @@ def describe_estimate(expected: Estimate) -> str:
 
 
 def _token_counts(run: RunDirectory) -> Tensor | None:
-    """Take over the training data's token counts from a table, finished or not, whose own are whole."""
+    """Return the training data's token counts: the run's own, or those of a table, finished or not, that are whole."""
+    if (recorded := recorded_token_counts(run)) is not None:
+        return recorded
     for path in sorted(run.path.glob(f"*/{COUNTS_NAME}")):
         with suppress(LutError, SafetensorError, KeyError):
             if not (path.parent / MANIFEST_NAME).is_file():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from src.errors import RunError
@@ -71,6 +71,16 @@ class RunDirectory:
     def report_path(self) -> Path:
         """The record, which the final report completes."""
         return self.path / "report.json"
+
+    @property
+    def held_out_path(self) -> Path:
+        """Held-out windows, token counts of the training text, and what else scoring needs."""
+        return self.path / "held_out.safetensors"
+
+    @property
+    def scores_path(self) -> Path:
+        """The final scores, document by document."""
+        return self.path / "scores.json"
 
     def lut_path(self, name: str = "lut") -> Path:
         """The directory of the table called `name`."""
@@ -139,8 +149,8 @@ class RunDirectory:
         identity = identify(backbone, experts)
         metadata = {"format": "pt", "training_form": identity.training_form}
         if experts:
-            _save(experts, self.experts_path, metadata)
-        _save(backbone, self.backbone_path, {**metadata, "backbone": identity.backbone})
+            write_tensors(self.experts_path, experts, metadata)
+        write_tensors(self.backbone_path, backbone, {**metadata, "backbone": identity.backbone})
         return identity
 
     def identity(self) -> Identity:
@@ -177,13 +187,26 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as handle:
             return dict(handle.metadata() or {})
     except SafetensorError as error:
-        raise RunError(f"{path}: not a readable safetensors file ({error}); copy or write it again") from error
+        raise _damaged(path, error) from error
 
 
-def _save(weights: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; RunError names the file when it is damaged."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(plain, temporary, metadata=metadata)
+
+
+def _damaged(path: Path, error: SafetensorError) -> RunError:
+    return RunError(f"{path}: not a readable safetensors file ({error}); copy or write it again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

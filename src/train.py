@@ -176,7 +176,7 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     with progress_report(console) as progress:
         corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=progress)
-    text = held_out(corpus, config.data, config.model.vocab_size)
+    text = held_out(corpus, config.data, config.model.vocab_size, config.evaluation.corpora)
     suite = prepare_suite(text, config.evaluation)
     for note in suite.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
@@ -193,6 +193,8 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
     if config.init_from is not None and start is None:
         start_from_run(module.model, RunDirectory(Path(config.init_from)), corpus.tokenizer)
     run = create_run(config, corpus) if start is None else continue_run(config, start.run)
+    if is_rank_zero():
+        text.write(run)
     evaluation = EvaluationCallback(
         run.path,
         config.evaluation,

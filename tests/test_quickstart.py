@@ -12,7 +12,6 @@ import torch
 
 from src.config import load_run_config
 from src.evaluation.held_out import held_out_of_run
-from src.evaluation.perplexity import score_windows
 from src.inference import load_model
 from src.run_directory import RunDirectory
 from tests.conftest import CONFIGS
@@ -66,6 +65,6 @@ def test_a_bfloat16_table_costs_next_to_nothing(quickstart: Path) -> None:
     text, note = held_out_of_run(directory, load_run_config(directory).data)
     assert note is None
     with load_model(quickstart, experts="lut", lut="lut-bf16", dtype=torch.float32) as model:
-        loss = score_windows(model, text.windows, text.byte_lengths).loss
+        loss = text.score(model).loss
     report = json.loads(directory.report_path.read_text())
     assert abs(loss - report["training_form"]["loss"]) <= 1e-4

@@ -104,8 +104,7 @@ class DataConfig:
     micro_batch_size: int = 16
     """Windows per forward pass on one device; the rest of the global batch is accumulated."""
     document_mask: bool = False
-    """Hide the other documents of a packed window from attention, in training and its validation. Scores afterwards
-    read windows whole, as generation does."""
+    """Hide the other documents of a packed window from attention, in training and wherever its text is scored."""
     validation_fraction: float = 0.05
     """Share of documents held out, chosen by a hash of their content; above 0 and below 1."""
     validation_windows: int = 128

@@ -85,8 +85,9 @@ def load_bound_tokenizer(path: Path, recorded: Mapping[str, str]) -> Tokenizer:
         DataError: the file is missing or unreadable, or something was made with another tokenizer.
     """
     tokenizer = load_tokenizer(path)
+    expected = fingerprint(tokenizer)
     for where, found in recorded.items():
-        require_same(found, where, fingerprint(tokenizer), str(path))
+        require_same(found, where, expected, str(path))
     return tokenizer
 
 

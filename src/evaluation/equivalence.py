@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from src.errors import LutError
 from src.evaluation.held_out import HeldOut
-from src.evaluation.perplexity import score_windows
+from src.evaluation.perplexity import Mask, no_mask
 from src.inference import InferenceModel
 from src.inference.generation import generate
 from src.lut.codecs import CODECS, Codec, codec
@@ -81,11 +81,14 @@ def logit_distance(
     *,
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
+    mask: Mask = no_mask,
 ) -> LogitDistance:
     """Compare next-token logits on `windows` (N, T) int64."""
     largest, total, agreed, count = 0.0, 0.0, 0, 0
     for token_ids in windows.split(batch_size):
-        expected, found = reference(token_ids), other(token_ids)  # (B, T, V)
+        visible = mask(token_ids)
+        expected = reference(token_ids, attention_mask=visible)  # (B, T, V)
+        found = other(token_ids, attention_mask=visible)
         difference = (expected.double() - found.double()).abs()
         largest = max(largest, difference.max().nan_to_num(nan=math.inf).item())  # NaN is no agreement
         total += difference.sum().item()
@@ -226,8 +229,8 @@ def precision_costs(
             continue
         with experts_replaced(reference, RecodedRows(exact, codec(precision))) as recoded:
             with progress(f"scoring {precision} rows", len(text.windows)) as advance:
-                loss = score_windows(recoded, text.windows, text.byte_lengths, progress=advance).loss
-            distance = logit_distance(plain, recoded, compared)
+                loss = text.score(recoded, progress=advance).loss
+            distance = logit_distance(plain, recoded, compared, mask=text.mask)
         base = loss if precision == "float32" else base
         yield PrecisionCost(
             precision=precision, bytes_per_token=row_bytes, loss=loss, rise=loss - base, logits=distance

@@ -1,8 +1,12 @@
-"""The held-out text of a run: the same windows for the callback and for every verb.
+"""The held-out text of a run: windows cut once, kept in the run, and scored alike by the callback and every verb.
 
-Texts beside a run's own that its models are scored on.
+`held_out.safetensors` in a run directory holds all that scoring needs, so that no verb reads the corpus again.
+
+N windows, T tokens, V vocabulary.
 """
 
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +21,16 @@ from src.data.files import source_files
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.tokenizer import byte_lengths, load_bound_tokenizer, separator_id
 from src.data.windows import validation_windows
-from src.errors import ConfigError, DataError
-from src.run_directory import RunDirectory
+from src.errors import ConfigError, DataError, RunError
+from src.evaluation.perplexity import Score, Share, summarize, window_losses
+from src.model import Transformer
+from src.model.attention import document_mask
+from src.run_directory import RunDirectory, read_metadata, read_tensors, write_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationCorpus:
-    """A text to score by perplexity."""
+    """Another text to score by perplexity."""
 
     name: str
     """What reports call it."""
@@ -64,7 +71,7 @@ def corpus_windows(corpus: EvaluationCorpus, tokenizer: Tokenizer, sequence_leng
             f"data.sequence_length {sequence_length} + 1; add text or shorten the window"
         )
     tokens = torch.tensor(token_ids, dtype=torch.int64)
-    return tokens.unfold(0, sequence_length + 1, sequence_length)[:count]  # neighbours share one token
+    return tokens.unfold(0, sequence_length + 1, sequence_length)[:count]  # neighbors share one token
 
 
 def windows_by_source(corpus: PackedCorpus, sequence_length: int, limit: int) -> dict[str, Tensor]:
@@ -91,11 +98,12 @@ class HeldOut:
     byte_lengths: Tensor
     """(V,) int64: UTF-8 bytes that each id stands for."""
     tokenizer: Tokenizer
-    corpus_fingerprint: str
     token_counts: Tensor
     """(V,) int64: how often each id occurs in the training text."""
     by_source: dict[str, Tensor]
     """Windows (N, T+1) of each source, where the corpus has several."""
+    corpora: dict[str, Tensor]
+    """Windows (N, T+1) of the texts in `evaluation.corpora`."""
     document_separator: int | None
     """The id that ends documents, where the model keeps them apart; None where it sees whole windows."""
 
@@ -104,33 +112,109 @@ class HeldOut:
         """The text that the predicted tokens stand for."""
         return "".join(self.tokenizer.decode_batch(self.windows[:, 1:].tolist()))
 
+    def mask(self, token_ids: Tensor) -> Tensor | None:
+        """Return the attention mask of windows (B, T) that training used with `data.document_mask`; else None."""
+        return None if self.document_separator is None else document_mask(token_ids, self.document_separator)
 
-def held_out(corpus: PackedCorpus, config: DataConfig, vocab_size: int) -> HeldOut:
-    """Cut the held-out windows of a prepared corpus for a model of `vocab_size` ids."""
+    def losses(
+        self,
+        model: Transformer,
+        windows: Tensor,
+        *,
+        batch_size: int = 16,
+        share: Share = Share(),  # noqa: B008 - frozen
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Return the loss (N, T) of each predicted token of `windows` (N, T+1), masked as in training."""
+        return window_losses(model, windows, batch_size=batch_size, share=share, progress=progress, mask=self.mask)
+
+    def score(
+        self,
+        model: Transformer,
+        *,
+        batch_size: int = 16,
+        share: Share = Share(),  # noqa: B008 - frozen
+        progress: Callable[[int], None] | None = None,
+    ) -> Score:
+        """Score a model on the held-out windows."""
+        losses = self.losses(model, self.windows, batch_size=batch_size, share=share, progress=progress)
+        return summarize(losses, self.windows, self.byte_lengths)
+
+    def write(self, run: RunDirectory) -> None:
+        """Write everything but the tokenizer into `run`, whole or not at all."""
+        tensors = {
+            "windows": self.windows.int(),
+            "byte_lengths": self.byte_lengths.int(),
+            "token_counts": self.token_counts,
+            **{f"source/{index}": windows.int() for index, windows in enumerate(self.by_source.values())},
+            **{f"corpus/{index}": windows.int() for index, windows in enumerate(self.corpora.values())},
+        }
+        metadata = {
+            "separator": str(separator_id(self.tokenizer)),
+            "sources": json.dumps(list(self.by_source)),
+            "corpora": json.dumps(list(self.corpora)),
+        }
+        write_tensors(run.held_out_path, tensors, metadata)
+
+
+def held_out(
+    corpus: PackedCorpus, config: DataConfig, vocab_size: int, corpora: Sequence[EvaluationCorpus] = ()
+) -> HeldOut:
+    """Cut the held-out windows of a prepared corpus, and of `corpora`, for a model of `vocab_size` ids."""
+    tokenizer, sequence_length = corpus.tokenizer, config.sequence_length
     return HeldOut(
-        windows=validation_windows(corpus.tokens("validation"), config.sequence_length, config.validation_windows),
-        byte_lengths=byte_lengths(corpus.tokenizer, vocab_size),
-        tokenizer=corpus.tokenizer,
-        corpus_fingerprint=corpus.fingerprint,
+        windows=validation_windows(corpus.tokens("validation"), sequence_length, config.validation_windows),
+        byte_lengths=byte_lengths(tokenizer, vocab_size),
+        tokenizer=tokenizer,
         token_counts=corpus.token_counts(vocab_size),
-        by_source=windows_by_source(corpus, config.sequence_length, config.validation_windows),
-        document_separator=separator_id(corpus.tokenizer) if config.document_mask else None,
+        by_source=windows_by_source(corpus, sequence_length, config.validation_windows),
+        corpora={text.name: corpus_windows(text, tokenizer, sequence_length) for text in corpora},
+        document_separator=separator_id(tokenizer) if config.document_mask else None,
     )
 
 
 def held_out_of_run(run: RunDirectory, config: DataConfig) -> tuple[HeldOut, str | None]:
-    """Prepare a run's held-out windows again, with the run's own tokenizer.
+    """Read a run's held-out windows, or cut them again for a run that was made before runs kept them.
 
-    Returns them and, where the corpus on this machine is not the one the run was trained on, a sentence that says
-    so: documents keep their side of the split, but scores are over other text.
+    Returns them and, where they were cut again, a sentence that says so and whether the text is another one.
+
+    Raises:
+        RunError: `held_out.safetensors` is damaged.
+        DataError: the tokenizer is not the one the run was made with, or the corpus has to be read and cannot be.
     """
     tokenizer = load_bound_tokenizer(run.tokenizer_path, run.recorded_tokenizers())
+    if run.held_out_path.is_file():
+        return _read(run, config, tokenizer), None
     corpus = prepare_corpus(config, tokenizer)
     found = held_out(corpus, config, run.model_config().vocab_size)
+    note = f"{run.held_out_path}: missing, as in runs of version 0.1; the held-out text was read from the corpus"
     recorded = run.recorded_corpus("fingerprint")
     if recorded is None or recorded == corpus.fingerprint:
-        return found, None
+        return found, note
     return found, (
-        f"the corpus on this machine ({corpus.fingerprint[:12]}) is not the one this run was trained on "
+        f"{note}, which on this machine ({corpus.fingerprint[:12]}) is not the one this run was trained on "
         f"({recorded[:12]}), so scores are over other text"
     )
+
+
+def recorded_token_counts(run: RunDirectory) -> Tensor | None:
+    """Return (V,) int64, how often each id occurs in the run's training text; None where the run does not keep it."""
+    return read_tensors(run.held_out_path)["token_counts"] if run.held_out_path.is_file() else None
+
+
+def _read(run: RunDirectory, config: DataConfig, tokenizer: Tokenizer) -> HeldOut:
+    path = run.held_out_path
+    tensors, metadata = read_tensors(path), read_metadata(path)
+    try:
+        sources, corpora = json.loads(metadata["sources"]), json.loads(metadata["corpora"])
+        return HeldOut(
+            windows=tensors["windows"].long(),
+            byte_lengths=tensors["byte_lengths"].long(),
+            tokenizer=tokenizer,
+            token_counts=tensors["token_counts"],
+            by_source={name: tensors[f"source/{index}"].long() for index, name in enumerate(sources)},
+            corpora={name: tensors[f"corpus/{index}"].long() for index, name in enumerate(corpora)},
+            document_separator=int(metadata["separator"]) if config.document_mask else None,
+        )
+    except KeyError as error:
+        raise RunError(f"{path}: has no {error}; it was not written here, so copy it from the run again") from error

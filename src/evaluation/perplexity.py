@@ -1,10 +1,9 @@
-"""Loss on held-out windows, of any form of a model, in nats, perplexity and bits per byte.
+"""Loss on windows of text, of any form of a model, in nats, perplexity and bits per byte.
+
+Ranks share the work by batches. Batches are cut before they are distributed, so the results do not depend on the
+number of ranks. Knows neither where windows come from nor which positions may see each other.
 
 N windows, B batch, T tokens, V vocabulary.
-
-Work in batches, dealt out to ranks. Knows nothing of what a batch is.
-
-Batches are cut before they are dealt, so what is computed does not depend on how many ranks there are.
 """
 
 import itertools
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from src.model import Transformer
-from src.model.attention import document_mask
 from src.model.loss import token_losses
 
 Batch = TypeVar("Batch")
@@ -61,8 +59,12 @@ class Share:
         return parts
 
 
-Progress = Callable[[int], None]
-"""Called with the number of windows that were just scored."""
+Mask = Callable[[Tensor], Tensor | None]
+"""From token ids (B, T) to booleans (B, T, T), which positions may attend to which; None lets each see all before."""
+
+
+def no_mask(token_ids: Tensor) -> None:
+    """Let each position see all before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +99,6 @@ class Score:
         }
 
 
-def score_windows(
-    model: Transformer,
-    windows: Tensor,
-    byte_lengths: Tensor,
-    *,
-    batch_size: int = 16,
-    progress: Progress | None = None,
-) -> Score:
-    """Score next-token prediction on `windows` (N, T+1) int64; `byte_lengths` (V,) are bytes per id."""
-    return summarize(window_losses(model, windows, batch_size=batch_size, progress=progress), windows, byte_lengths)
-
-
 @torch.no_grad()
 def window_losses(
     model: Transformer,
@@ -116,19 +106,18 @@ def window_losses(
     *,
     batch_size: int = 16,
     share: Share = Share(),
-    progress: Progress | None = None,
-    document_separator: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    mask: Mask = no_mask,
 ) -> Tensor:
     """Return the loss of each predicted token (N, T) in nats, on the CPU; ranks of `share` take turns with batches.
 
-    With `document_separator` positions see their own document only, as in training with `data.document_mask`.
+    `progress` is called with the number of windows that were just scored.
     """
     device = model.embedding.weight.device
 
     def losses(batch: Tensor) -> Tensor:
         token_ids, targets = batch[:, :-1].to(device), batch[:, 1:].to(device)  # (B, T)
-        mask = None if document_separator is None else document_mask(token_ids, document_separator)
-        hidden_states = model.hidden_states(token_ids, attention_mask=mask)
+        hidden_states = model.hidden_states(token_ids, attention_mask=mask(token_ids))
         return token_losses(hidden_states, model.head, targets).cpu()  # (B, T)
 
     batches = windows.split(batch_size)

@@ -6,15 +6,11 @@ Everything is computed in float32. Where a run holds no training form, what is l
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from src.errors import RunError
 from src.evaluation.equivalence import (
     PermutedRows,
     PrecisionCost,
@@ -25,13 +21,12 @@ from src.evaluation.equivalence import (
     precision_costs,
 )
 from src.evaluation.held_out import HeldOut
-from src.evaluation.perplexity import score_windows
 from src.inference import InferenceModel, load_model
 from src.lut.manifest import read_manifest
 from src.lut.readers import READERS
 from src.lut.store import LutStore
 from src.lut.verification import verify_table
-from src.run_directory import RunDirectory, hash_weights, identify
+from src.run_directory import RunDirectory, hash_weights, identify, read_tensors
 
 LOGIT_LIMIT = 5e-5
 """Largest difference of logits between training form and float32 table: rounding of matrix products of other shapes."""
@@ -89,18 +84,11 @@ def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress) -> 
             yield from check_precisions(exact, text, progress)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise RunError(f"{path}: damaged ({error}); copy it again, or write it from a checkpoint") from error
-
-
 def check_identity(run: RunDirectory, lut: str) -> Check:
     """Recompute the hashes of the weights, and compare with what their files and the manifest claim."""
     manifest, claimed = read_manifest(run.lut_path(lut)), run.identity()
-    backbone = _load(run.backbone_path)
-    experts = _load(run.experts_path) if run.experts_path.is_file() else None
+    backbone = read_tensors(run.backbone_path)
+    experts = read_tensors(run.experts_path) if run.experts_path.is_file() else None
     found = identify(backbone, experts) if experts is not None else None
     hashed = hash_weights(backbone.items())
     holds = claimed.backbone == hashed == manifest.backbone
@@ -142,7 +130,7 @@ def check_reader(
         load_model(run.path, experts="lut", lut=lut, dtype=torch.float32, reader=reader) as other,
         progress(f"comparing logits ({reader})", len(windows)) as advance,
     ):
-        distance = logit_distance(reference, other, windows, progress=advance)
+        distance = logit_distance(reference, other, windows, progress=advance, mask=text.mask)
     exact = precision == "float32" or not _is_training_form(reference)
     return Check(
         name=f"logits through {reader}",
@@ -178,7 +166,7 @@ def check_losses(
 
     def loss(name: str, model: InferenceModel) -> float:
         with progress(f"scoring: {name}", len(text.windows)) as advance:
-            return score_windows(model, text.windows, text.byte_lengths, progress=advance).loss
+            return text.score(model, progress=advance).loss
 
     table, precision = loss("table", lookup), _table_precision(lookup) or ""
     if reference is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from src.evaluation.equivalence import AlteredRows, experts_replaced
-from src.evaluation.perplexity import Share
+from src.evaluation.perplexity import Mask, Share, no_mask
 from src.model import Transformer
 from src.model.experts import ExpertSource, LayerRows
 from src.model.router import router_entropy, router_probs
@@ -66,11 +66,13 @@ class RoutingView:
 
 
 @torch.no_grad()
-def view_routing(model: Transformer, windows: Tensor, *, batch_size: int, share: Share) -> RoutingView | None:
+def view_routing(
+    model: Transformer, windows: Tensor, *, batch_size: int, share: Share, mask: Mask = no_mask
+) -> RoutingView | None:
     """Look at the routers over `windows` (N, T) int64; None in a dense model. Every rank of `share` must call it."""
     if not model.config.num_experts:
         return None
-    parts = share.map(lambda batch: _observe(model, batch), windows.split(batch_size))
+    parts = share.map(lambda batch: _observe(model, batch, mask), windows.split(batch_size))
     positions = sum(part.positions for part in parts)
     ids, inverse = torch.cat([part.token_ids for part in parts]).unique(return_inverse=True)  # (U,)
     counts = torch.zeros(len(ids), dtype=torch.int64).index_add(0, inverse, torch.cat([part.counts for part in parts]))
@@ -121,17 +123,17 @@ class _RowNorms(AlteredRows):
         return remembering
 
 
-def _observe(model: Transformer, batch: Tensor) -> _Observation:
+def _observe(model: Transformer, batch: Tensor, mask: Mask) -> _Observation:
     """Run `batch` (B, T) and sum what the routers did."""
     token_ids = batch.to(model.embedding.weight.device)
-    norms: Tensor | None = None
+    norms, visible = None, mask(token_ids)
     ids, inverse, counts = token_ids.unique(return_inverse=True, return_counts=True)
     if model.experts is None:
-        logits = model.trunk(token_ids).router_logits
+        logits = model.trunk(token_ids, attention_mask=visible).router_logits
     else:
         recorded = _RowNorms(model.experts)
         with experts_replaced(model, recorded):
-            logits = model.trunk(token_ids).router_logits
+            logits = model.trunk(token_ids, attention_mask=visible).router_logits
         gates = [_gates(layer_logits, model.config.top_k) for layer_logits in logits]
         norms = torch.stack([_sums(gate, recorded, layer, inverse) for layer, gate in enumerate(gates)], dim=1).cpu()
     probabilities = torch.stack([router_probs(layer_logits).flatten(0, 1).sum(dim=0) for layer_logits in logits])
@@ -185,13 +187,18 @@ def windows_with(windows: Tensor, token_id: int, limit: int) -> Tensor:
 
 @torch.no_grad()
 def measure_token_weights(
-    model: Transformer, inputs: Tensor, token_id: int, *, progress: Callable[[int], None] | None = None
+    model: Transformer,
+    inputs: Tensor,
+    token_id: int,
+    *,
+    progress: Callable[[int], None] | None = None,
+    mask: Mask = no_mask,
 ) -> TokenWeights:
     """Run inputs (B, T) int64, one window at a time, and average the mixture weights where the token occurs."""
     sums, occurrences = torch.zeros(model.config.num_layers, model.config.num_experts), 0
     for window in inputs.unsqueeze(1):  # (1, T)
         here = window == token_id  # (1, T)
-        logits = model.trunk(window).router_logits
+        logits = model.trunk(window, attention_mask=mask(window)).router_logits
         gates = [_gates(layer_logits, model.config.top_k) for layer_logits in logits]
         sums += torch.stack([gate[here].float().sum(dim=0) for gate in gates])  # (L, E)
         occurrences += int(here.sum())

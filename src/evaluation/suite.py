@@ -1,6 +1,6 @@
-"""What models are scored on, prepared once, and the scoring of one of them: for the verb, the callback and tests.
+"""What models are scored on, prepared once, and the scoring of one model, which may be in training.
 
-Looking at a model in training without leaving a trace.
+Knows no reports: the verb and the callback decide what becomes of the scores.
 """
 
 from collections.abc import Generator, Sequence
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from src.errors import ConfigError
 from src.evaluation.config import EvaluationConfig
-from src.evaluation.held_out import HeldOut, corpus_windows
+from src.evaluation.held_out import EvaluationCorpus, HeldOut, corpus_windows
 from src.evaluation.likelihood import Progress, TextModel, no_progress
-from src.evaluation.perplexity import Share, loss_by_frequency, summarize, window_losses
+from src.evaluation.perplexity import Share, loss_by_frequency, summarize
 from src.evaluation.results import Evaluation, TextScore, fingerprint_documents
 from src.evaluation.tasks import ScoreTask, find_task
 from src.model import Transformer
@@ -51,17 +51,22 @@ def prepare_suite(text: HeldOut, config: EvaluationConfig) -> Suite:
     _require_distinct([corpus.name for corpus in config.corpora])
     local_data = None if config.local_data is None else Path(config.local_data)
     tasks = {name: find_task(name).prepare(text, config.task_limit, local_data) for name in config.tasks}
-    sequence_length = text.windows.shape[1] - 1
     return Suite(
         text=text,
         corpora={
             HELD_OUT: text.windows,
             **{f"{HELD_OUT}/{name}": windows for name, windows in text.by_source.items()},
-            **{corpus.name: corpus_windows(corpus, text.tokenizer, sequence_length) for corpus in config.corpora},
+            **{corpus.name: _corpus_windows(corpus, text) for corpus in config.corpora},
         },
         tasks=[score for score in tasks.values() if score is not None],
         notes=[f"the held-out text has no documents for task {name}" for name, score in tasks.items() if score is None],
     )
+
+
+def _corpus_windows(corpus: EvaluationCorpus, text: HeldOut) -> Tensor:
+    if corpus.name in text.corpora:  # the run keeps them
+        return text.corpora[corpus.name]
+    return corpus_windows(corpus, text.tokenizer, text.windows.shape[1] - 1)
 
 
 def _require_distinct(names: Sequence[str]) -> None:
@@ -102,14 +107,7 @@ def _score_text(
     name: str, model: Transformer, windows: Tensor, text: HeldOut, batch_size: int, share: Share, progress: Progress
 ) -> TextScore:
     with progress(f"{name} (windows)", len(windows)) as advance:
-        losses = window_losses(  # (N, T)
-            model,
-            windows,
-            batch_size=batch_size,
-            share=share,
-            progress=advance,
-            document_separator=text.document_separator,
-        )
+        losses = text.losses(model, windows, batch_size=batch_size, share=share, progress=advance)  # (N, T)
     return TextScore(
         corpus=name,
         score=summarize(losses, windows, text.byte_lengths),

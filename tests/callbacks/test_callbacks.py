@@ -72,6 +72,7 @@ def test_a_fit_that_does_not_end_well_leaves_no_table(
         "config.yaml",
         "tokenizer.json",
         "report.json",
+        "held_out.safetensors",
         "metrics.csv",
         "hparams.yaml",
         "last.ckpt",

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from src.evaluation.equivalence import PermutedRows, ZeroedRows, compare_greedy, experts_replaced, logit_distance
-from src.evaluation.perplexity import score_windows, window_losses, zlib_bits_per_byte
+from src.evaluation.perplexity import summarize, window_losses, zlib_bits_per_byte
 from src.model import ModelConfig, Transformer
+from src.model.attention import document_mask
 from src.training.routing_metrics import RoutingMetrics
 
 CONFIG = ModelConfig(
@@ -36,7 +37,7 @@ def model() -> Transformer:
 def test_a_score_is_the_mean_over_tokens_and_bytes_are_those_of_the_targets(model: Transformer) -> None:
     windows = torch.randint(50, (5, 9))
     lengths = torch.arange(50)
-    score = score_windows(model, windows, lengths, batch_size=2)
+    score = summarize(window_losses(model, windows, batch_size=2), windows, lengths)
     total, size = 0.0, 0
     for window in windows:
         log_probs = model(window[None, :-1]).log_softmax(-1)[0]
@@ -51,7 +52,7 @@ def test_a_score_is_the_mean_over_tokens_and_bytes_are_those_of_the_targets(mode
 
 def test_documents_kept_apart_are_scored_as_if_alone(model: Transformer) -> None:
     windows = torch.tensor([[5, 6, 0, 7, 8, 9, 3]])
-    losses = window_losses(model, windows, document_separator=0)
+    losses = window_losses(model, windows, mask=lambda token_ids: document_mask(token_ids, 0))
     for first, last in ((0, 3), (3, 6)):
         alone = window_losses(model, windows[:, first : last + 1])
         torch.testing.assert_close(losses[:, first:last], alone)

@@ -17,16 +17,15 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from src.benchmarks.common import describe_machine, machine_line
+from src.benchmarks.common import SHAPES, describe_machine, machine_line, model_config
 from src.cli import parser, run_verb
 from src.lut import build_lut
 from src.lut.codecs import CODECS
@@ -179,30 +178,6 @@ def _peak_rss() -> Generator[list[int]]:
         watcher.join()
 
 
-class Shape(NamedTuple):
-    """Sizes of a model, as the paper names them."""
-
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_experts: int
-    vocab_size: int
-
-    def config(self) -> ModelConfig:
-        """Return the model; its FFNs are four times as wide as the hidden size."""
-        width = 4 * self.hidden_size
-        return ModelConfig(**self._asdict(), intermediate_size=width, expert_intermediate_size=width)
-
-
-SHAPES = {
-    "small": Shape(2, 256, 4, 4, 8192),
-    "160m-4e": Shape(12, 768, 12, 4, 50304),
-    "160m-16e": Shape(12, 768, 12, 16, 50304),
-    "410m-4e": Shape(24, 1024, 16, 4, 50304),
-    "410m-16e": Shape(24, 1024, 16, 16, 50304),
-}
-
-
 def random_source(config: ModelConfig, run: RunDirectory, options: argparse.Namespace) -> RowSource:
     """Draw weights; keep them in memory or leave them in a run directory."""
     torch.manual_seed(0)
@@ -233,7 +208,7 @@ def print_figures(figures: BuildFigures, title: str, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, build, print, and remove the table again."""
     options = parser("benchmarks.build", __doc__ or "", "python -m src.benchmarks.build --shape 160m-16e")
-    options.add_argument("--shape", choices=tuple(SHAPES), default="small", help="sizes of the model (default: small)")
+    options.add_argument("--shape", choices=SHAPES, default="small-4e", help="sizes of the model (default: small-4e)")
     options.add_argument("--layers", type=int, help="another number of layers")
     options.add_argument("--dtype", choices=tuple(CODECS), default="bfloat16", help="precision (default: bfloat16)")
     options.add_argument("--compute-dtype", choices=tuple(COMPUTE_DTYPES), default="float32", help="default: float32")
@@ -241,8 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--directory", type=Path, default=Path("runs"), help="where to build (default: runs)")
     options.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
     given = options.parse_args(arguments)
-    shape = SHAPES[given.shape]
-    config = shape._replace(num_layers=given.layers or shape.num_layers).config()
+    config = model_config(given.shape)
+    config = replace(config, num_layers=given.layers or config.num_layers)
     given.directory.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix="build-benchmark-", dir=given.directory))
     try:

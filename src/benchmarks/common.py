@@ -1,12 +1,6 @@
-"""Interleaved rounds: every contender meets the same drift of the machine, and figures are compared pairwise.
+"""What benchmarks share: shapes of models, rounds of contenders, what a figure was measured on, and how it is written.
 
-What the inference benchmarks share: their options, what they state about a run, and how they write results.
-
-Plots of timings.
-
-What a figure was measured on.
-
-The shapes that benchmarks know by name: the paper's models (arXiv:2503.15798, Table 2), and a small one.
+Rounds are interleaved, so that every contender meets the same drift of the machine, and figures are compared pairwise.
 """
 
 import argparse
@@ -16,29 +10,46 @@ import platform
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import psutil
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from src.config import load_config
 from src.lut.codecs import CODECS
 from src.model import ModelConfig
 from src.system.files import write_text
+
+Value = TypeVar("Value")
+_PAPER = Path(__file__).parents[2] / "configs" / "paper"
+SIZES = ("small", "160m", "410m", "1b")
+"""The paper's models (arXiv:2503.15798, Table 2), as `configs/paper` has them, and one to try a benchmark with."""
+SHAPES = tuple(f"{size}-{experts}e" for size in SIZES for experts in (4, 16))
+
+
+def dense_config(size: str) -> ModelConfig:
+    """Return the Dense model of a size in `SIZES`."""
+    if size == "small":
+        return ModelConfig(vocab_size=50304, hidden_size=256, num_layers=2, num_heads=4, intermediate_size=1024)
+    return load_config(_PAPER / f"{size}-dense.yaml").model
+
+
+def model_config(shape: str) -> ModelConfig:
+    """Return the MoLE model of a name in `SHAPES`: its experts are as wide as its shared expert."""
+    size, experts = shape.removesuffix("e").split("-")
+    dense = dense_config(size)
+    return replace(dense, num_experts=int(experts), expert_intermediate_size=dense.intermediate_size)
 
 
 @dataclass
 class Timings:
     """Seconds of each contender, one per round, in the same order of rounds."""
 
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Record one round of a contender."""
-        self.seconds.setdefault(name, []).append(seconds)
+    seconds: dict[str, list[float]]
 
     def median(self, name: str) -> float:
         """Median seconds of a contender."""
@@ -60,17 +71,24 @@ class Timings:
         return statistics.median(one - other for one, other in pairs)
 
 
+def take_turns(
+    contenders: Mapping[str, Callable[[int], Value]], rounds: int, advance: Callable[[int], None]
+) -> dict[str, list[Value]]:
+    """Call each contender once per round with the round's number, in a new random order each; return its results."""
+    results: dict[str, list[Value]] = {name: [] for name in contenders}
+    order = random.Random(0)
+    for number in range(rounds):
+        for name in order.sample(list(contenders), len(contenders)):
+            results[name].append(contenders[name](number))
+        advance(1)
+    return results
+
+
 def run_rounds(
     contenders: Mapping[str, Callable[[int], float]], rounds: int, advance: Callable[[int], None]
 ) -> Timings:
-    """Call each contender once per round with the round's number, in an order shuffled anew; it returns its seconds."""
-    timings, order = Timings(), random.Random(0)
-    for number in range(rounds):
-        names: Sequence[str] = order.sample(list(contenders), len(contenders))
-        for name in names:
-            timings.add(name, contenders[name](number))
-        advance(1)
-    return timings
+    """Let contenders that return their seconds take turns."""
+    return Timings(take_turns(contenders, rounds, advance))
 
 
 @dataclass(frozen=True)
@@ -143,31 +161,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-_SIZES = {  # layers, hidden size, heads
-    "small": (2, 256, 4),
-    "160m": (12, 768, 12),
-    "410m": (24, 1024, 16),
-    "1b": (16, 2048, 8),
-}
-SHAPES = tuple(f"{size}-{experts}e" for size in _SIZES for experts in (4, 16))
-PAPER_VOCABULARY = 50304
-
-
-def model_config(shape: str, vocab_size: int = PAPER_VOCABULARY) -> ModelConfig:
-    """Return the MoLE model of a name in `SHAPES`; its FFNs are four times as wide as the hidden size."""
-    size, experts = shape.split("-")
-    num_layers, hidden_size, num_heads = _SIZES[size]
-    return ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        intermediate_size=4 * hidden_size,
-        num_experts=int(experts.removesuffix("e")),
-        expert_intermediate_size=4 * hidden_size,
-    )
-
-
 class Header(TypedDict):
     """What a result was measured on."""
 
@@ -179,13 +172,20 @@ class Header(TypedDict):
 
 
 def add_common_options(options: argparse.ArgumentParser) -> None:
-    """Add what to measure, with which text, and where."""
+    """Add what to measure, where, and with which text."""
     options.add_argument("--shape", choices=SHAPES, default="160m-4e", help="sizes of the model (default: 160m-4e)")
     options.add_argument("--dtype", choices=tuple(CODECS), default="bfloat16", help="of the table (default: bfloat16)")
-    options.add_argument("--corpus", type=Path, nargs="+", default=[], help="text or .gz (default: standard library)")
-    options.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: a BPE trained on the corpus)")
     options.add_argument("--directory", type=Path, default=Path("runs"), help="disk to measure (default: runs)")
-    options.add_argument("--output", type=Path, help="write FILE.json, and a plot beside it", metavar="FILE.json")
+    add_text_options(options)
+
+
+def add_text_options(options: argparse.ArgumentParser) -> None:
+    """Add which text is used, and where figures go."""
+    options.add_argument("--corpus", type=Path, nargs="+", default=[], help="text files (default: standard library)")
+    options.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: a BPE trained on the corpus)")
+    options.add_argument(
+        "--output", type=Path, help="write FILE.json, and a plot with the same name", metavar="FILE.json"
+    )
 
 
 def describe_run(given: argparse.Namespace, *, disk_read_bytes: int) -> Header:

@@ -1,7 +1,7 @@
 """`python -m src.benchmarks.data`: speed and memory of preparing a corpus, against the bare tokenizer.
 
 The corpus is real text repeated with its lines in another order each time. The bare tokenizer encodes samples of it
-before and after, on all cores, so that a machine whose speed drifts treats both alike. What the loader costs beside a
+before and after, on all cores, so that a machine whose speed drifts treats both alike. What the loader costs per
 training step is measured on the result.
 """
 
@@ -25,11 +25,10 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from src.benchmarks.common import describe_machine, machine_line
+from src.benchmarks.workload import read_texts
 from src.cli import parser, run_verb
-from src.data.config import DataConfig, SourceConfig, TokenizerConfig
-from src.data.corpus import Document, read_source
+from src.data.config import DataConfig, TokenizerConfig
 from src.data.datamodule import StepWindows
-from src.data.files import source_files
 from src.data.packed_corpus import prepare_corpus
 from src.data.tokenizer import load_tokenizer, train_bpe
 from src.system.files import atomic_path, write_text
@@ -51,7 +50,7 @@ class Result:
     raw_megabytes_per_second: list[float]
     """`encode_batch_fast` on all cores, before and after."""
     ratio: float
-    """Speed by the clock, over that of the bare tokenizer: of little use beside busy neighbours."""
+    """Speed by the clock, over that of the bare tokenizer: of little use if other processes are busy."""
     processor_ratio: float
     """The same of bytes per second of processor time, the verb's start included."""
     peak_resident_megabytes: float
@@ -62,8 +61,7 @@ class Result:
 
 def write_corpus(path: Path, files: Sequence[str], size: int) -> None:
     """Write `size` bytes of text as JSON lines: the documents of `files` again and again, their lines shuffled."""
-    source = SourceConfig(files=list(files)) if files else SourceConfig(embedded=True)
-    documents = [item.text for item in read_source(source, source_files(source)) if isinstance(item, Document)]
+    documents = list(read_texts(files))
     generator, written = random.Random(0), 0
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as handle:
         while written < size:
@@ -79,10 +77,8 @@ def write_corpus(path: Path, files: Sequence[str], size: int) -> None:
 
 def raw_speed(path: Path, tokenizer: Tokenizer, size: int) -> tuple[float, float]:
     """Return MB/s of `encode_batch_fast` on the first `size` bytes of text, by the clock and by processor time."""
-    source = SourceConfig(files=[str(path)])
-    documents = (item.text for item in read_source(source, [path]) if isinstance(item, Document))
     done, seconds, processor_seconds = 0, 0.0, 0.0
-    for batch in _batches(documents):
+    for batch in _batches(read_texts([str(path)])):
         started, processor_started = time.perf_counter(), time.process_time()
         tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         seconds += time.perf_counter() - started
@@ -125,9 +121,8 @@ def measure(options: argparse.Namespace) -> Result:
     if not corpus.is_file():
         write_corpus(corpus, options.files, options.megabytes * 10**6)
     if not vocabulary.is_file():
-        source = SourceConfig(files=[str(corpus)])
-        texts = (item.text for item in read_source(source, [corpus]) if isinstance(item, Document))
-        write_text(vocabulary, train_bpe(islice(texts, 600), options.vocab_size).to_str())
+        texts = islice(read_texts([str(corpus)]), 600)
+        write_text(vocabulary, train_bpe(texts, options.vocab_size).to_str())
     tokenizer, sample = load_tokenizer(vocabulary), options.raw_megabytes * 10**6
     raw = [raw_speed(corpus, tokenizer, sample)]
     config = DataConfig(

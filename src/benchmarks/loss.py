@@ -7,7 +7,6 @@ no such loss can avoid run alone beside them.
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -18,13 +17,14 @@ from torch.nn import functional as F
 from src.benchmarks.common import (
     Target,
     Timings,
+    add_text_options,
     describe_machine,
     machine_line,
     print_targets,
     run_rounds,
     write_results,
 )
-from src.benchmarks.train import peak_bytes
+from src.benchmarks.memory_use import peak_bytes
 from src.benchmarks.workload import load_text_ids
 from src.cli import parser, run_verb
 from src.model.loss import next_token_loss
@@ -120,9 +120,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--hidden-size", type=int, default=768, help="default: 768")
     options.add_argument("--vocab-size", type=int, default=50304, help="default: 50304")
     options.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
-    options.add_argument("--corpus", type=Path, nargs="+", default=[], help="text or .gz (default: standard library)")
-    options.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: a BPE trained on the corpus)")
-    options.add_argument("--output", type=Path, help="write FILE.json, and a plot beside it", metavar="FILE.json")
+    add_text_options(options)
     return options.parse_args(arguments)
 
 

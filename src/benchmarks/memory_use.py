@@ -1,10 +1,15 @@
-"""Peak anonymous memory of inference, measured in a process of its own: what a run needs apart from file pages."""
+"""Peak memory: of one call in this process, and of inference in a process of its own.
 
+The latter counts anonymous memory, which is what a run needs apart from the pages of files.
+"""
+
+import ctypes
+import gc
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,28 @@ from src.errors import UserError
 from src.inference import generate, load_model
 
 _STEPS, _PROMPT_TOKENS, _SAMPLE_SECONDS = 8, 512, 0.002
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """Memory that `work` takes at its peak above what is resident before it; None where it cannot be told."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform != "linux":
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is resident now
+    before = _status_bytes("VmRSS")
+    work()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return 1024 * int(line.split()[1])
 
 
 def anonymous_bytes(run: Path, batch: int, held_out: Tensor) -> int:
@@ -40,9 +67,7 @@ class PeakAnonymous:
 
     def _sample(self) -> None:
         while not self._stop.wait(_SAMPLE_SECONDS):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    self.bytes = max(self.bytes, 1024 * int(line.split()[1]))
+            self.bytes = max(self.bytes, _status_bytes("RssAnon"))
 
     def stop(self) -> int:
         """Return the peak in bytes."""

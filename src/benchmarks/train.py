@@ -1,27 +1,19 @@
 """`python -m src.benchmarks.train`: what a training step of Dense, MoE and MoLE costs, on real text.
 
-Contestants take turns, so that a machine whose speed drifts treats them alike; ratios are medians over rounds.
-
-Rounds of a benchmark of training steps: who takes turns, what is kept, how it is laid out.
-
-Contestants take turns, so that a machine whose speed drifts treats them alike; ratios are medians over rounds.
-
-One training step of a layer stack, timed by phase: what `src.benchmarks.train` compares.
-
-The stack has no vocabulary head, since the head is the same for every contestant and would hide what differs.
+A step is timed by phase. Contestants take turns, so that a machine whose speed drifts treats them alike; ratios are
+medians over rounds. The layer stack has no vocabulary head, which is the same for every contestant and would hide what
+differs.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +23,8 @@ from rich.table import Table
 from torch import Tensor
 
 from src.accounting.flops import step_flops
-from src.benchmarks.common import describe_machine, machine_line
+from src.benchmarks.common import SIZES, Value, dense_config, describe_machine, machine_line, take_turns
+from src.benchmarks.memory_use import peak_bytes
 from src.cli import parser, run_verb
 from src.data.config import DataConfig, TokenizerConfig
 from src.data.packed_corpus import prepare_corpus
@@ -45,7 +38,7 @@ from src.system.console import progress_bar
 from src.system.files import atomic_path, write_text
 from src.system.hardware import matmul_rate, native_precision, synchronize
 
-Value = TypeVar("Value")
+PARTS = "added parts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +76,11 @@ class Parts:
         self._logits = torch.randn(shape, device=token_ids.device, requires_grad=True)
         self._rows = self._run_experts().detach().requires_grad_()  # (U, E, D)
 
-    def experts(self) -> float:
-        """Seconds of all layers' experts, forward and backward."""
-        return self._layers * self._timed(self._run_experts)
-
-    def mixture(self) -> float:
-        """Seconds of all layers' mixtures, forward and backward."""
-        return self._layers * self._timed(self._run_mixture)
+    def step(self) -> StepTimes:
+        """Time all layers' experts and mixtures."""
+        seconds = [self._timed(work) for work in (self._run_experts, self._run_mixture)]
+        forward, backward = (self._layers * sum(phase) for phase in zip(*seconds, strict=True))
+        return StepTimes(forward=forward, backward=backward, optimizer=0.0)
 
     def _run_experts(self) -> Tensor:
         with _autocast(self._embeddings.device, self._dtype):
@@ -98,13 +89,11 @@ class Parts:
     def _run_mixture(self) -> Tensor:
         return mix(self._rows, Routing(self._logits, router_probs(self._logits), None), self._inverse)
 
-    def _timed(self, work: Callable[[], Tensor]) -> float:
+    def _timed(self, work: Callable[[], Tensor]) -> tuple[float, float]:
         forward, output = timed(work, self._embeddings.device)
         gradient = torch.ones_like(output)
-        started = time.perf_counter()
-        output.backward(gradient)
-        synchronize(self._embeddings.device)
-        return forward + time.perf_counter() - started
+        backward, _ = timed(partial(output.backward, gradient), self._embeddings.device)
+        return forward, backward
 
 
 class Contestant:
@@ -120,7 +109,7 @@ class Contestant:
         self.optimizer = torch.optim.AdamW(parameters, fused=True)
 
     def step(self) -> StepTimes:
-        """Take one optimiser step on all micro-batches."""
+        """Take one optimizer step on all micro-batches."""
         forward = backward = 0.0
         shared: StepRows | None = None
         if self.config.expert_execution == "unique_per_step":
@@ -160,34 +149,8 @@ def timed(work: Callable[[], Value], device: torch.device) -> tuple[float, Value
     return time.perf_counter() - started, result
 
 
-def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
-    """Memory that `work` takes at its peak above what is resident before it; None where it cannot be told."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    if sys.platform != "linux":
-        return None
-    _release_freed_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
-    before = _status_bytes("VmRSS")
-    work()
-    return _status_bytes("VmHWM") - before
-
-
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def _release_freed_memory() -> None:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status_bytes(field: str) -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return 1024 * int(line.split()[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,22 +169,15 @@ class StepResult:
     """Forward and backward against the baseline's of the same round."""
 
 
-def run_rounds(
-    contestants: Sequence[Contestant], parts: Parts | None, rounds: int
-) -> tuple[dict[str, list[StepTimes]], list[float]]:
-    """Let the contestants take turns; return their times and the added parts' seconds, round by round."""
-    times: dict[str, list[StepTimes]] = {contestant.name: [] for contestant in contestants}
-    added: list[float] = []
+def measure(contestants: Sequence[Contestant], rounds: int, parts: Parts | None = None) -> dict[str, list[StepTimes]]:
+    """Let the contestants, and the parts as `PARTS`, take turns; return their times, round by round."""
     for contestant in contestants:
         contestant.step()  # the first step allocates
+    steps: dict[str, Callable[[], StepTimes]] = {contestant.name: contestant.step for contestant in contestants}
+    if parts is not None:
+        steps[PARTS] = parts.step
     with progress_bar("rounds", rounds) as advance:
-        for _ in range(rounds):
-            for contestant in contestants:
-                times[contestant.name].append(contestant.step())
-            if parts is not None:
-                added.append(parts.experts() + parts.mixture())
-            advance(1)
-    return times, added
+        return take_turns({name: lambda _, step=step: step() for name, step in steps.items()}, rounds, advance)
 
 
 def paired_ratio(numerator: Sequence[StepTimes], denominator: Sequence[StepTimes]) -> float:
@@ -273,10 +229,6 @@ def results_table(results: Sequence[StepResult], title: str, baseline: str) -> T
     return table
 
 
-SHAPES = {"160m": (768, 12), "410m": (1024, 16), "1b": (2048, 8), "tiny": (64, 2)}
-"""Hidden size and heads of the paper's models, and of one to try the program with; the FFN is four times as wide."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Text:
     """The batch and what must be said about it: every ratio depends on vocabulary, corpus and window."""
@@ -320,16 +272,9 @@ def read_text(options: argparse.Namespace) -> Text:
 
 def model_configs(options: argparse.Namespace, vocabulary: int) -> dict[str, ModelConfig]:
     """Dense, MoE and MoLE of equal resident parameters, as the paper pairs them."""
-    hidden_size, num_heads = SHAPES[options.shape]
-    experts, width = options.experts, 4 * hidden_size
-    dense = ModelConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden_size,
-        num_layers=options.layers,
-        num_heads=num_heads,
-        intermediate_size=width,
-        max_sequence_length=options.sequence_length,
-    )
+    experts, whole = options.experts, dense_config(options.shape)
+    width, length = whole.intermediate_size, options.sequence_length
+    dense = replace(whole, vocab_size=vocabulary, num_layers=options.layers, max_sequence_length=length)
     moe = replace(
         dense,
         intermediate_size=0,
@@ -353,12 +298,12 @@ def compare_forms(options: argparse.Namespace, text: Text, dtype: torch.dtype | 
     configs = model_configs(options, text.vocabulary)
     contestants = [Contestant(name, config, batch, dtype) for name, config in configs.items()]
     *_, per_token, mole = contestants
-    times, added = run_rounds(contestants, Parts(mole.config, batch[0], dtype), options.rounds)
-    pairs = zip(times[mole.name], times["Dense"], added, strict=True)
+    times = measure(contestants, options.rounds, Parts(mole.config, batch[0], dtype))
+    triples = zip(times[mole.name], times["Dense"], times[PARTS], strict=True)
     return {
         "results": summarize(contestants, times, rate, "Dense"),
         "unique_against_sum_of_parts": statistics.median(
-            mine.compute / (base.compute + extra) for mine, base, extra in pairs
+            mine.compute / (base.compute + parts.compute) for mine, base, parts in triples
         ),
         "per_token_against_unique": paired_ratio(times[per_token.name], times[mole.name]),
     }
@@ -373,7 +318,7 @@ def compare_accumulation(
     name = f"MoLE-{mole.num_experts}E"
     unique = Contestant(f"{name} unique", mole, batch, dtype)
     per_step = Contestant(f"{name} unique_per_step", replace(mole, expert_execution="unique_per_step"), batch, dtype)
-    times, _ = run_rounds([unique, per_step], None, options.rounds)
+    times = measure([unique, per_step], options.rounds)
     return {
         "results": summarize([unique, per_step], times, rate, unique.name),
         "unique_against_unique_per_step": paired_ratio(times[unique.name], times[per_step.name]),
@@ -387,7 +332,7 @@ def sweep(options: argparse.Namespace, text: Text, dtype: torch.dtype | None) ->
     for power in range(len(text.windows).bit_length()):
         batch = text.windows[None, : 2**power].to(options.device)
         contestants = [Contestant(config.expert_execution, config, batch, dtype) for config in (per_token, unique)]
-        times, _ = run_rounds(contestants, None, options.rounds)
+        times = measure(contestants, options.rounds)
         speedup = paired_ratio(times["per_token"], times["unique"])
         points.append({"tokens": batch.numel(), "unique_ids": batch.unique().numel(), "speedup": speedup})
     return points
@@ -443,7 +388,7 @@ def _plain(measured: dict[str, Any]) -> dict[str, Any]:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser("benchmarks.train", __doc__ or "", "python -m src.benchmarks.train --shape 160m --experts 16")
     options.add_argument(
-        "--shape", choices=tuple(SHAPES), default="160m", help="widths of a model of the paper (default: 160m)"
+        "--shape", choices=SIZES, default="160m", help="widths of a model of the paper (default: 160m)"
     )
     options.add_argument("--layers", type=int, default=2, help="layers of the stack (default: 2)")
     options.add_argument("--experts", type=int, default=4, help="experts of the MoLE (default: 4)")

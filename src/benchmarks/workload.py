@@ -1,15 +1,12 @@
-"""Token ids from real text: which rows a request wants, and which it wants again, is what a cache lives on.
+"""What benchmarks work on: real text as ids, runs and tables of random numbers, and the state of the page cache.
 
-Runs and tables of random numbers in the real format: what takes time does not depend on what was learned.
+Which rows a request wants, and which it wants again, decides what a cache is worth, so ids come from real text. What
+takes time does not depend on what was learned, so weights are random. The page cache is set before a measurement and
+never on its clock.
 
-E experts, D hidden.
-
-The state of the page cache, set before a measurement and never on its clock.
-
-What readers are compared with: bare unbuffered reads, which are the device's own limit, and a memory map.
+B batch, D hidden, E experts, V vocabulary.
 """
 
-import gzip
 import mmap
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -24,7 +21,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from src.data.files import stdlib_files
+from src.data.config import SourceConfig
+from src.data.corpus import Document, read_source
+from src.data.files import source_files
 from src.data.tokenizer import load_tokenizer, train_bpe
 from src.errors import DataError, UserError
 from src.lut import LutStore, build_lut
@@ -81,19 +80,18 @@ def require_distinct(token_ids: Tensor) -> None:
 
 
 def load_text_ids(corpus: Sequence[Path], tokenizer: Path | None, vocab_size: int) -> TextIds:
-    """Read `corpus` (text, or text.gz), by default the standard library; by default train a BPE on it."""
-    texts = [_read(path) for path in corpus or stdlib_files()]
+    """Read `corpus` as training reads files, by default the standard library; by default train a BPE on it."""
+    texts = list(read_texts(map(str, corpus)))
     if tokenizer is not None:
         return TextIds(load_tokenizer(tokenizer), texts, vocab_size)
     return TextIds(train_bpe(iter(texts), min(_DEFAULT_VOCABULARY, vocab_size)), texts, vocab_size)
 
 
-def _read(path: Path) -> str:
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return data.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); give text files, or .gz of them") from error
+def read_texts(files: Iterable[str] = ()) -> Iterator[str]:
+    """Yield the documents of `files`, by default of the standard library."""
+    patterns = list(files)
+    source = SourceConfig(files=patterns) if patterns else SourceConfig(embedded=True)
+    return (item.text for item in read_source(source, source_files(source)) if isinstance(item, Document))
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:

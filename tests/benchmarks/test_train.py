@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
 def arguments(cache_dir: Path, *more: str) -> list[str]:
     sizes = [
         "--shape",
-        "tiny",
+        "small",
         "--layers",
         "1",
         "--experts",

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from tokenizers import Tokenizer
 
 from src.cli import parser, run_verb
@@ -20,7 +19,7 @@ from src.inference import load_model
 from src.lut import read_manifest
 from src.lut.verification import Neighborhood, find_neighbors
 from src.run_directory import RunDirectory
-from src.system.console import progress_bar, stderr_console
+from src.system.console import progress_bar, stderr_console, text_table
 from src.system.files import write_text
 
 MAX_WINDOWS = 64
@@ -91,9 +90,8 @@ def to_document(found: Neighborhood, weights: TokenWeights, tokenizer: Tokenizer
 
 def print_entries(entries: Sequence[dict[str, object]], title: str, console: Console) -> None:
     """Print layers, experts, norms, shares and neighbors."""
-    table = Table(title=escape(title), title_justify="left")
-    for heading in ("layer", "expert", "norm", "router's weight", "nearest tokens (cosine)"):
-        table.add_column(heading, justify="left" if heading.startswith("nearest") else "right")
+    headings = ("layer", "expert", "norm", "router's weight", "nearest tokens (cosine)")
+    table = text_table(escape(title), *headings, texts=headings[-1:])
     for entry in entries:
         share, neighbors = entry["router_share"], entry["neighbors"]
         assert isinstance(neighbors, list)

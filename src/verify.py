@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from src.cli import parser, run_verb
 from src.config import load_run_config
@@ -14,7 +13,7 @@ from src.evaluation.equivalence import plot_costs
 from src.evaluation.held_out import held_out_of_run
 from src.evaluation.proof import Check, prove
 from src.run_directory import RunDirectory
-from src.system.console import progress_bar, stderr_console
+from src.system.console import progress_bar, stderr_console, text_table
 from src.system.files import atomic_path, write_text
 
 FAILED = 1
@@ -22,9 +21,8 @@ FAILED = 1
 
 def print_checks(checks: Sequence[Check], title: str, console: Console) -> None:
     """Print the chain as a table."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("", "check", "found", "expected"):
-        table.add_column(heading)
+    headings = ("", "check", "found", "expected")
+    table = text_table(title, *headings, texts=headings)
     marks = {True: "[green]ok[/]", False: "[bold red]FAILS[/]", None: "[dim]-[/]"}
     for check in checks:
         table.add_row(marks[check.holds], check.name, check.found, check.expected)

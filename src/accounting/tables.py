@@ -2,12 +2,12 @@
 
 from dataclasses import fields
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from src.accounting.account import Account
 from src.accounting.flops import Flops
+from src.system.console import text_table
 
 _OFFLOADED = {"mole": "the lookup table", "moe": "the experts", "dense": "nothing"}
 
@@ -35,14 +35,14 @@ def _parameters(account: Account) -> Table:
         f"offloaded: {_OFFLOADED[account.architecture]}": count.offloaded,
         f"loaded per token{worst}": count.loaded_per_token,
     }
-    table = _table(f"{account.architecture}: parameters", "values", "in 16 bit")
+    table = text_table("", f"{account.architecture}: parameters", "values", "in 16 bit")
     for name, values in rows.items():
         table.add_row(name, _count(values), _bytes(2 * values))
     return table
 
 
 def _offload(account: Account) -> Table:
-    table = _table(f"{_OFFLOADED[account.architecture]}, by precision", "size", "read per token")
+    table = text_table("", f"{_OFFLOADED[account.architecture]}, by precision", "size", "read per token")
     for row in account.offload:
         table.add_row(row.precision, _bytes(row.total_bytes), _bytes(row.bytes_per_token))
     for reason in account.skipped_precisions.values():
@@ -55,7 +55,7 @@ def _flops(account: Account) -> Table:
     if account.training_unique is not None:
         columns["per unique id"] = account.training_unique
     columns["inference"] = account.inference
-    table = _table("FLOPs per token", *columns)
+    table = text_table("", "FLOPs per token", *columns)
     for item in fields(Flops):
         values = [getattr(flops, item.name) for flops in columns.values()]
         if any(values):
@@ -86,7 +86,7 @@ def _memory(account: Account) -> Table:
     kinds = [
         "alone or DDP" if memory.strategy == "whole" else f"FSDP2 over {memory.devices}" for memory in account.memory
     ]
-    table = _table("training memory per device", *kinds)
+    table = text_table("", "training memory per device", *kinds)
     for name, label in (
         ("weights", "weights"),
         ("gradients", "gradients"),
@@ -100,20 +100,12 @@ def _memory(account: Account) -> Table:
 
 
 def _expert_memory(account: Account) -> Table:
-    table = _table("experts' activations, by execution", "ids at once", "size")
+    table = text_table("", "experts' activations, by execution", "ids at once", "size")
     for memory in account.expert_memory:
         name = memory.execution
         if name == "unique_per_step":
             name += f" (of {account.micro_batches} micro-batches)"
         table.add_row(name, f"{memory.token_ids:,}", _bytes(memory.kept_bytes))
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(title, min_width=len(title), header_style="bold")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

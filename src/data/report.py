@@ -4,12 +4,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from src.data.cache import PreparedSource
 from src.data.config import DataConfig
 from src.data.packed_corpus import PackedCorpus
 from src.data.windows import training_windows
+from src.system.console import text_table
 
 BLOCK_TOKENS = 1 << 14
 _BLOCKS = 32
@@ -42,7 +42,8 @@ def describe_sources(corpus: PackedCorpus, config: DataConfig) -> list[SourceRep
 
 def print_sources(reports: list[SourceReport], console: Console) -> None:
     """Print a table of sources, and under it the first record of every kind that was skipped."""
-    table = Table("source", "documents", "tokens", "bytes/token", "ids per 16k", "duplicates", "skipped")
+    headings = ("source", "documents", "tokens", "bytes/\ntoken", "ids per\n16k", "duplicates", "skipped")
+    table = text_table("", *headings, texts=("source", "documents", "skipped"))
     for report in reports:
         skipped = ", ".join(f"{count:,} {problem}" for problem, count in sorted(report.skipped.items()))
         table.add_row(
@@ -51,7 +52,7 @@ def print_sources(reports: list[SourceReport], console: Console) -> None:
             f"{report.tokens:,}",
             f"{report.bytes_per_token:.3f}",
             f"{report.unique_ids_per_16k:,.0f}",
-            f"{report.duplicates:,}" + (f" ({report.unremembered:,} not remembered)" if report.unremembered else ""),
+            f"{report.duplicates:,}" + (f"\n({report.unremembered:,} not\nremembered)" if report.unremembered else ""),
             skipped or "none",
         )
     console.print(table)

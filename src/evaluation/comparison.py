@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from src.evaluation.equivalence import NEAR_TIE
-from src.evaluation.perplexity import Band
 from src.evaluation.results import Evaluation, PairedDifference, TaskScore, TextScore, paired_difference
+from src.system.console import text_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,32 +62,30 @@ def _compare_task(first: TaskScore, second: TaskScore) -> Iterator[Comparison]:
 
 def print_comparison(rows: list[Comparison], first: str, second: str, console: Console) -> None:
     """Print a table of differences, their standard errors and paired tests."""
-    table = Table(title=f"{second} minus {first}, paired by document", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("", "first", "second", "difference", "std. error", "p", "changed"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+    title = f"{second} minus {first}, paired by document"
+    table = text_table(title, "", "first", "second", "difference", "std.\nerror", "p", "changed")
     for row in rows:
         paired = row.paired
         changed = "" if row.changed_predictions is None else f"{row.changed_predictions}/{paired.documents}"
         if row.near_ties:
-            changed += f" ({row.near_ties} near-ties)"
+            changed += f" ({row.near_ties})"
         table.add_row(
             f"{row.name} {row.metric.replace('log_likelihood', 'log-lik.')}",
-            f"{paired.first:.4f}",
-            f"{paired.second:.4f}",
+            f"{paired.first:#.5g}",
+            f"{paired.second:#.5g}",
             f"{paired.difference:+.1e}",
             "" if math.isnan(paired.stderr) else f"{paired.stderr:.1e}",
-            f"{paired.p_value:.2g}",
+            f"{paired.p_value:.1g}",
             changed,
         )
     console.print(table)
-    console.print("p: exact McNemar test where answers are right or wrong, else paired t test\n", style="dim")
+    console.print("p: exact McNemar test where answers are right or wrong, else paired t test", style="dim")
+    console.print("changed: documents answered differently (of them near-ties)\n", style="dim")
 
 
 def print_evaluation(evaluation: Evaluation, name: str, console: Console) -> None:
     """Print what one model scored: texts, tasks, and the loss by how often an id occurs in the training text."""
-    texts = Table(title=f"{name}: text", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("", "nats/token", "std. error", "perplexity", "bits per byte", "tokens"):
-        texts.add_column(heading, justify="right" if heading else "left")
+    texts = text_table(f"{name}: text", "", "nats/token", "std. error", "perplexity", "bits/byte", "tokens")
     for text in evaluation.texts:
         texts.add_row(text.corpus, *_text_cells(text))
     console.print(texts)
@@ -110,9 +107,8 @@ def _text_cells(text: TextScore) -> list[str]:
 
 
 def _tasks_table(tasks: list[TaskScore], name: str) -> Table:
-    table = Table(title=f"{name}: tasks", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("", "metric", "score", "std. error", "documents"):
-        table.add_column(heading, justify="left" if heading in ("", "metric") else "right")
+    headings = ("", "metric", "score", "std. error", "documents")
+    table = text_table(f"{name}: tasks", *headings, texts=headings[:2])
     for task in tasks:
         scores = task.metrics()
         for metric in task.values:
@@ -124,16 +120,9 @@ def _tasks_table(tasks: list[TaskScore], name: str) -> Table:
 
 def _bands_table(texts: list[TextScore], name: str) -> Table:
     title = f"{name}: loss by occurrences of the predicted id in training"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("occurrences")
-    counts = sorted({(band.least, band.name) for text in texts for band in text.bands})
+    table = text_table(title, "", "occurrences", "nats/token", "tokens", texts=("",))
     for text in texts:
-        table.add_column(text.corpus, justify="right")
-    for _, occurrences in counts:
-        found = ({band.name: band for band in text.bands}.get(occurrences) for text in texts)
-        table.add_row(occurrences, *(_band_cell(band) for band in found))
+        for band in text.bands:
+            table.add_row(text.corpus, band.name, f"{band.loss:.4f}", f"{band.tokens:,}")
+        table.add_section()
     return table
-
-
-def _band_cell(band: Band | None) -> str:
-    return "" if band is None else f"{band.loss:.3f} ({band.tokens:,} tokens)"

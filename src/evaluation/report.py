@@ -18,6 +18,7 @@ from src.evaluation.perplexity import Score
 from src.evaluation.results import Evaluation
 from src.inference import generate
 from src.model import Transformer
+from src.system.console import text_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +128,7 @@ def print_report(report: Report, console: Console, run: Path) -> None:
 
 
 def _scores_table(report: Report) -> Table:
-    table = Table(title="held-out text", title_justify="left")
-    for heading in ("", "loss (nats/token)", "perplexity", "bits per byte"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table = text_table("held-out text", "", "nats/token", "perplexity", "bits per byte")
     rows = [
         ("before training", report.initial),
         ("training form (experts computed)", report.training_form),
@@ -143,9 +142,7 @@ def _scores_table(report: Report) -> Table:
 
 
 def _memory_table(report: Report) -> Table:
-    table = Table(title="what each form takes", title_justify="left")
-    for heading in ("", "weights in memory", "on disk", "read per token"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table = text_table("what each form takes", "", "weights in memory", "on disk", "read per token")
     table.add_row("training form", mebibytes(report.training_form_bytes), "", "")
     if report.table is not None and report.lookup_form_bytes is not None:
         table.add_row(

@@ -1,33 +1,81 @@
-"""Progress bars on stderr. Knows nothing of the work that they show."""
+"""Progress, consoles and tables in the terminal. Knows nothing of the work that they show.
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import NamedTuple
+rich is imported where it draws: the table and inference take the types from here, and need none of it.
+"""
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from collections.abc import Callable, Collection, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 from src.system.ranks import is_rank_zero
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import ProgressColumn, Task
+    from rich.table import Table
+    from rich.text import Text
 
-def stderr_console() -> Console:
+Advance = Callable[[int], None]
+"""Called with how many units of work were just done."""
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+"""Opens a progress bar with a description and a total."""
+
+
+class Reading(NamedTuple):
+    """How far one source has been read."""
+
+    label: str
+    done: int
+    total: int | None
+    """None where it is unknown, as in some streams."""
+    unit: str
+    """bytes (as stored, so of compressed files less than of their text), rows or steps."""
+
+
+Report = Callable[[Reading], None]
+"""Called while sources are read, side by side."""
+
+
+def no_advance(_count: int) -> None:
+    """Show nothing."""
+
+
+def no_progress(_description: str, _total: int) -> AbstractContextManager[Advance]:
+    """Open no bar."""
+    return nullcontext(no_advance)
+
+
+def no_report(_reading: Reading) -> None:
+    """Show nothing."""
+
+
+def stderr_console() -> "Console":
     """A console for everything that is not the verb's result; silent on ranks above 0."""
+    from rich.console import Console
+
     return Console(stderr=True, quiet=not is_rank_zero())
 
 
+def text_table(title: str, *headings: str, texts: Collection[str] | None = None) -> "Table":
+    """Return an empty table of columns of numbers and of `texts` (by default the first), which wrap and fold.
+
+    So names are whole on a narrow console, too.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in headings:
+        is_text = heading in (headings[:1] if texts is None else texts)
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+    return table
+
+
 @contextmanager
-def progress_bar(description: str, total: int) -> Generator[Callable[[int], None]]:
+def progress_bar(description: str, total: int) -> Generator[Advance]:
     """Show a bar on stderr and yield a function that advances it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -40,34 +88,17 @@ def progress_bar(description: str, total: int) -> Generator[Callable[[int], None
         yield lambda count: progress.advance(task, count)
 
 
-class Reading(NamedTuple):
-    """Progress through one source."""
-
-    label: str
-    done: int
-    total: int | None
-    """None where nobody knows, as in some streams."""
-    unit: str
-    """bytes (as stored, so of compressed files less than of their text), rows or steps."""
-
-
-Report = Callable[[Reading], None]
-"""Called as work goes on."""
-
-
-def no_report(reading: Reading) -> None:
-    """Show nothing."""
-
-
 @contextmanager
-def progress_report(console: Console) -> Generator[Report]:
+def progress_report(console: "Console") -> Generator[Report]:
     """Show one bar per source on `console`, with rate and time left."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
-        _Rate(),
+        _rate_column(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
@@ -83,9 +114,15 @@ def progress_report(console: Console) -> Generator[Report]:
         yield report
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        if not (speed := task.finished_speed or task.speed):
-            return Text("")
-        rates = {"bytes": f"{speed / 1e6:.1f} MB/s", "rows": f"{speed:,.0f} rows/s"}
-        return Text(rates.get(task.fields["unit"], ""))
+def _rate_column() -> "ProgressColumn":
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: "Task") -> "Text":
+            if not (speed := task.finished_speed or task.speed):
+                return Text("")
+            rates = {"bytes": f"{speed / 1e6:.1f} MB/s", "rows": f"{speed:,.0f} rows/s"}
+            return Text(rates.get(task.fields["unit"], ""))
+
+    return Rate()

@@ -128,7 +128,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--checkpoint", help="take the weights of this checkpoint first: last, best, or a path")
     options.add_argument("--from-lut", metavar="NAME", help="recode this table of the run; needs no training form")
     options.add_argument(
-        "--dtype", choices=tuple(CODECS), help=f"precision (default: {DEFAULT_PRECISION}, or that of what is resumed)"
+        "--dtype",
+        choices=tuple(CODECS),
+        help="precision: "
+        + "; ".join(f"{codec.name} ({codec.summary})" for codec in CODECS.values())
+        + f" (default: {DEFAULT_PRECISION}, or that of what is resumed)",
     )
     options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
     options.add_argument(

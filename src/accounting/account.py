@@ -19,7 +19,7 @@ from src.accounting.flops import (
     training_flops,
 )
 from src.errors import ConfigError, LutError
-from src.lut.codecs import CODECS, FloatCodec
+from src.lut.codecs import CODECS
 from src.lut.layout import TableLayout
 from src.model import ModelConfig, Transformer
 from src.model.parts import parameter_part
@@ -77,7 +77,7 @@ def offloaded_bytes(model: ModelConfig, parameters: Parameters) -> tuple[list[Of
             if model.architecture == "mole":
                 layout = TableLayout(**_table_sizes(model), precision=precision)
                 total, per_token = layout.table_bytes, layout.row_bytes
-            elif model.architecture == "moe" and isinstance(codec, FloatCodec):
+            elif model.architecture == "moe" and codec.is_view:
                 size = codec.dtype.itemsize
                 total, per_token = parameters.offloaded * size, parameters.loaded_per_token * size
             else:

@@ -26,7 +26,7 @@ from src.evaluation.held_out import HeldOut
 from src.evaluation.perplexity import Mask, no_mask
 from src.inference import InferenceModel
 from src.inference.generation import generate
-from src.lut.codecs import CODECS, Codec, codec
+from src.lut.codecs import CODECS, Codec
 from src.lut.layout import TableLayout
 from src.model import Transformer
 from src.model.experts import ExpertSource, LayerRows
@@ -227,7 +227,7 @@ def precision_costs(
             row_bytes = layout.row_bytes
         except LutError:  # a block that does not divide this hidden size
             continue
-        with experts_replaced(reference, RecodedRows(exact, codec(precision))) as recoded:
+        with experts_replaced(reference, RecodedRows(exact, layout.codec)) as recoded:
             with progress(f"scoring {precision} rows", len(text.windows)) as advance:
                 loss = text.score(recoded, progress=advance).loss
             distance = logit_distance(plain, recoded, compared, mask=text.mask)

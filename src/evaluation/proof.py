@@ -22,6 +22,7 @@ from src.evaluation.equivalence import (
 )
 from src.evaluation.held_out import HeldOut
 from src.inference import InferenceModel, load_model
+from src.lut.codecs import CODECS
 from src.lut.manifest import read_manifest
 from src.lut.readers import READERS
 from src.lut.store import LutStore
@@ -30,8 +31,6 @@ from src.run_directory import RunDirectory, hash_weights, identify, read_tensors
 
 LOGIT_LIMIT = 5e-5
 """Largest difference of logits between training form and float32 table: rounding of matrix products of other shapes."""
-LOSS_LIMITS = {"float32": 1e-5, "bfloat16": 1e-4, "float16": 1e-4, "int8": 3e-4, "nf4": 3e-3, "nf3": 1.5e-2}
-"""Largest rise of the held-out loss, in nats, that a table's precision may cost."""
 COMPARED_TOKENS = 4096
 GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_NEW_TOKENS = 32, 32, 64
 
@@ -170,7 +169,7 @@ def check_losses(
 
     table, precision = loss("table", lookup), _table_precision(lookup) or ""
     if reference is not None:
-        computed, limit = loss("training form", reference), LOSS_LIMITS[precision]
+        computed, limit = loss("training form", reference), CODECS[precision].loss_limit
         yield Check(
             name=f"held-out loss, {precision} table",
             found=f"{table:.5f} against {computed:.5f} computed ({table - computed:+.1e})",
@@ -197,7 +196,7 @@ def check_losses(
 def check_precisions(exact: InferenceModel, text: HeldOut, progress: Progress) -> Iterator[Check]:
     """Distance of every precision from float32 rows; recoded on the way, as a table of it would store them."""
     for cost in precision_costs(exact, text, _compared(text), progress):
-        limit = LOSS_LIMITS[cost.precision]
+        limit = CODECS[cost.precision].loss_limit
         yield Check(
             name=f"rows as {cost.precision}, {cost.bytes_per_token:,} bytes a token",
             found=f"loss {cost.rise:+.1e}, logits max {cost.logits.max_abs:.1e} mean {cost.logits.mean_abs:.1e}, "

@@ -4,6 +4,7 @@ V vocabulary, L layers, E experts, D hidden.
 """
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,14 +17,13 @@ from src.errors import CheckpointError
 from src.interop.names import TABLE_NAME
 from src.interop.reader import CheckpointTensors
 from src.lut import LutStore, build_lut
+from src.lut.codecs import plain_codecs
 from src.model import ModelConfig
 from src.run_directory import Identity
 from src.system.files import atomic_path
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Opens a progress bar with a description and a total, and yields what advances it."""
-PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -52,13 +52,12 @@ class TableRows:
 
 def import_table(rows: TableRows, lut_dir: Path, tokenizer: str | None, where: Path, progress: Progress) -> None:
     """Write the table in the precision that it has; `tokenizer` is the fingerprint of its vocabulary."""
-    dtype = rows.checkpoint.block(TABLE_NAME, slice(0, 1), slice(0, 1)).dtype
-    if dtype not in PRECISIONS:
-        raise CheckpointError(
-            f"{where}: {TABLE_NAME} is {dtype}, but a table is one of {', '.join(PRECISIONS.values())}; convert it"
-        )
+    dtype, codecs = rows.checkpoint.block(TABLE_NAME, slice(0, 1), slice(0, 1)).dtype, plain_codecs()
+    if dtype not in codecs:
+        names = ", ".join(codec.name for codec in codecs.values())
+        raise CheckpointError(f"{where}: {TABLE_NAME} is {dtype}, but a table is one of {names}; convert it")
     with progress("writing the table (rows)", rows.config.vocab_size) as advance:
-        build_lut(rows, lut_dir, dtype=PRECISIONS[dtype], tokenizer=tokenizer, progress=advance)
+        build_lut(rows, lut_dir, dtype=codecs[dtype].name, tokenizer=tokenizer, progress=advance)
 
 
 def export_table(store: LutStore, path: Path, progress: Progress) -> int:
@@ -67,7 +66,8 @@ def export_table(store: LutStore, path: Path, progress: Progress) -> int:
     Packed precisions are written as the floating-point numbers that they decode to.
     """
     layout, dtype = store.layout, store.gather(torch.zeros(1, dtype=torch.int64)).dtype
-    row_values = layout.num_layers * layout.num_experts * layout.hidden_size
+    sizes = layout.num_layers, layout.num_experts, layout.hidden_size
+    safetensors_dtype, row_values = plain_codecs()[dtype].stored_as(*sizes)[0], math.prod(sizes)
     table_bytes = layout.vocab_size * row_values * dtype.itemsize
     chunk_tokens = max(1, CHUNK_BYTES // (row_values * dtype.itemsize))
     with (
@@ -75,7 +75,7 @@ def export_table(store: LutStore, path: Path, progress: Progress) -> int:
         temporary.open("wb") as file,
         progress("writing the table (rows)", layout.vocab_size) as advance,
     ):
-        file.write(_safetensors_header(SAFETENSORS_DTYPES[dtype], (layout.vocab_size, row_values), table_bytes))
+        file.write(_safetensors_header(safetensors_dtype, (layout.vocab_size, row_values), table_bytes))
         for token_ids in torch.arange(layout.vocab_size).split(chunk_tokens):
             rows = store.gather(token_ids)  # (chunk, L, E, D)
             file.write(rows.contiguous().view(torch.uint8).numpy().data)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from src.errors import LutError
-from src.lut.codecs import codec
 from src.lut.layout import SHARD_BYTES
 from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, Manifest, read_manifest, write_row_errors
 from src.lut.plan import MEMORY_BYTES, PLAN_NAME, BuildPlan, plan
@@ -295,7 +294,7 @@ def _trial(plan: BuildPlan, num_tokens: int) -> float:
     start = time.perf_counter()
     rows = plan.source.layer_rows(0, 0, num_tokens)  # (U, E, D)
     codes = torch.empty(num_tokens, layout.num_experts, layout.vector_bytes, dtype=torch.uint8, device=rows.device)
-    encode_layer(codec(layout.precision), rows, codes).tolist()  # `tolist` waits for a device
+    encode_layer(layout.codec, rows, codes).tolist()  # `tolist` waits for a device
     return time.perf_counter() - start
 
 

@@ -1,40 +1,20 @@
-"""Plain floating-point precisions: their rows are readable by any safetensors user.
+"""Codecs: how the expert vectors of one precision become bytes and back. Knows neither files nor shards.
 
-What a codec is: how expert vectors of one precision become bytes and back. Knows neither files nor shards.
+A stored row belongs to one token id: for each layer and each expert the codes of one vector, followed in packed
+precisions by the vector's scales. So one token is one contiguous read, and any layer of it can be decoded alone.
 
-A stored row is one token id: for each layer, for each expert, the codes of a hidden vector and, in packed
-precisions, its scales behind them. So one token is one contiguous read, and any layer of it can be decoded alone.
+A codec carries all that is specific to a precision. To add one, subclass `Codec` and `register` an instance: its name
+then works in `--dtype`, in `lut.dtype` and in `verify`.
 
-D hidden.
-
-Eight bits a value: 255 evenly spaced levels, one scale per expert vector.
-
-D hidden.
-
-The scale that packed codes are relative to: the largest absolute value of a block, as a float16 in two bytes.
-
-D values of a vector, N blocks of K values each.
-
-The precisions a table can have, by name.
-
-Three and four bits a value: the nearest level of a normal-float code book, relative to its block's scale.
-
-Codes are packed into words of whole bytes, the first value in the highest bits. A word is decoded by one lookup in a
-table of everything a word can say: 256 pairs for NF4, 4,096 quadruples for NF3.
-
-D hidden, N blocks of K values, W words in D values.
-
-Normal-float code books: levels that normally distributed values use about equally often (arXiv:2305.14314).
-
-The levels are quantiles of N(0, 1), scaled to [-1, 1], with an exact zero. Of 2^k levels, 2^(k-1) are positive and
-2^(k-1) - 1 negative.
+L layers, E experts, D hidden, N blocks of K values in a vector, W words in a vector.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from statistics import NormalDist
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -43,14 +23,46 @@ from torch import Tensor
 from src.errors import LutError
 
 
-@dataclass(frozen=True)
-class FloatCodec:
-    """Stores values as they are, rounded to `dtype`."""
+@dataclass(frozen=True, kw_only=True)
+class Codec(ABC):
+    """One precision: encodes (..., D) floating vectors to (..., vector_bytes) uint8 and decodes them."""
 
-    dtype: torch.dtype
+    name: str
+    """What `--dtype`, `lut.dtype` and manifests call it."""
+    summary: str
+    """A few words for `--help`."""
+    loss_limit: float
+    """Largest change of the held-out loss, in nats per token, that `verify` accepts."""
+    dtype: torch.dtype = torch.float32
+    """What decoded rows have."""
+    is_view: ClassVar[bool] = False
+    """Whether `decode` returns a view of the stored bytes: it can then be made before they have been read."""
+
+    @abstractmethod
+    def vector_bytes(self, hidden_size: int) -> int:
+        """Bytes of one expert's vector of `hidden_size` values, scales included; LutError when it cannot be packed."""
+
+    @abstractmethod
+    def encode(self, vectors: Tensor) -> Tensor:
+        """Encode (..., D) floating vectors to (..., vector_bytes) uint8; packed codecs refuse NaN and infinity."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, hidden_size: int) -> Tensor:
+        """Decode (..., vector_bytes) uint8 to (..., D) in `dtype`."""
+
+    def stored_as(self, num_layers: int, num_experts: int, hidden_size: int) -> tuple[str, tuple[int, ...]]:
+        """Return the safetensors dtype and the shape of one token's row: bytes, unless a codec says otherwise."""
+        return "U8", (num_layers * num_experts * self.vector_bytes(hidden_size),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatCodec(Codec):
+    """Stores values as they are, rounded to `dtype`, so that any safetensors user can read the rows."""
+
+    safetensors_dtype: str
+    is_view = True
 
     def vector_bytes(self, hidden_size: int) -> int:
-        """Bytes of one vector."""
         return hidden_size * self.dtype.itemsize
 
     def encode(self, vectors: Tensor) -> Tensor:
@@ -61,26 +73,9 @@ class FloatCodec:
         """Reinterpret the bytes; no copy."""
         return codes.view(self.dtype)
 
-
-class Codec(Protocol):
-    """One precision: encodes (..., D) floating vectors to (..., vector_bytes) uint8 and decodes them."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What decoded rows have."""
-        ...
-
-    def vector_bytes(self, hidden_size: int) -> int:
-        """Bytes of one expert's vector of `hidden_size` values, scales included; LutError when it cannot be packed."""
-        ...
-
-    def encode(self, vectors: Tensor) -> Tensor:
-        """Encode (..., D) floating vectors to (..., vector_bytes) uint8; packed ones refuse what is not finite."""
-        ...
-
-    def decode(self, codes: Tensor, hidden_size: int) -> Tensor:
-        """Decode (..., vector_bytes) uint8 to (..., D) in `dtype`."""
-        ...
+    def stored_as(self, num_layers: int, num_experts: int, hidden_size: int) -> tuple[str, tuple[int, ...]]:
+        """Return an (L, E, D) tensor of `dtype`."""
+        return self.safetensors_dtype, (num_layers, num_experts, hidden_size)
 
 
 SCALE_BYTES = 2
@@ -116,13 +111,10 @@ def read_scales(codes: Tensor) -> Tensor:
 _LARGEST = 127
 
 
-class Int8Codec:
-    """D signed bytes, then the scale; a value is code / 127 * scale."""
-
-    dtype = torch.float32
+class Int8Codec(Codec):
+    """Eight bits a value: D signed bytes, then the scale of the vector; a value is code / 127 * scale."""
 
     def vector_bytes(self, hidden_size: int) -> int:
-        """Bytes of one vector."""
         return hidden_size + SCALE_BYTES
 
     def encode(self, vectors: Tensor) -> Tensor:
@@ -138,14 +130,18 @@ class Int8Codec:
         return codes[..., :hidden_size].view(torch.int8).to(torch.float32).mul_(scales / _LARGEST)  # (..., D)
 
 
-@dataclass(frozen=True)
-class NormalFloatCodec:
-    """D * bits / 8 bytes of codes, then one scale per block of `block_size` values (None: the whole vector)."""
+@dataclass(frozen=True, kw_only=True)
+class NormalFloatCodec(Codec):
+    """Three or four bits a value: the nearest level of a normal-float code book, relative to its block's scale.
 
-    name: str
+    A vector is D * bits / 8 bytes of codes, then one scale per block. Codes are packed into words of whole bytes, the
+    first value in the highest bits. A word is decoded by one lookup in a table of every possible word: 256 pairs for
+    NF4, 4,096 quadruples for NF3.
+    """
+
     levels: tuple[float, ...]
     block_size: int | None = None
-    dtype: torch.dtype = torch.float32
+    """Values that share a scale; None: the whole vector."""
 
     @property
     def bits(self) -> int:
@@ -231,6 +227,8 @@ def _word_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.cartesian_prod(*[values] * values_per_word).to(device)
 
 
+# Normal-float code books (arXiv:2305.14314): levels that normally distributed values use about equally often. They are
+# quantiles of N(0, 1), scaled to [-1, 1], with an exact zero; of 2^k levels, 2^(k-1) are positive.
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -262,19 +260,55 @@ NF3 = normal_float(3)
 """The 8 values that the construction gives for three bits; arXiv:2305.14314 prints four bits only."""
 
 
-CODECS: dict[str, Codec] = {
-    "float32": FloatCodec(torch.float32),
-    "bfloat16": FloatCodec(torch.bfloat16),
-    "float16": FloatCodec(torch.float16),
-    "int8": Int8Codec(),
-    "nf4": NormalFloatCodec("nf4", NF4),
-    "nf3": NormalFloatCodec("nf3", NF3, block_size=128),
-}
+CODECS: dict[str, Codec] = {}
+"""The precisions that a table can have, by name; `register` adds to them."""
 
 
-def codec(precision: str) -> Codec:
-    """Return the codec of a precision's name; LutError names the known ones."""
+def register(codec: Codec) -> None:
+    """Make a codec available by its name; ValueError when the name is taken."""
+    if codec.name in CODECS:
+        raise ValueError(f"a codec named {codec.name!r} is registered already; choose another name")
+    CODECS[codec.name] = codec
+
+
+def find_codec(precision: str) -> Codec:
+    """Return the codec of that name; LutError lists the registered ones."""
     try:
         return CODECS[precision]
     except KeyError:
         raise LutError(f"precision {precision!r} is unknown; choose one of {', '.join(CODECS)}") from None
+
+
+def plain_codecs() -> dict[torch.dtype, Codec]:
+    """Return, by dtype, the codecs whose stored rows are the values themselves."""
+    return {codec.dtype: codec for codec in CODECS.values() if codec.is_view}
+
+
+register(
+    FloatCodec(name="float32", summary="4 bytes a value", loss_limit=1e-5, dtype=torch.float32, safetensors_dtype="F32")
+)
+register(
+    FloatCodec(
+        name="bfloat16", summary="2 bytes a value", loss_limit=1e-4, dtype=torch.bfloat16, safetensors_dtype="BF16"
+    )
+)
+register(
+    FloatCodec(
+        name="float16",
+        summary="2 bytes a value, none above 65,504",
+        loss_limit=1e-4,
+        dtype=torch.float16,
+        safetensors_dtype="F16",
+    )
+)
+register(Int8Codec(name="int8", summary="1 byte a value", loss_limit=3e-4))
+register(NormalFloatCodec(name="nf4", summary="4 bits a value, even hidden sizes only", loss_limit=3e-3, levels=NF4))
+register(
+    NormalFloatCodec(
+        name="nf3",
+        summary="3 bits a value, hidden sizes that are multiples of 128",
+        loss_limit=1.5e-2,
+        levels=NF3,
+        block_size=128,
+    )
+)

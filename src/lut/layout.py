@@ -17,13 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.errors import LutFormatError
-from src.lut.codecs import FloatCodec, codec
+from src.lut.codecs import Codec, find_codec
 
 SHARD_BYTES = 512 * 2**20
 ALIGNMENT = 4096
 """Rows begin on a multiple of this in every shard, as unbuffered reads want."""
 CHECKSUM_BYTES = 4
-_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +38,14 @@ class TableLayout:
     """Rows of a shard fit in this many bytes, unless a single row is larger."""
 
     @cached_property
+    def codec(self) -> Codec:
+        """How vectors are stored; LutError when the precision is unknown."""
+        return find_codec(self.precision)
+
+    @cached_property
     def vector_bytes(self) -> int:
         """Bytes of one expert's vector."""
-        return codec(self.precision).vector_bytes(self.hidden_size)
+        return self.codec.vector_bytes(self.hidden_size)
 
     @cached_property
     def layer_bytes(self) -> int:
@@ -75,15 +79,11 @@ class Shard:
     def header(self, layout: TableLayout) -> bytes:
         """The safetensors header, padded with spaces so that `rows` starts on an `ALIGNMENT` boundary."""
         rows_end = self.num_tokens * layout.row_bytes
-        if isinstance(codec(layout.precision), FloatCodec):
-            dtype = _SAFETENSORS_DTYPES[layout.precision]
-            shape = [self.num_tokens, layout.num_layers, layout.num_experts, layout.hidden_size]
-        else:
-            dtype, shape = "U8", [self.num_tokens, layout.row_bytes]
+        dtype, row_shape = layout.codec.stored_as(layout.num_layers, layout.num_experts, layout.hidden_size)
         checksums_end = rows_end + self.num_tokens * CHECKSUM_BYTES
         document = {
             "__metadata__": {"format": "mole-lut", "first_token": str(self.first_token)},
-            "rows": {"dtype": dtype, "shape": shape, "data_offsets": [0, rows_end]},
+            "rows": {"dtype": dtype, "shape": [self.num_tokens, *row_shape], "data_offsets": [0, rows_end]},
             "checksums": {"dtype": "U32", "shape": [self.num_tokens], "data_offsets": [rows_end, checksums_end]},
         }
         text = json.dumps(document, separators=(",", ":")).encode()

@@ -227,7 +227,8 @@ def _parse_record(record: object, path: Path) -> ShardRecord:
 def _require_shards_of_sizes(manifest: Manifest, path: Path) -> None:
     if manifest.precision not in CODECS:
         raise LutFormatError(
-            f"{path}: precision {manifest.precision[:40]!r} is unknown; use the version of mole that wrote it"
+            f"{path}: precision {manifest.precision[:40]!r} is unknown, known are {', '.join(CODECS)}; "
+            "use the version of mole that wrote it, or register its codec"
         )
     layout = manifest.layout
     try:

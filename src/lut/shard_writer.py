@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from src.errors import LutError
-from src.lut.codecs import Codec, codec
+from src.lut.codecs import Codec
 from src.lut.layout import CHECKSUM_BYTES, Shard, row_checksums
 from src.lut.manifest import LayerSums, add, combine, measure
 from src.lut.plan import BuildPlan
@@ -231,7 +231,7 @@ def encode_chunk(plan: BuildPlan, first_token: int, num_tokens: int) -> Chunk:
             shape = (num_tokens, layout.num_layers, layout.num_experts, layout.vector_bytes)
             encoded = torch.empty(shape, dtype=torch.uint8, device=rows.device)
         try:
-            measured.append(encode_layer(codec(layout.precision), rows, encoded[:, layer]))
+            measured.append(encode_layer(layout.codec, rows, encoded[:, layer]))
         except LutError as error:
             raise LutError(f"layer {layer}, ids from {first_token}: {error}") from error
     assert encoded is not None

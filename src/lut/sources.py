@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.errors import LutError
-from src.lut.codecs import codec
 from src.lut.manifest import MANIFEST_NAME, read_manifest
 from src.lut.scan import TableScan, check_shard, read_token_counts
 from src.model import ModelConfig, Transformer
@@ -109,7 +108,7 @@ class TableRows:
             check_shard(lut_dir, record)
         counts = read_token_counts(lut_dir, manifest)
         self.token_counts = None if counts is None else torch.from_numpy(counts)
-        self._codec, self._scan = codec(manifest.precision), TableScan(lut_dir, manifest.layout)
+        self._scan = TableScan(lut_dir, manifest.layout)
         self._run, self._rows = (0, 0), torch.empty(0, dtype=torch.uint8)
 
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
@@ -122,7 +121,7 @@ class TableRows:
                 (first_token, num_tokens),
             )
         vectors = self._rows.view(num_tokens, layout.num_layers, layout.num_experts, layout.vector_bytes)[:, layer]
-        return self._codec.decode(vectors, layout.hidden_size).to(torch.float32)
+        return layout.codec.decode(vectors, layout.hidden_size).to(torch.float32)
 
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from src.errors import LutError
 from src.lut.cache import RowCache
-from src.lut.codecs import FloatCodec, codec
 from src.lut.layout import TableLayout, check_rows, plan_shards, row_checksum
 from src.lut.manifest import Manifest, read_manifest
 from src.lut.readers import READERS, Fetch, Reader, open_reader
@@ -83,17 +82,17 @@ class RowRequest:
 
 def decode(codes: Tensor, layout: TableLayout) -> Tensor:
     """Turn stored bytes (U, row_bytes) into rows (U, L, E, D)."""
-    return codec(layout.precision).decode(_vectors(codes, layout), layout.hidden_size)
+    return layout.codec.decode(_vectors(codes, layout), layout.hidden_size)
 
 
 def decodes_to_view(layout: TableLayout) -> bool:
     """Whether decoded rows are the stored bytes themselves, so that a view of them may be made before they arrive."""
-    return isinstance(codec(layout.precision), FloatCodec)
+    return layout.codec.is_view
 
 
 def layer_decoder(codes: Tensor, layout: TableLayout) -> Callable[[int], Tensor]:
     """Return what turns one layer of stored bytes (U, row_bytes) into rows (U, E, D); packed ones as it is called."""
-    row_codec, vectors = codec(layout.precision), _vectors(codes, layout)
+    row_codec, vectors = layout.codec, _vectors(codes, layout)
     if decodes_to_view(layout):  # so one serves all layers
         return row_codec.decode(vectors, layout.hidden_size).unbind(1).__getitem__
     return lambda layer: row_codec.decode(vectors[:, layer], layout.hidden_size)

@@ -158,6 +158,8 @@ _MUST_AGREE = (
     "num_experts",
     "expert_intermediate_size",
     "expert_input",
+    "rope_theta",
+    "norm_eps",
 )
 
 

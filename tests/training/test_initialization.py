@@ -73,6 +73,15 @@ def test_heads_of_another_number_are_refused_though_every_shape_fits(run: RunDir
         start_from_run(Transformer(replace(run.model_config(), num_heads=4)), run, tokenizer)
 
 
+@pytest.mark.parametrize(("key", "there"), [("rope_theta", 10000.0), ("norm_eps", 1e-05)])
+def test_a_model_that_computes_another_function_of_the_same_weights_is_refused(
+    run: RunDirectory, tokenizer: Tokenizer, key: str, there: float
+) -> None:
+    other = Transformer(replace(run.model_config(), **{key: 0.5}))
+    with pytest.raises(RunError, match=rf"holds another model \(model.{key} {there} there, 0.5 here\)"):
+        start_from_run(other, run, tokenizer)
+
+
 def test_a_run_without_its_training_form_is_refused(run: RunDirectory, tokenizer: Tokenizer, tmp_path: Path) -> None:
     lookup_only = RunDirectory(tmp_path / "copy")
     shutil.copytree(run.path, lookup_only.path, ignore=shutil.ignore_patterns("experts.safetensors", "checkpoints"))

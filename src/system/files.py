@@ -25,10 +25,13 @@ def atomic_path(path: Path) -> Generator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
-        temporary.chmod(0o666 & ~_umask())  # some writers create files that only their owner may read
+        temporary.chmod(mode)  # some writers create files that only their owner may read
         temporary.replace(path)
         sync_directory(path.parent)
     finally:
@@ -47,12 +50,6 @@ def atomic_directory(path: Path) -> Generator[Path]:
         sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> None:

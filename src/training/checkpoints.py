@@ -106,9 +106,10 @@ class StreamingCheckpointIO(CheckpointIO):
         """Write `checkpoint` to `path`; TrainingError when the disk is full, and what was there stays."""
         target = Path(path)
         try:
-            with atomic_path(target) as temporary:
-                torch.save(checkpoint, temporary)
-        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+            # With a path instead of an open file, the error of torch's writer would not tell a full disk from others.
+            with atomic_path(target) as temporary, temporary.open("wb") as handle:
+                torch.save(checkpoint, handle)
+        except (OSError, RuntimeError) as error:
             if not is_full(error):
                 raise
             raise TrainingError(full_disk_message(target, checkpoint)) from error
@@ -134,10 +135,10 @@ def tensor_bytes(value: Any) -> int:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space."""
+    """Whether a write failed because the disk is full. torch's writer raises RuntimeError in the context of OSError."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
+    return error.__context__ is not None and is_full(error.__context__)
 
 
 def full_disk_message(target: Path, checkpoint: dict[str, Any]) -> str:

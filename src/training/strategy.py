@@ -4,6 +4,7 @@ Gradients are reduced after each micro-batch, not once per step: to keep them wh
 what sharding saves.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from src.errors import TrainingError
 from src.system.private_api import use_all_devices
-from src.training.checkpoints import full_disk_message, is_full
+from src.training.checkpoints import full_disk_message, is_full, tensor_bytes
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -36,7 +37,8 @@ class ShardedStrategy(ModelParallelStrategy):
         try:
             super().save_checkpoint(checkpoint, filepath, storage_options)
         except CheckpointException as error:
-            if any(is_full(failure) for failure, _ in error.failures.values()):
+            free = shutil.disk_usage(Path(filepath).parent).free  # errors of other ranks have lost their context
+            if free < tensor_bytes(checkpoint) or any(is_full(failure) for failure, _ in error.failures.values()):
                 raise TrainingError(full_disk_message(Path(filepath), checkpoint)) from error
             raise RuntimeError(f"{filepath}: cannot be written: {error}") from error
 

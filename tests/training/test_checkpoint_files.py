@@ -1,5 +1,7 @@
 """Checkpoints appear whole or not at all, and cost no memory."""
 
+import errno
+import io
 import os
 import resource
 import subprocess
@@ -7,13 +9,14 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from src.errors import TrainingError
-from src.training.checkpoints import CheckpointFiles, StreamingCheckpointIO, best_steps, tensor_bytes
+from src.training.checkpoints import CheckpointFiles, StreamingCheckpointIO, best_steps, is_full, tensor_bytes
 from tests.conftest import CONFIGS
 
 MEBIBYTE = 2**20
@@ -57,6 +60,26 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     assert files.steps() == [2, 4]
     assert torch.equal(StreamingCheckpointIO().load_checkpoint(files.path(4))["state_dict"]["a"][:1], torch.ones(1))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+class _Broken(io.BytesIO):
+    """A file on a device that fails after its first bytes."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, data: Any) -> int:
+        if self.tell() > 1024:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().write(data)
+
+
+@pytest.mark.parametrize(("number", "full"), [(errno.EIO, False), (errno.ENOSPC, True), (errno.EDQUOT, True)])
+def test_a_full_disk_is_told_from_a_broken_one(number: int, full: bool) -> None:
+    with pytest.raises(RuntimeError, match=r"unexpected pos|PytorchStreamWriter") as failure:
+        torch.save(state(1), _Broken(number))
+    assert is_full(failure.value) == full
 
 
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:

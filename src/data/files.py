@@ -1,7 +1,4 @@
-"""Files of a corpus: which they are, how they are opened. Knows nothing of what their bytes mean.
-
-Reads Zstandard streams and notices where one was cut off, which the library's own reader does not.
-"""
+"""Files of a corpus: which they are, how they are opened. Knows nothing of what their bytes mean."""
 
 import glob
 import gzip
@@ -13,60 +10,12 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
-import zstandard
+import pyarrow
 
 from src.data.config import SourceConfig
 from src.errors import DataError
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
-_READ_BYTES = 1 << 18
-
-
-class ZstdReader(io.RawIOBase):
-    """The decompressed bytes of a file of one or more Zstandard frames; EOFError when the last one is incomplete."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        """Read frames from `raw`."""
-        self._raw = raw
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._pending = memoryview(b"")
-        self._in_frame = False
-
-    def readable(self) -> bool:
-        """Say yes to `io.BufferedReader`."""
-        return True
-
-    def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        """Fill as much of `buffer` as one piece of decompressed bytes does; 0 at the end."""
-        target = memoryview(buffer).cast("B")
-        while not self._pending:
-            if not (piece := self._next_piece()):
-                return 0
-            self._pending = memoryview(piece)
-        count = min(len(target), len(self._pending))
-        target[:count] = self._pending[:count]
-        self._pending = self._pending[count:]
-        return count
-
-    def _next_piece(self) -> bytes:
-        """Return the next decompressed bytes, empty only at the end."""
-        while True:
-            compressed = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame, self._in_frame = zstandard.ZstdDecompressor().decompressobj(), False
-            compressed = compressed or self._raw.read(_READ_BYTES)
-            if not compressed:
-                if self._in_frame:
-                    raise EOFError("the last frame is incomplete")
-                return b""
-            self._in_frame = True
-            if piece := self._frame.decompress(compressed):
-                return piece
-
 
 READ_BYTES = 1 << 20
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
@@ -153,15 +102,15 @@ def open_file(path: Path) -> Generator[OpenFile]:
     try:
         with path.open("rb", buffering=READ_BYTES) as raw, _decompressed(raw, path.suffix) as data:
             yield OpenFile(data, raw)
-    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
+    except (zlib.error, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # from the system, not from a decompressor
+            raise DataError(f"{path}: cannot be read ({os.strerror(error.errno)})") from error
         raise DataError(f"{path}: damaged or cut off ({error}); fetch the file again") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from error
 
 
 def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
     if suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), READ_BYTES)
     if suffix == ".zst":
-        return io.BufferedReader(ZstdReader(raw), READ_BYTES)
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), READ_BYTES)
     return raw

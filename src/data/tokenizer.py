@@ -92,14 +92,14 @@ def load_bound_tokenizer(path: Path, recorded: Mapping[str, str]) -> Tokenizer:
 
 
 def load_hub_tokenizer(name: str) -> Tokenizer:
-    """Fetch a tokenizer from the Hugging Face hub, or from its cache; DataError when that fails."""
+    """Download a tokenizer from the Hugging Face Hub, or read it from the local cache; DataError when that fails."""
     try:
         tokenizer = Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises bare Exception
         reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"data.tokenizer.hub: {name!r} cannot be had from the Hugging Face hub ({reason}); check name and "
-            "network, or set data.tokenizer.path to a tokenizer.json"
+            f"data.tokenizer.hub: could not download {name} from the Hugging Face Hub: {reason}; check the name, your "
+            "network or HF_TOKEN, or set data.tokenizer.path to a tokenizer.json"
         ) from error
     return _with_separator(tokenizer, name)
 

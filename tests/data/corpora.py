@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import zstandard
 
 from src.data.config import DataConfig, SourceConfig, TokenizerConfig
 from src.data.packed_corpus import PackedCorpus
@@ -47,7 +46,7 @@ def write_as(name: str, folder: Path, texts: Sequence[str]) -> Path:
     if name.endswith(".gz"):
         raw = gzip.compress(raw)
     elif name.endswith(".zst"):
-        raw = zstandard.ZstdCompressor().compress(raw)
+        raw = pyarrow.compress(raw, "zstd", asbytes=True)
     path.write_bytes(raw)
     return path
 

@@ -114,12 +114,16 @@ def test_rows_are_known_where_the_description_says(tmp_path: Path) -> None:
 
 def test_what_cannot_be_had_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"nobody/nothing: split 'train' cannot be had from the Hugging Face hub \(.+\);"
+        DataError,
+        match=r"could not download nobody/nothing, split 'train', from the Hugging Face Hub: .+; check the name",
     ):
         prepare_corpus(DataConfig(sources=[SourceConfig(hub="nobody/nothing")], cache_dir=str(tmp_path)))
     folder = hub_folder(tmp_path, sentences(10), ["id", "text"])
     for source, message in (
-        (SourceConfig(hub=str(folder), split="tests"), r"split 'tests' cannot be had .+; check name, subset, split"),
+        (
+            SourceConfig(hub=str(folder), split="tests"),
+            r"could not download .+, split 'tests', from .+ your network or HF_TOKEN$",
+        ),
         (SourceConfig(hub=str(folder), text_field="body"), r"has no column 'body', only id, text; set text_field to"),
     ):
         with pytest.raises(DataError, match=message):

@@ -214,7 +214,9 @@ def test_a_hub_tokenizer_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr("src.data.tokenizer.Tokenizer", Hub)
     assert prepare_corpus(config).train.tokens
     assert names == ["owner/name"]
-    with pytest.raises(DataError, match=r"'owner/gone' cannot be had from the Hugging Face hub \(404: not found\)"):
+    with pytest.raises(
+        DataError, match=r"could not download owner/gone from the Hugging Face Hub: 404: not found; .+ HF_TOKEN"
+    ):
         prepare_corpus(replace(config, tokenizer=TokenizerConfig(hub="owner/gone")))
 
 

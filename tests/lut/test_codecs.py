@@ -177,6 +177,7 @@ def test_a_registered_codec_is_one_of_the_precisions(
     for name in ("held-out loss, fixed16 table", "rows as fixed16, 1,024 bytes a token"):
         assert checks[name]["holds"]
         assert float(checks[name]["expected"].split()[-1]) == pytest.approx(0.0123, abs=0.003)  # as it is printed
+    capsys.readouterr()
     generate.main(["--run", str(run), "--lut", "lut-fixed16", "--experts", "lut", "--prompt", "import os"])
     assert capsys.readouterr().out.startswith("import os")
 

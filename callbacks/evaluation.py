@@ -12,7 +12,7 @@ from rich.console import Console
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.perplexity import Score, Share, zlib_bits_per_byte
 from src.evaluation.report import Report, TableFacts, print_report, sample_text
-from src.evaluation.results import Evaluation
+from src.evaluation.results import Evaluation, write_scores
 from src.evaluation.suite import Suite, evaluate_model, evaluating
 from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
@@ -74,6 +74,7 @@ class EvaluationCallback(lightning.Callback):
         training_form = self._evaluate(trainer, pl_module.model)
         self.report = self._final_report(trainer, pl_module.model, training_form)
         if trainer.is_global_zero:
+            write_scores(self.run.scores_path, self.report.evaluations())
             self.run.update_record(self.report.to_dict())
             self._log(trainer, self.report.metrics())
             publish_results(trainer.loggers, self.run, with_table=self.publish_table)

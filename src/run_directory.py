@@ -117,7 +117,7 @@ class RunDirectory:
 
     def record(self) -> dict[str, Any]:
         """Read the record; empty in a directory without one, such as an import."""
-        return _read_json(self.report_path) if self.report_path.is_file() else {}
+        return read_json(self.report_path) if self.report_path.is_file() else {}
 
     def update_record(self, values: Mapping[str, Any]) -> None:
         """Merge `values` into the record, written whole or not at all."""
@@ -134,7 +134,7 @@ class RunDirectory:
         found = {f"{self.path} (as its {self.report_path.name} says)": self.recorded_corpus("tokenizer")}
         for path in sorted(self.path.glob("*/manifest.json")):
             with suppress(RunError):  # opening the table reports what is wrong with it
-                found[str(path.parent)] = _read_json(path).get("tokenizer")
+                found[str(path.parent)] = read_json(path).get("tokenizer")
         return {where: value for where, value in found.items() if isinstance(value, str)}
 
     def write_config(self, values: Mapping[str, object]) -> None:
@@ -209,7 +209,8 @@ def _damaged(path: Path, error: SafetensorError) -> RunError:
     return RunError(f"{path}: not a readable safetensors file ({error}); copy or write it again")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a run; RunError names the file when it is missing or damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

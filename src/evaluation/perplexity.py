@@ -80,8 +80,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the loss."""
-        return math.exp(self.loss)
+        """Exponential of the loss; infinite from 710 nats on, where float64 ends."""
+        return math.exp(self.loss) if not self.loss >= 709.78 else math.inf
 
     @property
     def bits_per_byte(self) -> float:

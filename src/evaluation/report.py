@@ -52,6 +52,11 @@ class Report:
     """Weights in memory when the experts are a table on disk."""
     sample: str | None
 
+    def evaluations(self) -> dict[str, Evaluation]:
+        """Return the scores of each form that was scored."""
+        both = {"training_form": self.training_evaluation, "lookup_form": self.lookup_evaluation}
+        return {form: evaluation for form, evaluation in both.items() if evaluation is not None}
+
     @property
     def training_form(self) -> Score:
         """Held-out score of the training form."""
@@ -112,6 +117,10 @@ def print_report(report: Report, console: Console, run: Path) -> None:
     console.rule(f"[bold]{run}")
     console.print(f"trained {report.steps:,} steps on {report.trained_tokens:,} tokens\n")
     console.print(_scores_table(report))
+    for form, evaluation in report.evaluations().items():
+        if evaluation.diverged:
+            texts = ", ".join(evaluation.diverged)
+            console.print(f"{form.replace('_', ' ')} diverged: its loss on {texts} is too large or not a number")
     if report.difference is not None:
         console.print(f"lookup form minus training form: {report.difference:+.2e} nats per token\n")
         print_comparison(report.comparison(), "training form", "lookup form", console)

@@ -1,21 +1,23 @@
-"""What a model scored, document by document, so that two of them can be compared in pairs.
+"""What a model scored, document by document, and tests of paired differences between two models.
+
+A run keeps the scores of both its forms in `scores.json`, so that later models can be paired with them. The statistics
+know nothing of what was measured.
 
 N windows or documents.
-
-Standard errors, and tests of paired differences. Knows nothing of what was measured.
-
-N documents.
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from src.evaluation.perplexity import Band, Score
+from src.run_directory import read_json
+from src.system.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,11 @@ class PairedDifference:
         return asdict(self)
 
 
+def _mean(values: Sequence[float]) -> float:
+    total = math.fsum(values) if all(map(math.isfinite, values)) else sum(values)  # fsum refuses inf - inf
+    return total / len(values)
+
+
 def standard_error(values: Sequence[float]) -> float:
     """Return the standard error of the mean of values (N,); NaN for fewer than two."""
     if len(values) < 2:
@@ -57,9 +64,9 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Paired
     binary = {*first, *second} <= {0.0, 1.0}
     stderr = standard_error(differences)
     return PairedDifference(
-        first=math.fsum(first) / len(first),
-        second=math.fsum(second) / len(second),
-        difference=math.fsum(differences) / len(differences),
+        first=_mean(first),
+        second=_mean(second),
+        difference=_mean(differences),
         stderr=stderr,
         test="McNemar" if binary else "t",
         p_value=mcnemar(differences) if binary else paired_t(differences, stderr),
@@ -77,7 +84,7 @@ def mcnemar(differences: Sequence[float]) -> float:
 
 def paired_t(differences: Sequence[float], stderr: float) -> float:
     """Two-sided paired t test of a mean difference of zero."""
-    mean = math.fsum(differences) / len(differences)
+    mean = _mean(differences)
     if mean == 0 or len(differences) < 2:
         return 1.0
     return 0.0 if stderr == 0 else student_t_tail(abs(mean) / stderr, len(differences) - 1)
@@ -117,9 +124,9 @@ class TextScore:
         return {**values, f"{self.corpus}/loss_stderr": self.stderr}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the losses of each window."""
+        """Return the means, overall and by band."""
         bands = [{"counts": band.name, **asdict(band)} for band in self.bands]
-        stderr = None if math.isnan(self.stderr) else self.stderr
+        stderr = self.stderr if math.isfinite(self.stderr) else None
         return {**self.score.to_dict(), "loss_stderr": stderr, "windows": len(self.window_losses), "bands": bands}
 
 
@@ -139,7 +146,7 @@ class TaskScore:
 
     def mean(self, metric: str) -> float:
         """Return the mean of a metric over documents."""
-        return math.fsum(self.values[metric]) / len(self.values[metric])
+        return _mean(self.values[metric])
 
     def metrics(self) -> dict[str, float]:
         """Return the figures that belong in a tracker."""
@@ -161,6 +168,11 @@ class Evaluation:
     texts: list[TextScore]
     tasks: list[TaskScore]
 
+    @property
+    def diverged(self) -> list[str]:
+        """Texts whose perplexity is not a finite number."""
+        return [text.corpus for text in self.texts if not math.isfinite(text.score.perplexity)]
+
     def metrics(self) -> dict[str, float]:
         """Return the figures that belong in a tracker; those of single documents have no standard error."""
         values: dict[str, float] = {}
@@ -173,7 +185,34 @@ class Evaluation:
         return {
             "texts": {text.corpus: text.to_dict() for text in self.texts},
             "tasks": {task.task: task.to_dict() for task in self.tasks},
+            "diverged": self.diverged,
         }
+
+
+def write_scores(path: Path, evaluations: Mapping[str, Evaluation]) -> None:
+    """Write evaluations by name, document by document, as JSON; what is not finite becomes null."""
+    write_json(path, {name: asdict(evaluation) for name, evaluation in evaluations.items()})
+
+
+def read_scores(path: Path) -> dict[str, Evaluation]:
+    """Read what `write_scores` wrote; null is NaN again. RunError where the file is missing or damaged."""
+    return {name: _evaluation(_without_null(values)) for name, values in read_json(path).items()}
+
+
+def _evaluation(values: dict[str, Any]) -> Evaluation:
+    texts, tasks = list[TextScore](), [TaskScore(**task) for task in values["tasks"]]
+    for text in values["texts"]:
+        score, bands = Score(**text.pop("score")), [Band(**band) for band in text.pop("bands")]
+        texts.append(TextScore(**text, score=score, bands=bands))
+    return Evaluation(texts=texts, tasks=tasks)
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_null(item) for item in value]
+    return math.nan if value is None else value
 
 
 def fingerprint_documents(documents: Sequence[object]) -> str:

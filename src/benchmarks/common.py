@@ -22,6 +22,7 @@ from rich.console import Console
 from src.config import load_config
 from src.lut.codecs import CODECS
 from src.model import ModelConfig
+from src.system.console import Advance
 from src.system.files import write_text
 
 Value = TypeVar("Value")
@@ -72,7 +73,7 @@ class Timings:
 
 
 def take_turns(
-    contenders: Mapping[str, Callable[[int], Value]], rounds: int, advance: Callable[[int], None]
+    contenders: Mapping[str, Callable[[int], Value]], rounds: int, advance: Advance
 ) -> dict[str, list[Value]]:
     """Call each contender once per round with the round's number, in a new random order each; return its results."""
     results: dict[str, list[Value]] = {name: [] for name in contenders}
@@ -84,9 +85,7 @@ def take_turns(
     return results
 
 
-def run_rounds(
-    contenders: Mapping[str, Callable[[int], float]], rounds: int, advance: Callable[[int], None]
-) -> Timings:
+def run_rounds(contenders: Mapping[str, Callable[[int], float]], rounds: int, advance: Advance) -> Timings:
     """Let contenders that return their seconds take turns."""
     return Timings(take_turns(contenders, rounds, advance))
 

@@ -35,7 +35,7 @@ from src.errors import LutFormatError
 from src.lut import LutStore, read_manifest
 from src.lut.readers.memory import MemmapReader
 from src.run_directory import Identity
-from src.system.console import progress_bar
+from src.system.console import Advance, progress_bar
 
 COUNTS = (1, 8, 32, 256, 2048)
 CACHED_ROWS = 1024
@@ -84,7 +84,7 @@ def _cell(
     state: str,
     count: int,
     rounds: int,
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> Timings:
     repeats = REPEATS.get(count, 1)
     requests = [[text.distinct(count) for _ in range(repeats)] for _ in range(rounds)]

@@ -6,7 +6,7 @@ N windows, T tokens, V vocabulary.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from src.evaluation.perplexity import Score, Share, summarize, window_losses
 from src.model import Transformer
 from src.model.attention import document_mask
 from src.run_directory import RunDirectory, read_metadata, read_tensors, write_tensors
+from src.system.console import Advance, no_advance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,7 @@ class HeldOut:
         *,
         batch_size: int = 16,
         share: Share = Share(),  # noqa: B008 - frozen
-        progress: Callable[[int], None] | None = None,
+        progress: Advance = no_advance,
     ) -> Tensor:
         """Return the loss (N, T) of each predicted token of `windows` (N, T+1), masked as in training."""
         return window_losses(model, windows, batch_size=batch_size, share=share, progress=progress, mask=self.mask)
@@ -134,7 +135,7 @@ class HeldOut:
         *,
         batch_size: int = 16,
         share: Share = Share(),  # noqa: B008 - frozen
-        progress: Callable[[int], None] | None = None,
+        progress: Advance = no_advance,
     ) -> Score:
         """Score a model on the held-out windows."""
         losses = self.losses(model, self.windows, batch_size=batch_size, share=share, progress=progress)

@@ -5,7 +5,6 @@ N scored positions, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,12 +13,10 @@ from torch import Tensor
 
 from src.data.tokenizer import separator_id
 from src.evaluation.perplexity import Share
+from src.system.console import Progress, no_progress
 
 HEAD_POSITIONS = 512
 """Positions that have logits at a time."""
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""Opens a progress bar with a description and a total."""
 
 
 class CausalModel(Protocol):
@@ -51,15 +48,6 @@ class Likelihood(NamedTuple):
     """Whether each of its tokens is the most likely one."""
     gap: float
     """Smallest gap between the two best logits at any of its tokens: below rounding, `is_greedy` may go either way."""
-
-
-def no_progress(*_: object) -> AbstractContextManager[Callable[[int], None]]:
-    """Show nothing."""
-    return nullcontext(_ignore)
-
-
-def _ignore(count: int) -> None:
-    pass
 
 
 class TextModel:

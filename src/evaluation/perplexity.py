@@ -18,11 +18,10 @@ from torch import Tensor
 
 from src.model import Transformer
 from src.model.loss import token_losses
+from src.system.console import Advance, no_advance
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
-Advance = Callable[[int], None]
-"""Called with the number of batches that were just computed, by all ranks together."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Share:
     world_size: int = 1
 
     def map(
-        self, compute: Callable[[Batch], Result], batches: Sequence[Batch], advance: Advance | None = None
+        self, compute: Callable[[Batch], Result], batches: Sequence[Batch], advance: Advance = no_advance
     ) -> list[Result]:
         """Return `compute` of every batch, in order, on every rank; each rank computes every `world_size`-th.
 
@@ -44,8 +43,7 @@ class Share:
         for first in range(0, len(batches), self.world_size):
             index = min(first + self.rank, len(batches) - 1)
             own[index] = compute(batches[index])
-            if advance is not None:
-                advance(min(self.world_size, len(batches) - first))
+            advance(min(self.world_size, len(batches) - first))
         merged: dict[int, Result] = {}
         for part in self._gathered(own):
             merged |= part
@@ -106,7 +104,7 @@ def window_losses(
     *,
     batch_size: int = 16,
     share: Share = Share(),
-    progress: Callable[[int], None] | None = None,
+    progress: Advance = no_advance,
     mask: Mask = no_mask,
 ) -> Tensor:
     """Return the loss of each predicted token (N, T) in nats, on the CPU; ranks of `share` take turns with batches.
@@ -125,8 +123,7 @@ def window_losses(
 
     def advance(count: int) -> None:
         for batch in itertools.islice(scored, count):
-            if progress is not None:
-                progress(len(batch))
+            progress(len(batch))
 
     return torch.cat(share.map(losses, batches, advance))
 

@@ -3,8 +3,7 @@
 Everything is computed in float32. Where a run holds no training form, what is left is proved and the rest is named.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,14 +27,12 @@ from src.lut.readers import READERS
 from src.lut.store import LutStore
 from src.lut.verification import verify_table
 from src.run_directory import RunDirectory, hash_weights, identify, read_tensors
+from src.system.console import Progress
 
 LOGIT_LIMIT = 5e-5
 """Largest difference of logits between training form and float32 table: rounding of matrix products of other shapes."""
 COMPARED_TOKENS = 4096
 GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_NEW_TOKENS = 32, 32, 64
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""Opens a progress bar with a description and a total."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ Knows nothing of figures and printing. N windows, B batch, T tokens, E experts, 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from src.evaluation.perplexity import Mask, Share, no_mask
 from src.model import Transformer
 from src.model.experts import ExpertSource, LayerRows
 from src.model.router import router_entropy, router_probs
+from src.system.console import Advance, no_advance
 
 COLLAPSED = 1.5
 """A layer that spreads probability over fewer effective experts than this has collapsed."""
@@ -191,7 +192,7 @@ def measure_token_weights(
     inputs: Tensor,
     token_id: int,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance = no_advance,
     mask: Mask = no_mask,
 ) -> TokenWeights:
     """Run inputs (B, T) int64, one window at a time, and average the mixture weights where the token occurs."""
@@ -202,6 +203,5 @@ def measure_token_weights(
         gates = [_gates(layer_logits, model.config.top_k) for layer_logits in logits]
         sums += torch.stack([gate[here].float().sum(dim=0) for gate in gates])  # (L, E)
         occurrences += int(here.sum())
-        if progress is not None:
-            progress(1)
+        progress(1)
     return TokenWeights(occurrences=occurrences, shares=sums / occurrences if occurrences else None)

@@ -14,11 +14,12 @@ from torch import Tensor
 from src.errors import ConfigError
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.held_out import EvaluationCorpus, HeldOut, corpus_windows
-from src.evaluation.likelihood import Progress, TextModel, no_progress
+from src.evaluation.likelihood import TextModel
 from src.evaluation.perplexity import Share, loss_by_frequency, summarize
 from src.evaluation.results import Evaluation, TextScore, fingerprint_documents
 from src.evaluation.tasks import ScoreTask, find_task
 from src.model import Transformer
+from src.system.console import Progress, no_progress
 from src.system.random_state import capture_random_state, restore_random_state
 
 HELD_OUT = "held_out"

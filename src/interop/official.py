@@ -29,10 +29,11 @@ from src.interop.names import (
     to_official,
 )
 from src.interop.reader import CheckpointTensors, read_json
-from src.interop.table import Progress, TableRows, export_table, import_table, no_progress
+from src.interop.table import TableRows, export_table, import_table
 from src.lut.manifest import MANIFEST_NAME
 from src.model import ModelConfig
 from src.run_directory import RunDirectory
+from src.system.console import Progress, no_progress
 from src.system.files import atomic_directory, atomic_path, write_text
 
 NAMES_SHOWN = 5

@@ -5,8 +5,6 @@ V vocabulary, L layers, E experts, D hidden.
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +18,10 @@ from src.lut import LutStore, build_lut
 from src.lut.codecs import plain_codecs
 from src.model import ModelConfig
 from src.run_directory import Identity
+from src.system.console import Progress
 from src.system.files import atomic_path
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""Opens a progress bar with a description and a total, and yields what advances it."""
 CHUNK_BYTES = 64 * 2**20
-
-
-def no_progress(_description: str, _total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Show nothing."""
-    return nullcontext(lambda _count: None)
 
 
 @dataclass

@@ -38,6 +38,7 @@ from src.lut.shard_writer import (
 from src.lut.sources import RowSource, open_source
 from src.model import Transformer
 from src.run_directory import RunDirectory
+from src.system.console import Advance, no_advance
 from src.system.files import atomic_path, sync_directory, write_text
 
 
@@ -81,10 +82,6 @@ def require_space(plan: BuildPlan) -> None:
         )
 
 
-Progress = Callable[[int], None]
-"""Called with the number of rows that were just written."""
-
-
 def no_barrier() -> None:
     """Return at once: a single rank has no other to wait for."""
 
@@ -116,13 +113,12 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
         write_text(plan.lut_dir / PLAN_NAME, plan.text)
 
 
-def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: Progress | None = None) -> None:
+def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: Advance = no_advance) -> None:
     """Write every `world_size`-th shard, starting with shard `rank`; finished shards and chunks are kept.
 
     LutError when the disk is full (what is written stays), or when another process builds here.
     """
-    report = progress or _silent
-    with building(plan.lut_dir, shared=world_size > 1), ExitStack() as opened, Background(report) as disk:
+    with building(plan.lut_dir, shared=world_size > 1), ExitStack() as opened, Background(progress) as disk:
         built = is_built(plan)
         if not built and not plan.is_recorded():
             raise LutError(
@@ -130,11 +126,11 @@ def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: 
             )
         for shard in plan.shards[rank::world_size]:
             if built or is_finished(plan, shard):
-                report(shard.num_tokens)
+                progress(shard.num_tokens)
                 continue
             file = ShardFile(plan, shard)
             opened.callback(file.close)
-            report(file.written)
+            progress(file.written)
             if file.written == shard.num_tokens:
                 file.finish()
             for offset in range(file.written, shard.num_tokens, plan.chunk_tokens):
@@ -176,7 +172,7 @@ def build_lut(
     barrier: Callable[[], object] = no_barrier,
     tokenizer: str | None = None,
     token_counts: Tensor | None = None,
-    progress: Progress | None = None,
+    progress: Advance = no_advance,
 ) -> Manifest:
     """Build the lookup table of a model or a run directory, or another precision of a table; return its manifest.
 
@@ -230,10 +226,6 @@ def build_lut(
         publish(build)
     barrier()
     return build.manifest
-
-
-def _silent(_: int) -> None:
-    """Report no progress."""
 
 
 def _write_counts(plan: BuildPlan) -> None:

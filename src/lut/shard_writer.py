@@ -29,13 +29,14 @@ from src.lut.codecs import Codec
 from src.lut.layout import CHECKSUM_BYTES, Shard, row_checksums
 from src.lut.manifest import LayerSums, add, combine, measure
 from src.lut.plan import BuildPlan
+from src.system.console import Advance
 from src.system.files import sync_directory, write_text
 
 
 class Background:
     """Does one job at a time in a thread, while the caller prepares the next; reports what each returns."""
 
-    def __init__(self, report: Callable[[int], None]) -> None:
+    def __init__(self, report: Advance) -> None:
         """Call `report`, in the caller's thread, with what each job returned."""
         self._report, self._executor = report, ThreadPoolExecutor(1, thread_name_prefix="lut-writer")
         self._job: Future[int] | None = None

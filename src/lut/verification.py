@@ -28,13 +28,12 @@ from src.lut.manifest import (
 )
 from src.lut.scan import TableScan, check_shard, read_token_counts
 from src.lut.sources import TableRows
+from src.system.console import Advance, no_advance
 
-Progress = Callable[[int], None]
-"""Called with the number of rows that were just checked."""
 _RUN_BYTES = 4 * 2**20
 
 
-def verify_table(lut_dir: Path, progress: Progress | None = None) -> list[str]:
+def verify_table(lut_dir: Path, progress: Advance = no_advance) -> list[str]:
     """Read a whole table and return its problems, each naming the file and, for a row, the token id; [] when sound.
 
     A table whose manifest cannot be trusted has that one problem, for nothing says what else to expect.
@@ -43,10 +42,9 @@ def verify_table(lut_dir: Path, progress: Progress | None = None) -> list[str]:
         manifest = read_manifest(lut_dir)
     except LutError as error:
         return [str(error)]
-    report = progress or _silent
     problems = list(_companion_problems(lut_dir, manifest))
     for record, shard in zip(manifest.shards, plan_shards(manifest.layout), strict=True):
-        problems += _shard_problems(lut_dir, manifest, record, shard, report)
+        problems += _shard_problems(lut_dir, manifest, record, shard, progress)
     return problems
 
 
@@ -69,28 +67,24 @@ def _companion_problems(lut_dir: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _shard_problems(
-    lut_dir: Path, manifest: Manifest, record: ShardRecord, shard: Shard, report: Progress
+    lut_dir: Path, manifest: Manifest, record: ShardRecord, shard: Shard, progress: Advance
 ) -> Iterator[str]:
     try:
         check_shard(lut_dir, record)
     except LutError as error:
         yield str(error)
-        report(shard.num_tokens)
+        progress(shard.num_tokens)
         return
     scan, step = TableScan(lut_dir, manifest.layout), max(1, _RUN_BYTES // manifest.row_bytes)
     for row in range(0, shard.num_tokens, step):
         count = min(step, shard.num_tokens - row)
         damaged = scan.damaged(shard.first_token + row, count)
         yield from (f"{lut_dir / record.file}: {problem}" for problem in damaged)
-        report(count)
-
-
-def _silent(_: int) -> None:
-    """Report progress to nobody."""
+        progress(count)
 
 
 RUN_BYTES = 32 * 2**20
-"""Called with the number of rows that were just compared."""
+"""Rows compared at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +101,7 @@ class Neighborhood:
 
 
 def find_neighbors(
-    lut_dir: Path, token_id: int, *, layers: Sequence[int], neighbors: int, progress: Progress | None = None
+    lut_dir: Path, token_id: int, *, layers: Sequence[int], neighbors: int, progress: Advance = no_advance
 ) -> Neighborhood:
     """Compare a token's row with every other, layer by layer and expert by expert.
 
@@ -131,8 +125,7 @@ def find_neighbors(
             cosines[..., token_id - first] = -torch.inf  # not a neighbor of itself
         ids = torch.arange(first, first + count).expand(cosines.shape)
         best, best_ids = _largest(torch.cat([best, cosines], -1), torch.cat([best_ids, ids], -1), neighbors)
-        if progress is not None:
-            progress(count)
+        progress(count)
     kept = min(neighbors, vocab_size - 1)
     return Neighborhood(
         layers=tuple(layers), norms=wanted.norm(dim=-1), cosines=best[..., :kept], token_ids=best_ids[..., :kept]

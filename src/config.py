@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from src.data.config import DataConfig
-from src.errors import ConfigError
+from src.errors import ConfigError, check_range
 from src.evaluation.config import EvaluationConfig
 from src.lut.codecs import CODECS
 from src.model.config import ModelConfig
@@ -43,11 +43,9 @@ class LutConfig:
     """Rows computed and written at a time; null takes as many as fit 512 MiB of buffers."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError on values out of range."""
         if self.dtype not in CODECS:
             raise ConfigError(f"lut.dtype: {self.dtype!r}, but it must be one of {', '.join(CODECS)}")
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise ConfigError(f"lut.chunk_tokens: {self.chunk_tokens}, but it must be at least 1")
+        check_range(self, "lut.", ("chunk_tokens",), at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ class RunConfig:
     output_dir: str = "runs"
     """Where run directories lie."""
     seed: int = 0
-    """Decides initial weights."""
+    """Decides initial weights; 0 to 2**32 - 1."""
     init_from: str | None = None
     """Run directory whose weights training starts from, with a new optimiser and schedule; null draws new weights."""
     model: ModelConfig
@@ -74,6 +72,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError on sections that do not fit together."""
+        check_range(self, "", ("seed",), at_least=0, at_most=2**32 - 1)
         if self.data.sequence_length > self.model.max_sequence_length:
             raise ConfigError(
                 f"data.sequence_length: {self.data.sequence_length} exceeds model.max_sequence_length "

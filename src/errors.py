@@ -4,6 +4,9 @@ Every verb catches `UserError`, prints the message and exits with code 2; anythi
 its traceback.
 """
 
+import math
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """A mistake in what the user gave; the message alone must be enough to correct it."""
@@ -39,3 +42,22 @@ class TrainingError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint of the authors' code that cannot be read, or a run that cannot be written as one."""
+
+
+def check_range(
+    config: object,
+    section: str,
+    names: Iterable[str],
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    at_most: float = math.inf,
+) -> None:
+    """Raise ConfigError for the first of `names` whose value in `config` is out of range or not finite; None passes."""
+    limits = {"at least": at_least, "above": above, "below": below, "at most": at_most}
+    stated = " and ".join(f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit))
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (at_least <= value <= at_most and above < value < below):
+            raise ConfigError(f"{section}{name}: {value}, but it must be {stated}")

@@ -60,6 +60,21 @@ def test_later_layers_win(tmp_path: Path) -> None:
             f"{QUICKSTART}: data.global_batch_size: 16 is not a multiple of data.micro_batch_size (5); "
             "change one of them",
         ),
+        ("seed=-1", f"{QUICKSTART}: seed: -1, but it must be at least 0 and at most 4294967295"),
+        ("seed=5000000000", f"{QUICKSTART}: seed: 5000000000, but it must be at least 0 and at most 4294967295"),
+        ("data.seed=-1", f"{QUICKSTART}: data.seed: -1, but it must be at least 0"),
+        ("model.init_std=.inf", f"{QUICKSTART}: model.init_std: inf, but it must be at least 0"),
+        ("model.rope_theta=.nan", f"{QUICKSTART}: model.rope_theta: nan, but it must be above 0"),
+        ("optimizer.learning_rate=.nan", f"{QUICKSTART}: optimizer.learning_rate: nan, but it must be above 0"),
+        ("optimizer.beta2=1", f"{QUICKSTART}: optimizer.beta2: 1.0, but it must be at least 0 and below 1"),
+        ("optimizer.epsilon=.inf", f"{QUICKSTART}: optimizer.epsilon: inf, but it must be at least 0"),
+        (
+            "optimizer.expert_multipliers.learning_rate=.inf",
+            f"{QUICKSTART}: optimizer.expert_multipliers.learning_rate: inf, but it must be at least 0",
+        ),
+        ("objective.z_loss_weight=.inf", f"{QUICKSTART}: objective.z_loss_weight: inf, but it must be at least 0"),
+        ("checkpoint.ema_decay=.nan", f"{QUICKSTART}: checkpoint.ema_decay: nan, but it must be above 0 and below 1"),
+        ("trainer.limit_val_batches=-1", f"{QUICKSTART}: trainer.limit_val_batches: -1, but it must be at least 0"),
         (
             "lut.dtype=int2",
             f"{QUICKSTART}: lut.dtype: 'int2', but it must be one of ",

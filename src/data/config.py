@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from src.errors import ConfigError
+from src.errors import ConfigError, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class DataConfig:
     validation_windows: int = 128
     """Held-out windows that a validation looks at, the same each time; fewer if the split has fewer."""
     seed: int = 0
-    """Decides the split and the order of windows."""
+    """Decides the split and the order of windows; at least 0."""
     max_malformed_fraction: float = 0.001
     """Share of a source's records that may be skipped because they are not UTF-8, not JSON or lack their text."""
     max_empty_fraction: float = 0.5
@@ -131,6 +131,7 @@ class DataConfig:
         """Raise ConfigError on values out of range."""
         self._require_sources()
         self._require_sizes()
+        check_range(self, "data.", ("seed",), at_least=0)
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction: {self.validation_fraction}, but it must lie between 0 and 1")
         for name in ("max_malformed_fraction", "max_empty_fraction"):

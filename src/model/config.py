@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from src.errors import ConfigError
+from src.errors import ConfigError, check_range
 
 Architecture = Literal["dense", "moe", "mole"]
 
@@ -57,7 +57,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError on sizes that do not fit together."""
-        self._check_ranges()
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_sequence_length")
+        check_range(self, "model.", sizes, at_least=1)
+        optional = ("intermediate_size", "num_experts", "expert_intermediate_size", "init_std")
+        check_range(self, "model.", optional, at_least=0)
+        check_range(self, "model.", ("rope_theta", "norm_eps"), above=0)
         if self.hidden_size % (2 * self.num_heads):
             raise ConfigError(
                 f"model.num_heads: {self.num_heads} heads do not divide model.hidden_size {self.hidden_size} "
@@ -73,17 +77,6 @@ class ModelConfig:
             raise ConfigError(
                 f"model.top_k: {self.top_k}, but it must lie in 1..num_experts ({self.num_experts}); null activates all"
             )
-
-    def _check_ranges(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_sequence_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}: {getattr(self, name)}, but it must be at least 1")
-        for name in ("intermediate_size", "num_experts", "expert_intermediate_size", "init_std"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model.{name}: {getattr(self, name)}, but it must not be negative")
-        for name in ("rope_theta", "norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"model.{name}: {getattr(self, name)}, but it must be above 0")
 
     @property
     def architecture(self) -> Architecture:

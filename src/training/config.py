@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from src.errors import ConfigError
+from src.errors import ConfigError, check_range
 
 Schedule = Literal["cosine", "wsd", "constant"]
 
@@ -19,10 +19,7 @@ class ObjectiveConfig:
     """Weight of the router z-loss, per micro-batch, mean over layers; the paper uses 0 for MoLE, 0.001 for MoE."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError on negative weights."""
-        for name in ("load_balance_weight", "z_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"objective.{name}: {getattr(self, name)}, but it must not be negative")
+        check_range(self, "objective.", ("load_balance_weight", "z_loss_weight"), at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,35 +65,20 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError on values out of range."""
-        if self.learning_rate <= 0:
-            raise ConfigError(f"optimizer.learning_rate: {self.learning_rate}, but it must be above 0")
-        if not 0 <= self.min_learning_rate_ratio <= 1:
-            raise ConfigError(
-                f"optimizer.min_learning_rate_ratio: {self.min_learning_rate_ratio}, but it must lie in 0..1"
-            )
-        self._check_decay_steps()
-        for name in ("warmup_steps", "weight_decay", "gradient_clip_norm"):
-            _require_not_negative(f"optimizer.{name}", getattr(self, name))
-        for name, part in (("embedding", self.embedding_multipliers), ("expert", self.expert_multipliers)):
-            _require_not_negative(f"optimizer.{name}_multipliers.learning_rate", part.learning_rate)
-            _require_not_negative(f"optimizer.{name}_multipliers.weight_decay", part.weight_decay)
-
-    def _check_decay_steps(self) -> None:
-        if self.decay_steps is None:
-            return
-        if self.schedule != "wsd":
+        check_range(self, "optimizer.", ("learning_rate",), above=0)
+        check_range(self, "optimizer.", ("min_learning_rate_ratio",), at_least=0, at_most=1)
+        check_range(self, "optimizer.", ("beta1", "beta2"), at_least=0, below=1)
+        not_negative = ("warmup_steps", "weight_decay", "epsilon", "gradient_clip_norm")
+        check_range(self, "optimizer.", not_negative, at_least=0)
+        for part in ("embedding_multipliers", "expert_multipliers"):
+            factors = ("learning_rate", "weight_decay")
+            check_range(getattr(self, part), f"optimizer.{part}.", factors, at_least=0)
+        if self.decay_steps is not None and self.schedule != "wsd":
             raise ConfigError(
                 f"optimizer.decay_steps: {self.decay_steps}, but the {self.schedule} schedule has no final decay; "
                 "set it to null, or optimizer.schedule=wsd"
             )
-        if self.decay_steps < 1:
-            raise ConfigError(f"optimizer.decay_steps: {self.decay_steps}, but it must be at least 1")
-
-
-def _require_not_negative(key: str, value: float) -> None:
-    if value < 0:
-        raise ConfigError(f"{key}: {value}, but it must not be negative")
+        check_range(self, "optimizer.", ("decay_steps",), at_least=1)
 
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true"]
@@ -140,10 +122,9 @@ class TrainerConfig:
     """Show progress on the terminal."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError on values out of range."""
-        for name in ("max_steps", "num_nodes", "val_check_interval", "log_every_n_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"trainer.{name}: {getattr(self, name)}, but it must be at least 1")
+        counts = ("max_steps", "num_nodes", "val_check_interval", "log_every_n_steps")
+        check_range(self, "trainer.", counts, at_least=1)
+        check_range(self, "trainer.", ("limit_val_batches",), at_least=0)
         if self.max_time is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", self.max_time):
             raise ConfigError(f'trainer.max_time: {self.max_time!r}, but it must be DD:HH:MM:SS, such as "00:00:04:00"')
 
@@ -192,14 +173,8 @@ class CheckpointConfig:
     checkpoint with the lowest validation loss."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError on values out of range."""
-        if self.every_steps is not None and self.every_steps < 1:
-            raise ConfigError(f"checkpoint.every_steps: {self.every_steps}, but it must be at least 1")
-        if self.keep_last < 1:
-            raise ConfigError(f"checkpoint.keep_last: {self.keep_last}, but it must be at least 1")
-        if self.keep_best < 0:
-            raise ConfigError(f"checkpoint.keep_best: {self.keep_best}, but it must not be negative")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ConfigError(f"checkpoint.ema_decay: {self.ema_decay}, but it must lie between 0 and 1")
+        check_range(self, "checkpoint.", ("every_steps", "keep_last"), at_least=1)
+        check_range(self, "checkpoint.", ("keep_best",), at_least=0)
+        check_range(self, "checkpoint.", ("ema_decay",), above=0, below=1)
         if self.final_weights == "best" and self.keep_best < 1:
             raise ConfigError("checkpoint.final_weights: best, but checkpoint.keep_best is 0; keep at least 1")

@@ -95,11 +95,11 @@ def test_a_learning_rate_multiplier_of_zero_freezes_its_part() -> None:
         ({"schedule": "wsd", "decay_steps": 0}, "optimizer.decay_steps: 0, but it must be at least 1"),
         (
             {"expert_multipliers": Multipliers(learning_rate=-1.0)},
-            r"optimizer.expert_multipliers.learning_rate: -1.0, but it must not be negative",
+            r"optimizer.expert_multipliers.learning_rate: -1.0, but it must be at least 0",
         ),
         (
             {"embedding_multipliers": Multipliers(weight_decay=-1.0)},
-            r"optimizer.embedding_multipliers.weight_decay: -1.0, but it must not be negative",
+            r"optimizer.embedding_multipliers.weight_decay: -1.0, but it must be at least 0",
         ),
     ],
 )

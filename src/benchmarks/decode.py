@@ -37,7 +37,7 @@ from src.benchmarks.workload import TextIds, load_text_ids, scratch_directory, w
 from src.cli import parser, run_verb
 from src.inference import InferenceModel, load_model
 from src.inference.disk_experts import DiskExperts
-from src.inference.generation import PREFILL_CHUNK_POSITIONS, PREFILL_CHUNK_TOKENS, prefetch, prefill
+from src.inference.generation import PREFILL_CHUNK_POSITIONS, PREFILL_CHUNK_TOKENS, prefill
 from src.lut import read_manifest
 from src.model import KeyValueCache
 from src.model.products import linear
@@ -96,8 +96,9 @@ def _share_backbone(dense: InferenceModel, models: Sequence[InferenceModel]) -> 
 def decode_step(model: InferenceModel, token_ids: Tensor, cache: KeyValueCache) -> float:
     """Take one step of (B,) sampled ids: request their rows, run the model, sample; return its seconds."""
     start = time.perf_counter()
-    prefetch(model, token_ids)
-    hidden_states = model.hidden_states(token_ids.unsqueeze(1), cache=cache)
+    new_ids = token_ids.unsqueeze(1)  # (B, 1)
+    expert_rows = model.expert_rows(new_ids)
+    hidden_states = model.trunk(new_ids, cache=cache, expert_rows=expert_rows).hidden_states
     model.head(hidden_states[:, -1]).max(dim=-1)
     return time.perf_counter() - start
 

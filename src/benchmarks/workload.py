@@ -185,7 +185,7 @@ class RawReads:
     def __init__(self, store: LutStore, capacity: int) -> None:
         """Open the shards past the page cache."""
         layout = store.layout
-        self.files = ShardFiles(store.lut_dir, layout, plan_shards(layout), flags=os.O_DIRECT)
+        self.files = ShardFiles(store.lut_dir, layout, flags=os.O_DIRECT)
         self._block_bytes = (layout.row_bytes + 2 * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
         memory = mmap.mmap(-1, capacity * self._block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._rows = np.frombuffer(memory, dtype=np.uint8).reshape(capacity, self._block_bytes)
@@ -205,7 +205,7 @@ class RawReads:
             shard, offset = self.files.locate(token_id)
             first = offset // ALIGNMENT * ALIGNMENT
             length = -(-(offset + self.files.row_bytes - first) // ALIGNMENT) * ALIGNMENT
-            os.preadv(self.files.descriptor(shard), [self._rows[position, :length].data], first)
+            os.preadv(self.files.descriptors[shard], [self._rows[position, :length].data], first)
 
     def close(self) -> None:
         """End threads, close files."""

@@ -1,38 +1,35 @@
-"""How close two forms of a model are: differences of logits, and greedy continuations.
+"""How close two forms of a model are, what a model is worth without its rows, and what each precision costs.
 
-N windows, B batch, T tokens, V vocabulary.
+Rows that are altered on purpose (zeroed, permuted, recoded as a table stores them) are passed to the model in place of
+its own; the model itself never changes.
 
-Controls: a model whose rows are wrong on purpose, to show what the table is worth.
-
-U unique token ids, E experts, D hidden, V vocabulary.
-
-What each precision of a table would cost this model: rows recoded on their way, exactly as a table stores them.
-
-U unique token ids, E experts, D hidden.
+N windows, B batch, T tokens, U unique token ids, E experts, D hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from src.errors import LutError
 from src.evaluation.held_out import HeldOut
-from src.evaluation.perplexity import Mask, no_mask
+from src.evaluation.perplexity import Mask, RowsOf, no_mask
 from src.inference import InferenceModel
 from src.inference.generation import generate
 from src.lut.codecs import CODECS, Codec
 from src.lut.layout import TableLayout
 from src.model import Transformer
-from src.model.experts import ExpertSource, LayerRows
+from src.model.experts import ExpertRows
+from src.system.console import Advance, Progress, no_advance
 
 NEAR_TIE = 1e-4
 """Two best logits closer than this may swap by rounding alone."""
+LOGIT_POSITIONS = 512
+"""Positions whose logits, in float64 too, are in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,25 +76,27 @@ def logit_distance(
     other: Transformer,
     windows: Tensor,
     *,
+    rows_of: RowsOf | None = None,
     batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance = no_advance,
     mask: Mask = no_mask,
 ) -> LogitDistance:
-    """Compare next-token logits on `windows` (N, T) int64."""
-    largest, total, agreed, count = 0.0, 0.0, 0, 0
+    """Compare next-token logits on `windows` (N, T) int64; `other` mixes `rows_of` the ids where that is given."""
+    largest, total, agreed = 0.0, 0.0, 0
     for token_ids in windows.split(batch_size):
-        visible = mask(token_ids)
-        expected = reference(token_ids, attention_mask=visible)  # (B, T, V)
-        found = other(token_ids, attention_mask=visible)
-        difference = (expected.double() - found.double()).abs()
-        largest = max(largest, difference.max().nan_to_num(nan=math.inf).item())  # NaN is no agreement
-        total += difference.sum().item()
-        agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
-        count += difference.numel()
-        if progress is not None:
-            progress(len(token_ids))
+        visible, rows = mask(token_ids), None if rows_of is None else rows_of(token_ids)
+        expected = reference.hidden_states(token_ids, attention_mask=visible).flatten(0, 1)  # (B*T, D)
+        found = other.trunk(token_ids, attention_mask=visible, expert_rows=rows).hidden_states.flatten(0, 1)
+        for pair in zip(expected.split(LOGIT_POSITIONS), found.split(LOGIT_POSITIONS), strict=True):
+            logits, other_logits = reference.head(pair[0]), other.head(pair[1])  # (positions, V)
+            difference = (logits.double() - other_logits.double()).abs()
+            largest = max(largest, difference.max().nan_to_num(nan=math.inf).item())  # NaN is no agreement
+            total += difference.sum().item()
+            agreed += int((logits.argmax(-1) == other_logits.argmax(-1)).sum())
+        progress(len(token_ids))
     tokens = windows.numel()
-    return LogitDistance(max_abs=largest, mean_abs=total / count, top1_agreement=agreed / tokens, tokens=tokens)
+    mean = total / (tokens * reference.config.vocab_size)
+    return LogitDistance(max_abs=largest, mean_abs=mean, top1_agreement=agreed / tokens, tokens=tokens)
 
 
 @torch.no_grad()
@@ -121,54 +120,36 @@ def compare_greedy(reference: Transformer, other: Transformer, prompts: Tensor, 
     )
 
 
-class AlteredRows(nn.Module):
-    """A source in place of a model's own whose rows are changed on the way."""
+def altered_rows(model: Transformer, change: Callable[[Tensor], Tensor]) -> RowsOf:
+    """Return a source of rows like the model's own, with `change` applied to those of each layer (U, E, D)."""
 
-    def __init__(self, source: ExpertSource) -> None:
-        """Alter the rows of `source`."""
-        super().__init__()
-        self.source = source
+    def rows_of(token_ids: Tensor) -> ExpertRows | None:
+        rows = model.expert_rows(token_ids)
+        if rows is None:
+            return None
 
-    def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
-        """Return the source's rows; subclasses change them."""
-        return self.source.rows(token_ids, token_embeddings)
+        def layer_rows(layer: int) -> Tensor:
+            return change(rows.layer_rows(layer))
 
-    def prefetch(self, token_ids: Tensor) -> None:
-        """Fetch nothing ahead: which ids come next is decided in `rows`."""
+        return rows._replace(layer_rows=layer_rows)
+
+    return rows_of
 
 
-class ZeroedRows(AlteredRows):
+def zeroed_rows(model: Transformer) -> RowsOf:
     """Every row replaced by zeros: the model without its table."""
-
-    def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
-        """Return zeros of the right shape."""
-        layer_rows = self.source.rows(token_ids, token_embeddings)
-        return lambda layer: torch.zeros_like(layer_rows(layer))
+    return altered_rows(model, torch.zeros_like)
 
 
-class PermutedRows(AlteredRows):
+def permuted_rows(model: Transformer, seed: int = 0) -> RowsOf:
     """Every id given the row of another id: the model with a table of the wrong words."""
-
-    def __init__(self, source: ExpertSource, embedding: Tensor, seed: int = 0) -> None:
-        """Draw a permutation of the ids of `embedding` (V, D)."""
-        super().__init__(source)
-        self.embedding = embedding
-        self.permutation = torch.randperm(len(embedding), generator=torch.Generator().manual_seed(seed))
-
-    def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
-        """Return the rows of the permuted ids."""
-        others = self.permutation.to(token_ids.device)[token_ids]
-        return self.source.rows(others, self.embedding[others])
+    permutation = torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(seed))
+    return lambda token_ids: model.expert_rows(permutation.to(token_ids.device)[token_ids])
 
 
-@contextmanager
-def experts_replaced(model: Transformer, source: AlteredRows) -> Generator[Transformer]:
-    """Lend the model another source of rows."""
-    original, model.experts = model.experts, source
-    try:
-        yield model
-    finally:
-        model.experts = original
+def recoded_rows(model: Transformer, recoding: Codec) -> RowsOf:
+    """Every row encoded and decoded: what a table of that precision would give."""
+    return altered_rows(model, lambda rows: recoding.decode(recoding.encode(rows), rows.shape[-1]).to(rows.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,38 +169,17 @@ class PrecisionCost:
         return asdict(self)
 
 
-class RecodedRows(AlteredRows):
-    """Every row encoded and decoded: what a table of that precision would give."""
-
-    def __init__(self, source: ExpertSource, recoding: Codec) -> None:
-        """Recode the rows of `source`."""
-        super().__init__(source)
-        self.recoding = recoding
-
-    def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
-        """Return the source's rows after a round trip through the codec."""
-        layer_rows = self.source.rows(token_ids, token_embeddings)
-
-        def recoded(layer: int) -> Tensor:
-            rows = layer_rows(layer)
-            return self.recoding.decode(self.recoding.encode(rows), rows.shape[-1]).to(rows.dtype)
-
-        return recoded
-
-
 def precision_costs(
     reference: InferenceModel,
     text: HeldOut,
     compared: Tensor,
-    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
+    progress: Progress,
 ) -> Iterator[PrecisionCost]:
     """Yield the cost of every precision that this hidden size can be packed in, against float32 rows.
 
     `reference` has exact rows and computes in float32; `compared` (N, T) int64 are the windows whose logits are
     compared, all of `text` is scored.
     """
-    assert reference.experts is not None
-    exact, plain = reference.experts, _twin(reference)
     base = 0.0
     for precision in CODECS:
         try:
@@ -227,25 +187,14 @@ def precision_costs(
             row_bytes = layout.row_bytes
         except LutError:  # a block that does not divide this hidden size
             continue
-        with experts_replaced(reference, RecodedRows(exact, layout.codec)) as recoded:
-            with progress(f"scoring {precision} rows", len(text.windows)) as advance:
-                loss = text.score(recoded, progress=advance).loss
-            distance = logit_distance(plain, recoded, compared, mask=text.mask)
+        recoded = recoded_rows(reference, layout.codec)
+        with progress(f"scoring {precision} rows", len(text.windows)) as advance:
+            loss = text.score(reference, progress=advance, rows_of=recoded).loss
+        distance = logit_distance(reference, reference, compared, mask=text.mask, rows_of=recoded)
         base = loss if precision == "float32" else base
         yield PrecisionCost(
             precision=precision, bytes_per_token=row_bytes, loss=loss, rise=loss - base, logits=distance
         )
-
-
-def _twin(model: InferenceModel) -> InferenceModel:
-    """Return a model that shares all weights with `model`, and keeps its experts when those of `model` are replaced."""
-    with torch.device("meta"):
-        twin = InferenceModel(model.config, with_experts=False)
-    twin.load_state_dict(
-        {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("experts.")}, assign=True
-    )
-    twin.experts = model.experts
-    return twin.eval()
 
 
 def plot_costs(costs: list[PrecisionCost], title: str, path: Path) -> None:

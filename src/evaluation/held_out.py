@@ -22,7 +22,7 @@ from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.tokenizer import byte_lengths, load_bound_tokenizer, separator_id
 from src.data.windows import validation_windows
 from src.errors import ConfigError, DataError, RunError
-from src.evaluation.perplexity import Score, Share, summarize, window_losses
+from src.evaluation.perplexity import RowsOf, Score, Share, summarize, window_losses
 from src.model import Transformer
 from src.model.attention import document_mask
 from src.run_directory import RunDirectory, read_metadata, read_tensors, write_tensors
@@ -125,9 +125,12 @@ class HeldOut:
         batch_size: int = 16,
         share: Share = Share(),  # noqa: B008 - frozen
         progress: Advance = no_advance,
+        rows_of: RowsOf | None = None,
     ) -> Tensor:
         """Return the loss (N, T) of each predicted token of `windows` (N, T+1), masked as in training."""
-        return window_losses(model, windows, batch_size=batch_size, share=share, progress=progress, mask=self.mask)
+        return window_losses(
+            model, windows, batch_size=batch_size, share=share, progress=progress, mask=self.mask, rows_of=rows_of
+        )
 
     def score(
         self,
@@ -136,9 +139,12 @@ class HeldOut:
         batch_size: int = 16,
         share: Share = Share(),  # noqa: B008 - frozen
         progress: Advance = no_advance,
+        rows_of: RowsOf | None = None,
     ) -> Score:
-        """Score a model on the held-out windows."""
-        losses = self.losses(model, self.windows, batch_size=batch_size, share=share, progress=progress)
+        """Score a model on the held-out windows; it mixes `rows_of` the ids where that is given."""
+        losses = self.losses(
+            model, self.windows, batch_size=batch_size, share=share, progress=progress, rows_of=rows_of
+        )
         return summarize(losses, self.windows, self.byte_lengths)
 
     def write(self, run: RunDirectory) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from src.model import Transformer
+from src.model.experts import ExpertRows
 from src.model.loss import token_losses
 from src.system.console import Advance, no_advance
 
@@ -59,6 +60,10 @@ class Share:
 
 Mask = Callable[[Tensor], Tensor | None]
 """From token ids (B, T) to booleans (B, T, T), which positions may attend to which; None lets each see all before."""
+
+
+RowsOf = Callable[[Tensor], ExpertRows | None]
+"""From token ids (B, T) to the expert rows that a model mixes there in place of its own."""
 
 
 def no_mask(token_ids: Tensor) -> None:
@@ -106,6 +111,7 @@ def window_losses(
     share: Share = Share(),
     progress: Advance = no_advance,
     mask: Mask = no_mask,
+    rows_of: RowsOf | None = None,
 ) -> Tensor:
     """Return the loss of each predicted token (N, T) in nats, on the CPU; ranks of `share` take turns with batches.
 
@@ -115,8 +121,9 @@ def window_losses(
 
     def losses(batch: Tensor) -> Tensor:
         token_ids, targets = batch[:, :-1].to(device), batch[:, 1:].to(device)  # (B, T)
-        hidden_states = model.hidden_states(token_ids, attention_mask=mask(token_ids))
-        return token_losses(hidden_states, model.head, targets).cpu()  # (B, T)
+        rows = None if rows_of is None else rows_of(token_ids)
+        trunk = model.trunk(token_ids, attention_mask=mask(token_ids), expert_rows=rows)
+        return token_losses(trunk.hidden_states, model.head, targets).cpu()  # (B, T)
 
     batches = windows.split(batch_size)
     scored = iter(batches)

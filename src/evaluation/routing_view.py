@@ -10,10 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from src.evaluation.equivalence import AlteredRows, experts_replaced
 from src.evaluation.perplexity import Mask, Share, no_mask
 from src.model import Transformer
-from src.model.experts import ExpertSource, LayerRows
 from src.model.router import router_entropy, router_probs
 from src.system.console import Advance, no_advance
 
@@ -104,39 +102,16 @@ class _Observation:
     norms: Tensor | None
 
 
-class _RowNorms(AlteredRows):
-    """Rows as they are; remembers the norm of each."""
-
-    def __init__(self, source: ExpertSource) -> None:
-        super().__init__(source)
-        self.ids = torch.empty(0, dtype=torch.int64)
-        self.norms: dict[int, Tensor] = {}
-
-    def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
-        layer_rows = self.source.rows(token_ids, token_embeddings)
-        self.ids = token_ids
-
-        def remembering(layer: int) -> Tensor:
-            rows = layer_rows(layer)  # (U, E, D)
-            self.norms[layer] = rows.to(torch.promote_types(rows.dtype, torch.float32)).norm(dim=-1)  # (U, E)
-            return rows
-
-        return remembering
-
-
 def _observe(model: Transformer, batch: Tensor, mask: Mask) -> _Observation:
     """Run `batch` (B, T) and sum what the routers did."""
     token_ids = batch.to(model.embedding.weight.device)
-    norms, visible = None, mask(token_ids)
     ids, inverse, counts = token_ids.unique(return_inverse=True, return_counts=True)
-    if model.experts is None:
-        logits = model.trunk(token_ids, attention_mask=visible).router_logits
-    else:
-        recorded = _RowNorms(model.experts)
-        with experts_replaced(model, recorded):
-            logits = model.trunk(token_ids, attention_mask=visible).router_logits
-        gates = [_gates(layer_logits, model.config.top_k) for layer_logits in logits]
-        norms = torch.stack([_sums(gate, recorded, layer, inverse) for layer, gate in enumerate(gates)], dim=1).cpu()
+    logits = model.trunk(token_ids, attention_mask=mask(token_ids)).router_logits
+    norms, rows = None, model.expert_rows(token_ids)  # after `trunk`, which leaves a sharded model's embedding whole
+    if rows is not None:
+        layers = enumerate(_gates(layer_logits, model.config.top_k) for layer_logits in logits)
+        sums = [_sums(gate, rows.layer_rows(layer), rows.inverse, inverse) for layer, gate in layers]  # L of (U, E)
+        norms = torch.stack(sums, dim=1).cpu()
     probabilities = torch.stack([router_probs(layer_logits).flatten(0, 1).sum(dim=0) for layer_logits in logits])
     entropy = torch.stack([router_entropy(layer_logits) * token_ids.numel() for layer_logits in logits])
     return _Observation(
@@ -158,13 +133,16 @@ def _gates(logits: Tensor, top_k: int | None) -> Tensor:
     return torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, experts, weights)
 
 
-def _sums(gate: Tensor, recorded: _RowNorms, layer: int, inverse: Tensor) -> Tensor:
-    """Sum |g_j v_j| over the positions of each distinct id: (U, E)."""
-    row_ids, order = recorded.ids.sort()  # the model may have asked for an id more than once
-    distinct = row_ids.unique()
-    norms = recorded.norms[layer][order[torch.searchsorted(row_ids, distinct)]]  # (U, E)
-    contributions = (gate * norms[inverse]).flatten(0, 1)  # (B*T, E)
-    return torch.zeros_like(norms).index_add(0, inverse.flatten(), contributions.to(norms.dtype))
+def _sums(gate: Tensor, rows: Tensor, row_of: Tensor, inverse: Tensor) -> Tensor:
+    """Sum |g_j v_j| over the positions of each distinct id: (U, E).
+
+    `row_of` (B, T) says which of `rows` each position mixes, `inverse` (B, T) which distinct id it holds: a model may
+    compute an id more than once.
+    """
+    norms = rows.to(torch.promote_types(rows.dtype, torch.float32)).norm(dim=-1)  # (rows, E)
+    contributions = (gate * norms[row_of]).flatten(0, 1).to(norms.dtype)  # (B*T, E)
+    num_ids = int(inverse.max()) + 1
+    return norms.new_zeros(num_ids, norms.shape[1]).index_add(0, inverse.flatten(), contributions)
 
 
 def _total(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,10 +1,6 @@
-"""Autoregressive generation over token ids. Knows no text: a tokenizer is the caller's.
+"""Autoregressive generation over token ids: sampling, prompts, and one step after another. Knows no text.
 
 B batch, T prompt tokens, S all tokens so far, V vocabulary.
-
-Choosing the next token from logits. Knows neither models nor text.
-
-B batch, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -169,11 +165,9 @@ def stream(
     if prefill_chunk_tokens < 1:
         raise ValueError(f"prefill_chunk_tokens is {prefill_chunk_tokens}, but it must be at least 1")
     chunk_tokens = max(1, min(prefill_chunk_tokens, PREFILL_CHUNK_POSITIONS // len(token_ids)))
-    steps = _steps(model, token_ids, mask, max_new_tokens, sampling, stop_ids, chunk_tokens)
-    return (next_ids.clone() for next_ids in steps)  # ordinary tensors, and the caller's own
+    return _steps(model, token_ids, mask, max_new_tokens, sampling, stop_ids, chunk_tokens)
 
 
-@torch.inference_mode()
 def _steps(
     model: Transformer,
     token_ids: Tensor,
@@ -183,50 +177,52 @@ def _steps(
     stop_ids: Sequence[int],
     chunk_tokens: int,
 ) -> Iterator[Tensor]:
+    # Yields outside of inference mode: closing a generator that is suspended inside would have to leave the mode, which
+    # fails at interpreter exit, and the ids would be inference tensors.
+    if not max_new_tokens:
+        return
     batch_size, prompt_tokens = token_ids.shape
     device, dtype = token_ids.device, model.head.weight.dtype
-    cache = KeyValueCache(model.config, batch_size, prompt_tokens + max_new_tokens, device=device, dtype=dtype)
-    if mask is not None:  # new tokens are never padding
-        mask = torch.cat([mask, mask.new_ones(batch_size, max_new_tokens)], dim=1)
+    with torch.inference_mode():
+        cache = KeyValueCache(model.config, batch_size, prompt_tokens + max_new_tokens, device=device, dtype=dtype)
+        if mask is not None:  # new tokens are never padding
+            mask = torch.cat([mask, mask.new_ones(batch_size, max_new_tokens)], dim=1)
+        stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
+        stopped = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        hidden_states, next_ids = prefill(model, token_ids, cache, mask, chunk_tokens), token_ids[:, -1]
     sampler = Sampler(sampling, batch_size)
-    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
-    stopped = torch.zeros(batch_size, dtype=torch.bool, device=device)
-    next_ids = token_ids[:, -1]
-    hidden_states = prefill(model, token_ids, cache, mask, chunk_tokens) if max_new_tokens else None
-    for step in range(max_new_tokens):
-        assert hidden_states is not None
-        sampled = sampler(model.head(hidden_states[:, -1]))  # (B,)
-        next_ids = torch.where(stopped, next_ids, sampled)
-        stopped = stopped | torch.isin(next_ids, stops)
-        last = step + 1 == max_new_tokens or bool(stopped.all())
-        if not last:
-            prefetch(model, next_ids)  # the disk works while this step is handed out
-        yield next_ids
+    for step in range(1, max_new_tokens + 1):
+        with torch.inference_mode():
+            sampled = sampler(model.head(hidden_states[:, -1]))  # (B,)
+            next_ids = torch.where(stopped, next_ids, sampled)
+            stopped = stopped | torch.isin(next_ids, stops)
+            last = step == max_new_tokens or bool(stopped.all())
+            new_ids = next_ids.unsqueeze(1)  # (B, 1)
+            expert_rows = None if last else model.expert_rows(new_ids)  # the disk works while the caller has the ids
+        yield next_ids.clone()
         if last:
             return
-        visible = None if mask is None else mask[:, : cache.length + 1]
-        hidden_states = model.hidden_states(next_ids.unsqueeze(1), cache=cache, attention_mask=visible)
+        with torch.inference_mode():
+            visible = None if mask is None else mask[:, : cache.length + 1]
+            trunk = model.trunk(new_ids, cache=cache, attention_mask=visible, expert_rows=expert_rows)
+            hidden_states = trunk.hidden_states
 
 
 def prefill(
     model: Transformer, token_ids: Tensor, cache: KeyValueCache, mask: Tensor | None, chunk_tokens: int
 ) -> Tensor:
-    """Feed prompts (B, T) in chunks; return the last chunk's hidden states. A chunk's rows are read a chunk ahead."""
+    """Feed a prompt (B, T) to the cache chunk by chunk; return the last chunk's hidden states (B, T', D).
+
+    Each chunk's rows are requested before the chunk in front of it is computed.
+    """
     chunks = token_ids.split(chunk_tokens, dim=1)
-    hidden_states = token_ids.new_empty(0)
-    prefetch(model, chunks[0])
-    for index, chunk in enumerate(chunks):
-        if index + 1 < len(chunks):
-            prefetch(model, chunks[index + 1])
+    hidden_states, upcoming = token_ids.new_empty(0), model.expert_rows(chunks[0])
+    for index, chunk in enumerate(chunks, start=1):
+        expert_rows, upcoming = upcoming, model.expert_rows(chunks[index]) if index < len(chunks) else None
         visible = None if mask is None else mask[:, : cache.length + chunk.shape[1]]
-        hidden_states = model.hidden_states(chunk, cache=cache, attention_mask=visible)
+        trunk = model.trunk(chunk, cache=cache, attention_mask=visible, expert_rows=expert_rows)
+        hidden_states = trunk.hidden_states
     return hidden_states
-
-
-def prefetch(model: Transformer, token_ids: Tensor) -> None:
-    """Let the source of expert rows start on those of the ids, in any shape, that come next."""
-    if model.experts is not None:
-        model.experts.prefetch(token_ids.unique() if token_ids.numel() > 1 else token_ids.flatten())
 
 
 def _fit(

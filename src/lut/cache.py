@@ -1,4 +1,4 @@
-"""Rows of a table kept in memory, within a budget: first the ids frequent in training, then those that are used.
+"""Rows of a table kept in memory, within a budget: first the ids that training saw most, then those that are used.
 
 Bookkeeping is arrays over slots and ids, so a lookup costs no Python object per row. U token ids, V vocabulary.
 """
@@ -8,12 +8,12 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
-from src.lut.readers.reader import Bytes, after_fork_in_child
+from src.lut.readers.reader import Bytes, reset_after_fork
 
 Ids = NDArray[np.int64]
 Positions = NDArray[np.intp]
 WINDOW = 64
-"""Slots looked at to find one victim: the least useful of a moving window is nearly the least useful of all."""
+"""Slots searched for one to evict: the least useful of a moving window is nearly the least useful of all."""
 
 
 class RowCache:
@@ -34,10 +34,11 @@ class RowCache:
         self._slot_of = np.empty(vocab_size, dtype=np.int32)  # -1: not here
         self._id_in: Ids = np.empty(self.num_slots, dtype=np.int64)  # -1: nothing
         self._rank: Ids = np.empty(self.num_slots, dtype=np.int64)
-        self._clear()
-        after_fork_in_child(self._clear)  # another thread may have been in the middle of a change
+        self.reset_after_fork()
+        reset_after_fork(self)
 
-    def _clear(self) -> None:
+    def reset_after_fork(self) -> None:
+        """Empty the cache: in the other process a thread may have been in the middle of a change."""
         self._lock, self._clock, self._hand = threading.Lock(), 0, 0
         self._slot_of.fill(-1)
         self._id_in.fill(-1)

@@ -31,11 +31,14 @@ LayerRows = Callable[[int], Tensor]
 
 
 class ExpertRows(NamedTuple):
-    """The rows that some positions mix."""
+    """The rows that some positions mix, made or requested before the model runs on them."""
 
     layer_rows: LayerRows
     inverse: Tensor
     """(B, T) int64: which of the U ids each position holds."""
+    awaited: bool = False
+    """Whether `layer_rows` waits for a disk. A block then calls it right before it mixes; other rows are passed to
+    the block as a tensor, which is what compiling and checkpointing want."""
 
 
 FEW_POSITIONS = 64
@@ -46,11 +49,10 @@ class ExpertSource(Protocol):
     """Where a model's expert rows come from: computed (`EmbeddingExperts`) or fetched from a table."""
 
     def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
-        """Return the rows of distinct `token_ids` (U,) int64 with embeddings (U, D), layer by layer."""
-        ...
+        """Return the rows of distinct `token_ids` (U,) int64 with embeddings (U, D), layer by layer.
 
-    def prefetch(self, token_ids: Tensor) -> None:
-        """Take the hint that the next `rows` call will ask for these distinct ids (U,)."""
+        A source that reads starts to do so here, and waits when a layer is asked for.
+        """
         ...
 
 
@@ -105,9 +107,6 @@ class EmbeddingExperts(nn.ModuleList):
             return self[layer](token_embeddings)
 
         return layer_rows
-
-    def prefetch(self, token_ids: Tensor) -> None:
-        """Do nothing: rows are computed, not fetched."""
 
 
 def mix(expert_rows: Tensor, routing: Routing, inverse: Tensor) -> Tensor:

@@ -1,12 +1,9 @@
-"""The decoder. Both forms of a MoLE model are this class with another `experts` attribute.
+"""The decoder. Dense, MoE and MoLE share this class; the two forms of MoLE differ in their `experts` attribute alone.
+
+MoLE's blocks mix expert rows and do not know whether those were computed or read. MoE's blocks own their experts, which
+read hidden states. Nothing here knows how models are trained or stored.
 
 B batch, T new tokens, S cached + new tokens, D hidden, E experts, L layers, V vocabulary, U unique token ids.
-
-One decoder block of Dense, MoE and MoLE alike.
-
-MoLE's block mixes expert rows and never asks where they came from; MoE's owns its experts, for they read hidden states.
-
-B batch, T tokens, D hidden, E experts, U unique token ids.
 """
 
 import math
@@ -18,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.model.attention import Attention, KeyValueCache, causal_mask, rotary_table
 from src.model.config import ModelConfig
-from src.model.experts import EmbeddingExperts, ExpertRows, ExpertSource, FeedForward, HiddenExperts, mix
+from src.model.experts import EmbeddingExperts, ExpertRows, ExpertSource, FeedForward, HiddenExperts, LayerRows, mix
 from src.model.products import Linear
 from src.model.router import Router
 
@@ -49,12 +46,13 @@ class Block(nn.Module):
         mask: Tensor | None,
         cache: KeyValueCache | None,
         layer: int,
-        expert_rows: Tensor | None,
+        expert_rows: Tensor | LayerRows | None,
         inverse: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return hidden states (B, T, D) and router logits (B, T, E), None in a dense model.
 
-        `expert_rows` (U, E, D) and `inverse` (B, T) are those of this layer (see `mix`); None in Dense and MoE.
+        `expert_rows` (U, E, D) of this layer, or what waits for them, and `inverse` (B, T) are the arguments of `mix`;
+        None in Dense and MoE.
         """
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), rotary, mask, cache, layer)
         normed = self.ffn_norm(hidden_states)
@@ -67,7 +65,8 @@ class Block(nn.Module):
             mixed = self.hidden_experts.mixture(normed, routing)
         else:
             assert expert_rows is not None and inverse is not None
-            mixed = mix(expert_rows, routing, inverse)
+            rows = expert_rows if isinstance(expert_rows, Tensor) else expert_rows(layer)
+            mixed = mix(rows, routing, inverse)
         return hidden_states + mixed.to(hidden_states.dtype), routing.logits
 
 
@@ -156,18 +155,21 @@ class Transformer(nn.Module):
     ) -> TrunkOutput:
         """Return hidden states and router logits of `token_ids` (B, T).
 
-        `expert_rows` are rows made earlier for a superset of these ids; by default `experts` is asked for them. The
-        other arguments are those of `forward`.
+        `expert_rows` are those of these ids, or of a superset, where `expert_rows()` or `StepRows` made them earlier.
+        The other arguments are those of `forward`.
         """
         positions, mask = self._positions_and_mask(token_ids, cache, attention_mask)
         dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
         cosine, sine = rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype)
         rotary = cosine.to(self.embedding.weight.dtype), sine.to(self.embedding.weight.dtype)  # once for all layers
         hidden_states = self.embedding(token_ids)  # (B, T, D)
-        expert_rows = expert_rows or self._expert_rows(token_ids)
+        expert_rows = expert_rows or self.expert_rows(token_ids)
         router_logits: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
-            rows, inverse = (expert_rows.layer_rows(layer), expert_rows.inverse) if expert_rows else (None, None)
+            rows, inverse = None, None
+            if expert_rows is not None:
+                rows, inverse = expert_rows.layer_rows, expert_rows.inverse
+                rows = rows if expert_rows.awaited else rows(layer)
             arguments = (hidden_states, rotary, mask, cache, layer, rows, inverse)
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states, logits = checkpoint(block, *arguments, use_reentrant=False)
@@ -179,18 +181,20 @@ class Transformer(nn.Module):
             cache.advance(token_ids.shape[1])
         return TrunkOutput(self.norm(hidden_states), router_logits)
 
-    def _expert_rows(self, token_ids: Tensor) -> ExpertRows | None:
-        """Ask `experts` for the rows of `token_ids` (B, T); None where nothing is looked up."""
+    def expert_rows(self, token_ids: Tensor) -> ExpertRows | None:
+        """Return what `trunk` mixes at `token_ids` (B, T), or None in models without embedding experts.
+
+        Rows of a table are requested here, so call it as soon as the ids are known.
+        """
         if self.experts is None:
             return None
-        ids, inverse = self._distinct(token_ids)
-        return ExpertRows(self.experts.rows(ids, self.embedding(ids)), inverse)
-
-    def _distinct(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ids (U,) whose rows are needed and, per position, which of them it holds (B, T)."""
         if self.config.expert_execution == "per_token" or token_ids.numel() == 1:  # one id is distinct unsorted
-            return token_ids.flatten(), torch.arange(token_ids.numel(), device=token_ids.device).view_as(token_ids)
-        return token_ids.unique(return_inverse=True)
+            ids = token_ids.flatten()
+            inverse = torch.arange(token_ids.numel(), device=token_ids.device).view_as(token_ids)
+        else:
+            ids, inverse = token_ids.unique(return_inverse=True)
+        layer_rows = self.experts.rows(ids, self.embedding(ids))
+        return ExpertRows(layer_rows, inverse, awaited=not isinstance(self.experts, EmbeddingExperts))
 
     @staticmethod
     def _positions_and_mask(

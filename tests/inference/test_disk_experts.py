@@ -1,12 +1,13 @@
-"""`DiskExperts`: prefetched or not, packed or not, on the CPU or a GPU, the rows are those of the ids asked for."""
+"""`DiskExperts`: rows requested ahead or not, packed or not, on the CPU or a GPU, are those of their ids."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from src.inference import generate, load_model
-from src.inference.disk_experts import DiskExperts
+from src.inference.disk_experts import DiskExperts, Staging
 from src.lut import LutStore
 from src.lut.codecs import CODECS
 from tests.inference.runs import CONFIG, prompts, write_run
@@ -26,19 +27,34 @@ def test_layers_are_those_of_the_whole_row(tmp_path: Path, dtype: str) -> None:
             assert torch.equal(layer_rows(layer), store.gather(ids)[:, layer])
 
 
-def test_a_prefetch_is_used_once_and_only_for_its_ids(tmp_path: Path) -> None:
-    write_table(tmp_path)
-    with LutStore.open(tmp_path) as store:
-        experts = DiskExperts(store)
-        first, second, other = torch.tensor([1, 2]), torch.tensor([9]), torch.tensor([5, 6])
-        experts.prefetch(first)
-        experts.prefetch(second)
-        embeddings = torch.zeros(2, 128)
-        for ids in (first, other, second):
-            assert torch.equal(experts.rows(ids, embeddings)(0), store.gather(ids)[:, 0])
-        requests = store.stats.requests
-        experts.rows(first, embeddings)(0)  # its prefetch is spent
-        assert store.stats.requests == requests + 1
+def test_rows_requested_ahead_are_read_once_and_waited_for_by_the_first_mixture(tmp_path: Path) -> None:
+    with load_model(write_run(tmp_path), experts="lut") as model, torch.inference_mode():
+        token_ids, log = prompts(2, 5), list[str]()
+        assert isinstance(model.experts, DiskExperts)
+        expected, store = model(token_ids), model.experts.store
+        before, rows = store.stats.requests, model.expert_rows(token_ids)
+        assert rows is not None and rows.awaited
+
+        def waiting(layer: int) -> torch.Tensor:
+            log.append(f"rows {layer}")
+            return rows.layer_rows(layer)
+
+        def routed(_module: nn.Module, _inputs: object, _output: object) -> None:
+            log.append(f"router {sum(entry.startswith('router') for entry in log)}")
+
+        for block in model.blocks:
+            block.get_submodule("router").register_forward_hook(routed)
+        trunk = model.trunk(token_ids, expert_rows=rows._replace(layer_rows=waiting))
+        assert torch.equal(model.head(trunk.hidden_states), expected)
+        assert store.stats.requests == before + 1
+        assert log == [f"{what} {layer}" for layer in range(3) for what in ("router", "rows")]
+
+
+def test_a_staging_buffer_keeps_its_size() -> None:
+    staging, device = Staging(16), torch.device("cpu")
+    large = staging.take(512, device)
+    assert torch.equal(staging.deliver(large, 1, device), large[:1])
+    assert staging.take(500, device).data_ptr() == large.data_ptr()
 
 
 def test_rows_stay_right_while_later_ones_are_read(tmp_path: Path) -> None:

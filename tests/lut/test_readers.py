@@ -1,11 +1,12 @@
 """Every reader returns the bytes of the files, whatever the kernel does in between."""
 
 import errno
+import gc
 import os
 import random
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +17,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from src.errors import LutError, LutFormatError
-from src.lut.layout import plan_shards
+from src.lut import LutStore
+from src.lut.layout import TableLayout
 from src.lut.manifest import read_manifest
-from src.lut.readers import READERS, Reader, open_reader
+from src.lut.readers import READERS, Reader, ResidentTable
 from src.lut.readers import pread as pread_module
-from src.lut.readers.direct import DirectReader, MixedReader
+from src.lut.readers import reader as reader_module
 from src.lut.readers.pread import PreadReader
-from src.lut.readers.reader import BufferPool, Bytes, WorkerPool, aligned_bytes
+from src.lut.readers.reader import Arrived, Bytes, ShardFiles, Wanted, WorkerPool, register_reader
 from tests.lut.tables import shard_path, write_table
 
 VOCAB = 300
-NAMES = (*READERS, "mixed")
+NAMES = tuple(name for name in READERS if name != "memory")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="O_DIRECT and RWF_NOWAIT exist on Linux alone")
-Opener = Callable[[str], Reader]
 
 
 @pytest.fixture(params=["bfloat16", "int8"])
@@ -43,25 +44,21 @@ def reader(request: pytest.FixtureRequest, table: tuple[Path, Bytes]) -> Reader:
 
 
 def open_named(name: str, lut_dir: Path) -> Reader:
-    layout = read_manifest(lut_dir).layout
-    shards = plan_shards(layout)
-    if name == "mixed":
-        return MixedReader(PreadReader(lut_dir, layout, shards), DirectReader(lut_dir, layout, shards), {1: True})
-    return open_reader(name, lut_dir, layout, shards)
+    reader = READERS[name].open(lut_dir, read_manifest(lut_dir).layout, torch.device("cpu"))
+    assert not isinstance(reader, ResidentTable)
+    return reader
 
 
-def read(reader: Reader, ids: Sequence[int], row_bytes: int, *, background: bool = False) -> Bytes:
-    rows = BufferPool().take(len(ids), row_bytes)
-    rows.fill(0)
-    arrived: list[int] = []
-    checked = reader.start(
+def read(reader: Reader, ids: Sequence[int], row_bytes: int) -> Bytes:
+    rows, arrived = np.zeros((len(ids), row_bytes), dtype=np.uint8), list[int]()
+    finish = reader.start(
         [(token_id, position) for position, token_id in enumerate(ids)],
         rows,
         lambda token_id, position: arrived.append(position),  # noqa: ARG005
-        background=background,
     )
-    checked.finish()
-    assert not arrived or sorted(arrived) == list(range(len(ids)))
+    if finish is not None:
+        finish()
+    assert sorted(arrived) == list(range(len(ids)))
     return rows
 
 
@@ -80,13 +77,12 @@ def drop_page_cache(lut_dir: Path) -> None:
         os.close(descriptor)
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_rows_are_the_bytes_of_the_files(reader: Reader, table: tuple[Path, Bytes], background: bool) -> None:
+def test_rows_are_the_bytes_of_the_files(reader: Reader, table: tuple[Path, Bytes]) -> None:
     lut_dir, expected = table
     for ids in ([0], [VOCAB - 1], list(range(VOCAB)), [5, 4, 3, 4, 299, 5], random.Random(0).sample(range(VOCAB), 77)):
         drop_page_cache(lut_dir)
         for _ in range(2):  # cold, then warm
-            assert np.array_equal(read(reader, ids, expected.shape[1], background=background), expected[ids])
+            assert np.array_equal(read(reader, ids, expected.shape[1]), expected[ids])
     reader.close()
 
 
@@ -102,16 +98,7 @@ def test_any_ids_in_any_order(table: tuple[Path, Bytes], ids: list[int], cold: b
         reader.close()
 
 
-def test_aligned_rows_are_read_in_place(tmp_path: Path) -> None:
-    expected = write_table(tmp_path, num_layers=4, num_experts=4, hidden_size=128)
-    assert expected.shape[1] == 4096
-    ids = [7, 8, 9, 200, 3]
-    for name in ("direct", "mixed"):
-        drop_page_cache(tmp_path)
-        assert np.array_equal(read(open_named(name, tmp_path), ids, 4096), expected[ids])
-
-
-@pytest.mark.parametrize("name", ["pread", "direct", "mixed"])
+@pytest.mark.parametrize("name", ["pread", "direct"])
 def test_short_reads_are_continued(
     name: str, table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch, reads: list[int]
 ) -> None:
@@ -131,7 +118,7 @@ def test_short_reads_are_continued(
     assert len(reads) > 6
 
 
-@pytest.mark.parametrize("name", ["pread", "direct", "mixed"])
+@pytest.mark.parametrize("name", ["pread", "direct"])
 @pytest.mark.parametrize("count", [1, 20])
 def test_a_failing_disk_is_named(
     name: str, count: int, table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch
@@ -152,7 +139,7 @@ def reads() -> list[int]:
     return []
 
 
-@pytest.mark.parametrize("name", ["memmap", "pread", "direct", "mixed"])
+@pytest.mark.parametrize("name", ["memmap", "pread", "direct"])
 def test_a_file_truncated_after_opening_is_named(name: str, table: tuple[Path, Bytes]) -> None:
     lut_dir, expected = table
     reader, path = open_named(name, lut_dir), shard_path(lut_dir, read_manifest(lut_dir).layout)
@@ -168,20 +155,16 @@ def test_use_after_close_is_an_error(reader: Reader, table: tuple[Path, Bytes]) 
         read(reader, [0], table[1].shape[1])
 
 
-def test_a_fetch_outlived_by_its_reader_is_an_error_or_whole(table: tuple[Path, Bytes]) -> None:
+def test_reads_that_outlive_their_reader_fail_or_are_whole(table: tuple[Path, Bytes]) -> None:
     lut_dir, expected = table
     for name in ("pread", "direct"):
         drop_page_cache(lut_dir)
         reader, rows = open_named(name, lut_dir), np.zeros((VOCAB, expected.shape[1]), dtype=np.uint8)
-        fetch = reader.start(
-            [(i, i) for i in range(VOCAB)],
-            rows,
-            unchecked,
-            background=True,
-        )
+        finish = reader.start([(i, i) for i in range(VOCAB)], rows, unchecked)
         reader.close()
         try:
-            fetch.finish()
+            if finish is not None:
+                finish()
         except LutError as error:
             assert "closed" in str(error)
         else:
@@ -224,8 +207,7 @@ def test_systems_without_linux_calls_read_too(table: tuple[Path, Bytes], monkeyp
         monkeypatch.delattr(os, name, raising=False)
     for name in ("auto", "pread"):
         reader = open_named(name, lut_dir)
-        assert np.array_equal(read(reader, [3, 299, 0], expected.shape[1], background=True), expected[[3, 299, 0]])
-        reader.announce(7)
+        assert np.array_equal(read(reader, [3, 299, 0], expected.shape[1]), expected[[3, 299, 0]])
         assert np.array_equal(read(reader, [7], expected.shape[1]), expected[[7]])
         reader.close()
 
@@ -243,7 +225,7 @@ def test_threads_end_with_the_reader(table: tuple[Path, Bytes]) -> None:
     before, files = threading.active_count(), open_files()
     for name in NAMES:
         reader = open_named(name, table[0])
-        read(reader, list(range(VOCAB)), table[1].shape[1], background=True)
+        read(reader, list(range(VOCAB)), table[1].shape[1])
         reader.close()
     assert threading.active_count() == before
     assert open_files() == files
@@ -256,20 +238,61 @@ def test_workers_pass_errors_on_and_stop() -> None:
         raise LutFormatError(f"item {item}")
 
     with pytest.raises(LutFormatError, match="item"):
-        pool.start(fail, range(20), background=True).finish()
+        pool.start(fail, range(20))()
     pool.close()
     with pytest.raises(LutError, match="closed"):
-        pool.start(fail, range(20), background=True)
+        pool.start(fail, range(20))
 
 
-def test_buffers_are_reused_only_when_nobody_sees_them() -> None:
-    pool = BufferPool()
-    kept = pool.take(4, 100)[1]  # a view is enough to keep it
-    kept.fill(7)
-    other = torch.from_numpy(pool.take(4, 100))
-    other.fill_(1)
-    assert (kept == 7).all()
-    address = other.data_ptr()
-    del other
-    assert pool.take(2, 100).ctypes.data == address
-    assert aligned_bytes(10).ctypes.data % 4096 == 0
+class PlainReader(Reader):
+    """The least that a reader can be: one blocking read per row."""
+
+    def __init__(self, lut_dir: Path, layout: TableLayout, device: torch.device) -> None:
+        self.files = ShardFiles(lut_dir, layout)
+
+    def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived) -> None:
+        for token_id, position in wanted:
+            self.files.read_row(token_id, rows[position].data)
+            arrived(token_id, position)
+
+    def close(self) -> None:
+        self.files.close()
+
+
+@pytest.fixture
+def plain() -> Iterator[str]:
+    register_reader("plain", "one read after another", PlainReader)
+    yield "plain"
+    del READERS["plain"]
+
+
+def test_a_reader_registered_elsewhere_is_used_by_name(plain: str, table: tuple[Path, Bytes]) -> None:
+    lut_dir, expected = table
+    with LutStore.open(lut_dir, reader=plain, cache_mb=0.001) as store:
+        assert isinstance(store.reader, PlainReader)
+        assert np.array_equal(store.request(torch.tensor([7, 200])).codes().numpy(), expected[[7, 200]])
+        with pytest.raises(IndexError, match=rf"token id {VOCAB} is outside"):
+            store.request(torch.tensor([VOCAB]))
+    with pytest.raises(LutError, match=r"reader 'plane' is unknown; choose one of .*\bplain\b"):
+        LutStore.open(lut_dir, reader="plane")
+
+
+def test_a_forked_child_resets_the_stores_that_live_and_no_others(
+    table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: list[object] = []
+
+    def record(**hooks: object) -> None:
+        registered.append(hooks)
+
+    monkeypatch.setattr(os, "register_at_fork", record)
+    for _ in range(3):
+        with LutStore.open(table[0], cache_mb=1):
+            pass
+    assert registered == []
+    gc.collect()
+    alive = len(reader_module.owners)
+    with LutStore.open(table[0], cache_mb=1):
+        assert len(reader_module.owners) == alive + 3  # its gate, threads and cache
+    gc.collect()
+    assert len(reader_module.owners) == alive

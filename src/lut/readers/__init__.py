@@ -1,6 +1,6 @@
 """Readers: bytes of rows by token id. They know files and offsets, not what the bytes mean."""
 
-from src.lut.readers.direct import READERS, open_reader
-from src.lut.readers.reader import Fetch, Reader, Wanted
+from src.lut.readers import direct, memory, pread
+from src.lut.readers.reader import READERS, Reader, ResidentTable, register_reader
 
-__all__ = ["READERS", "Fetch", "Reader", "Wanted", "open_reader"]
+__all__ = ["READERS", "Reader", "ResidentTable", "direct", "memory", "pread", "register_reader"]

@@ -1,157 +1,86 @@
-"""Positioned reads through the page cache.
+"""Positioned reads through the page cache: what `auto` stands for.
 
-On Linux a read with RWF_NOWAIT copies a row that is resident, in a few microseconds, and otherwise returns at once
-*after starting the read*: every cold row of a request is then on its way without a thread, and a second, blocking
-read collects it. Elsewhere threads block in its place.
+On Linux a read with RWF_NOWAIT copies a row that is in the page cache, in a few microseconds, and otherwise returns at
+once *after starting the read*: every cold row of a request is then being read without a thread, and a second, blocking
+read collects it. Other systems use threads.
 """
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from src.lut.layout import Shard, TableLayout
-from src.lut.readers.reader import Arrived, Bytes, Done, Fetch, Reader, ShardFiles, Wanted, WorkerPool
+from src.lut.layout import TableLayout
+from src.lut.readers.reader import Arrived, Bytes, Finish, Reader, ShardFiles, Wanted, WorkerPool, register_reader
 
 IN_FLIGHT_BYTES = 8 * 2**20
-"""Reads started ahead of their collection: deep enough for any device, small beside a tight memory limit."""
-PROBE_BYTES = 4096
+"""Reads started ahead of their collection: deep enough for any device, little under a tight memory limit."""
 MANY_ROWS = 64
-"""From so many rows on, a few threads share the copying: it, not the disk, is what then takes time."""
+"""From so many rows on, a few threads share the copying, which then takes longer than the disk."""
 COPYING_THREADS = 4
+DEPTH = 16
+"""Threads on systems without RWF_NOWAIT."""
 
 
 class PreadReader(Reader):
-    """Buffered reads, one system call per resident row."""
+    """Buffered reads, one system call per row in the page cache."""
 
-    def __init__(self, lut_dir: Path, layout: TableLayout, shards: Sequence[Shard], depth: int = 16) -> None:
-        """Open every shard; `depth` threads serve systems without RWF_NOWAIT."""
-        self._files = ShardFiles(lut_dir, layout, shards)
-        self._pool = WorkerPool(depth)
+    def __init__(self, lut_dir: Path, layout: TableLayout) -> None:
+        self._files, self._pool = ShardFiles(lut_dir, layout), WorkerPool(DEPTH)
+        self._row_bytes = layout.row_bytes
         self._window = max(8, IN_FLIGHT_BYTES // layout.row_bytes)
-        if hasattr(os, "posix_fadvise"):  # reading ahead would fetch rows that nobody asked for
-            for shard in range(len(shards)):
-                os.posix_fadvise(self._files.descriptor(shard), 0, 0, os.POSIX_FADV_RANDOM)
-        self._nowait = _nowait_flag(self._files.descriptor(0))
+        if hasattr(os, "posix_fadvise"):  # reading ahead would fetch rows that nobody wants
+            for descriptor in self._files.descriptors:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        self._nowait = _nowait_flag(self._files.descriptors[0])
 
-    def announce(self, token_id: int) -> None:
-        """Have the kernel bring the row into the page cache: the disk then works while the request is prepared."""
-        if hasattr(os, "posix_fadvise"):
-            shard, offset = self._files.locate(token_id)
-            os.posix_fadvise(self._files.descriptor(shard), offset, self._files.row_bytes, os.POSIX_FADV_WILLNEED)
-
-    def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived, *, background: bool) -> Fetch:
-        """Copy resident rows; start the reads of the others."""
-        read = _Reads(self._files, self._nowait, rows, arrived)
-        if len(wanted) == 1 and not background:
-            return _Single(read, wanted[0])
+    def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived) -> Finish | None:
+        """Copy cached rows; start the reads of the others."""
+        target = rows.reshape(-1).data
         if self._nowait is None:
-            return self._pool.start(read.collect, wanted, background=background)
+            return self._pool.start(lambda pair: self._collect(pair, target, arrived), wanted)
         if len(wanted) > MANY_ROWS:
             parts = min(COPYING_THREADS, os.cpu_count() or 1)
-            window = max(1, self._window // parts)
-            shares = [wanted[part::parts] for part in range(parts)]
-            return self._pool.start(
-                lambda share: _Collection(read, share, window).finish(), shares, background=background
-            )
-        collection = _Collection(read, wanted, self._window)
-        return collection if collection.start() else Done()
-
-    def start_resident(self, wanted: Wanted, rows: Bytes, arrived: Arrived) -> tuple[Wanted, Fetch]:
-        """Copy resident rows; return those that are wholly cold, whose reads were not started, and a fetch of the rest.
-
-        A row is judged by its first page, which this brings in: a cold row that is wanted again then comes through
-        the page cache and stays there.
-        """
-        read = _Reads(self._files, self._nowait, rows, arrived)
-        if self._nowait is None:
-            return wanted, Done()
-        cold = [pair for pair in wanted if not read.first_page_resident(pair[0])]
-        distinct = set(cold)
-        warm = [pair for pair in wanted if pair not in distinct] if distinct else wanted
-        resident = _Collection(read, warm, self._window)
-        return cold, resident if resident.start() else Done()
+            read = partial(self._read, target=target, arrived=arrived, window=max(1, self._window // parts))
+            return self._pool.start(lambda share: _exhaust(read(share)), [wanted[part::parts] for part in range(parts)])
+        reading = self._read(wanted, target, arrived, self._window)
+        return None if next(reading, "done") == "done" else partial(_exhaust, reading)
 
     def close(self) -> None:
-        """Close files, end threads."""
+        """Stop threads, close files."""
         self._pool.close()
         self._files.close()
 
+    def _read(self, wanted: Wanted, target: memoryview, arrived: Arrived, window: int) -> Iterator[None]:
+        """Copy cached rows and keep up to `window` reads going; pause before each wait for the disk."""
+        reading: deque[tuple[int, int]] = deque()
+        for token_id, position in wanted:
+            row = target[position * self._row_bytes : (position + 1) * self._row_bytes]
+            if self._files.read(token_id, row, flags=self._nowait or 0) == self._row_bytes:
+                arrived(token_id, position)
+                continue
+            reading.append((token_id, position))
+            if len(reading) == window:
+                yield
+                self._collect(reading.popleft(), target, arrived)
+        while reading:
+            yield
+            self._collect(reading.popleft(), target, arrived)
 
-class _Reads:
-    """Reads into one target."""
-
-    def __init__(self, files: ShardFiles, nowait: int | None, rows: Bytes, arrived: Arrived) -> None:
-        self._files, self._nowait, self._arrived = files, nowait or 0, arrived
-        self._target, self._row_bytes = rows.reshape(-1).data, files.row_bytes
-
-    def try_now(self, token_id: int, position: int) -> bool:
-        """Copy the row if all of it is resident; otherwise its read is under way when this returns."""
-        shard, offset = self._files.locate(token_id)
-        start = position * self._row_bytes
-        target = self._target[start : start + self._row_bytes]
-        try:
-            count = self._files.read(shard, [target], offset, self._nowait)
-        except BlockingIOError:
-            return False
-        if count < self._row_bytes:
-            return False
-        self._arrived(token_id, position)
-        return True
-
-    def first_page_resident(self, token_id: int) -> bool:
-        shard, offset = self._files.locate(token_id)
-        page = bytearray(min(PROBE_BYTES, self._row_bytes))
-        try:
-            return self._files.read(shard, [page], offset, self._nowait) > 0
-        except BlockingIOError:
-            return False
-
-    def collect(self, pair: tuple[int, int]) -> None:
-        """Read the row, waiting for the disk if need be."""
+    def _collect(self, pair: tuple[int, int], target: memoryview, arrived: Arrived) -> None:
         token_id, position = pair
-        shard, offset = self._files.locate(token_id)
-        start = position * self._row_bytes
-        self._files.read_row(shard, offset, self._target[start : start + self._row_bytes])
-        self._arrived(token_id, position)
+        self._files.read_row(token_id, target[position * self._row_bytes : (position + 1) * self._row_bytes])
+        arrived(token_id, position)
 
 
-class _Single:
-    """One row that is read when it is waited for."""
-
-    def __init__(self, read: _Reads, pair: tuple[int, int]) -> None:
-        self._read, self._pair = read, pair
-
-    def finish(self) -> None:
-        """Read it."""
-        self._read.collect(self._pair)
-
-
-class _Collection:
-    """Rows in order: resident ones are copied on the way, up to `window` reads of cold ones are under way."""
-
-    def __init__(self, read: _Reads, wanted: Wanted, window: int) -> None:
-        self._read, self._left, self._window = read, iter(wanted), window
-        self._under_way: deque[tuple[int, int]] = deque()
-
-    def start(self) -> bool:
-        """Start reads until the window is full; whether any row is missing."""
-        while len(self._under_way) < self._window:
-            pair = next(self._left, None)
-            if pair is None:
-                break
-            if not self._read.try_now(*pair):
-                self._under_way.append(pair)
-        return bool(self._under_way)
-
-    def finish(self) -> None:
-        """Collect the reads in order, starting another for each."""
-        while self.start():
-            self._read.collect(self._under_way.popleft())
+def _exhaust(reading: Iterator[None]) -> None:
+    for _ in reading:
+        pass
 
 
 def _nowait_flag(descriptor: int) -> int | None:
-    """Return RWF_NOWAIT where system and file system know it (tmpfs answers EOPNOTSUPP, macOS has no such flag)."""
+    """Return RWF_NOWAIT where system and file system support it (tmpfs answers EOPNOTSUPP, macOS has no such flag)."""
     flag = getattr(os, "RWF_NOWAIT", None)
     if flag is None:
         return None
@@ -162,3 +91,9 @@ def _nowait_flag(descriptor: int) -> int | None:
     except OSError:
         return None
     return flag
+
+
+register_reader(
+    "auto", "the best reader for most disks: pread", lambda lut_dir, layout, _: PreadReader(lut_dir, layout)
+)
+register_reader("pread", "reads through the page cache", lambda lut_dir, layout, _: PreadReader(lut_dir, layout))

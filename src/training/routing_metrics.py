@@ -11,7 +11,7 @@ from src.model.router import load_balance_loss, router_entropy, router_probs, z_
 
 
 class RoutingMetrics(Metric):
-    """Entropy, expert shares, load-balance loss and z-loss per layer and in the mean, averaged over updates."""
+    """Entropy, largest expert share, load-balance loss and z-loss per layer and over all, averaged over updates."""
 
     full_state_update = False
     share: Tensor
@@ -19,7 +19,6 @@ class RoutingMetrics(Metric):
     updates: Tensor
 
     def __init__(self, num_layers: int, num_experts: int, top_k: int | None) -> None:
-        """Prepare sums for L layers of E experts."""
         super().__init__()
         self.top_k = top_k
         self.add_state("share", torch.zeros(num_layers, num_experts), dist_reduce_fx="sum")
@@ -37,17 +36,13 @@ class RoutingMetrics(Metric):
         self.updates += 1
 
     def compute(self) -> dict[str, Tensor]:
-        """Return `router/...` values: means over layers, then each layer, then each expert's share of probability."""
+        """Return `router/NAME`, the mean over layers (of the share: the largest), and `router/NAME/layer_i`."""
         if not self.updates:
             return {}
-        share, scalars = self.share / self.updates, self.scalars / self.updates
-        metrics: dict[str, Tensor] = {}
-        for name, values in zip(("entropy", "load_balance_loss", "z_loss"), scalars, strict=True):
+        max_share = (self.share / self.updates).amax(dim=1)  # (L,)
+        entropy, load_balance, z = self.scalars / self.updates
+        metrics = {"router/max_share": max_share.max()}
+        for name, values in (("entropy", entropy), ("load_balance_loss", load_balance), ("z_loss", z)):
             metrics[f"router/{name}"] = values.mean()
-            metrics.update({f"router/{name}/layer_{layer}": value for layer, value in enumerate(values)})
-        metrics["router/max_share"] = share.max()
-        for layer, shares in enumerate(share):
-            metrics.update(
-                {f"router/share/layer_{layer}/expert_{expert}": value for expert, value in enumerate(shares)}
-            )
-        return metrics
+            metrics |= {f"router/{name}/layer_{layer}": value for layer, value in enumerate(values)}
+        return metrics | {f"router/max_share/layer_{layer}": value for layer, value in enumerate(max_share)}

@@ -12,7 +12,7 @@ import pytest
 from src.run_directory import RunDirectory
 from src.train import resumed_config, train
 from src.training.config import WandbConfig
-from src.training.tracking import NOT_LOGGED, wandb_mode, without_paths
+from src.training.tracking import NOT_LOGGED, MetricsFile, wandb_mode, without_paths
 from tests.conftest import CONFIGS, STDLIB, small_config
 
 
@@ -117,6 +117,26 @@ def test_a_resumed_run_is_the_same_run_at_wandb(tmp_path: Path, small_overrides:
     identity = json.loads(run.report_path.read_text())["wandb_id"]
     assert len(records) == 2
     assert {name.rpartition("-")[2] for name in records} == {identity}
+
+
+def test_metrics_continue_in_a_file_with_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,train/loss,train/router/share/layer_0\r\n0,5.5,0.25\r\n1,5.0,0.5\r\n2,4.5,0.25\r\n3,4")
+    metrics = MetricsFile(tmp_path, first_step=2)
+    metrics.log_metrics({"train/loss": 4.75}, step=2)
+    metrics.save()
+    metrics.log_metrics({"train/loss": 4.25}, step=3)
+    metrics.log_metrics({"val/loss": 6.0}, step=3)
+    metrics.finalize("success")
+    assert path.read_text().split() == [
+        "step,train/loss,train/router/share/layer_0,val/loss",
+        "0,5.5,0.25,",
+        "1,5.0,0.5,",
+        "2,4.75,,",
+        "3,4.25,,",
+        "3,,,6.0",
+    ]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
 
 
 def test_paths_of_a_config_are_left_out_and_names_stay() -> None:

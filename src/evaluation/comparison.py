@@ -1,4 +1,4 @@
-"""Two evaluations side by side, document by document."""
+"""Evaluations as tables, and two of them compared document by document."""
 
 import math
 from collections.abc import Iterator
@@ -23,17 +23,16 @@ class Comparison:
     changed_predictions: int | None = None
     """Documents that are answered differently; None where nothing is predicted."""
     near_ties: int | None = None
-    """How many of those were decided by less than `NEAR_TIE`, where rounding alone may turn them."""
+    """How many of those were decided by less than `NEAR_TIE`, where rounding alone may change the answer."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
         values = {**asdict(self), **self.paired.to_dict()}
         del values["paired"]
         return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
 
 
 def compare(first: Evaluation, second: Evaluation) -> list[Comparison]:
-    """Pair what both evaluations scored on the same windows and documents; the rest is left out."""
+    """Pair the scores of windows and documents that both evaluations have; leave out the rest."""
     rows: list[Comparison] = []
     texts = {(text.corpus, text.fingerprint): text for text in second.texts}
     for text in first.texts:
@@ -84,7 +83,7 @@ def print_comparison(rows: list[Comparison], first: str, second: str, console: C
 
 
 def print_evaluation(evaluation: Evaluation, name: str, console: Console) -> None:
-    """Print what one model scored: texts, tasks, and the loss by how often an id occurs in the training text."""
+    """Print the scores of one model: texts, tasks, and loss by how often the predicted id occurs in training."""
     texts = text_table(f"{name}: text", "", "nats/token", "std. error", "perplexity", "bits/byte", "tokens")
     for text in evaluation.texts:
         texts.add_row(text.corpus, *_text_cells(text))

@@ -1,7 +1,4 @@
-"""Pictures of what the routers do, for the dashboard and for a run's `figures/` folder.
-
-E experts, L layers.
-"""
+"""Figures of the routers, for the dashboard and for a run's `figures/` folder. E experts, L layers."""
 
 import math
 from collections.abc import Sequence
@@ -15,13 +12,13 @@ from src.evaluation.routing_view import RoutingView
 
 DPI = 120
 SHOWN_LAYERS, SHOWN_EXPERTS, SHOWN_TOKENS = 4, 8, 6
-"""How much of the tokens by expert fits a picture; tables hold the rest."""
+"""How much of the tokens by expert fits into a figure; `expert_token_rows` has the rest."""
 _MOST_LABELS = 320
 _TOKEN_WIDTH = 14
 
 
 def probability_heat_map(view: RoutingView, step: int) -> Figure:
-    """Mean router probability by layer and expert; a collapsed layer is one bright cell, and the title names it."""
+    """Plot mean router probability by layer and expert; the title names collapsed layers."""
     num_layers, num_experts = view.probabilities.shape
     figure = Figure(figsize=(2.8 + 0.62 * num_experts, 1.9 + 0.36 * num_layers), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
@@ -38,7 +35,7 @@ def probability_heat_map(view: RoutingView, step: int) -> Figure:
 
 
 def entropy_lines(history: Sequence[tuple[int, Sequence[float]]], num_experts: int) -> Figure:
-    """Router entropy of each layer over training: `history` holds a step and L entropies in nats per validation."""
+    """Plot router entropy by layer over training; `history` holds a step and L entropies in nats per validation."""
     figure = Figure(figsize=(7, 4), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     steps = [step for step, _ in history]
@@ -48,17 +45,17 @@ def entropy_lines(history: Sequence[tuple[int, Sequence[float]]], num_experts: i
         values = [entropies[layer] for _, entropies in history]
         color = colors(0.85 * layer / max(1, num_layers - 1))
         axes.plot(steps, values, marker="o", markersize=3, color=color, label=f"layer {layer}")
-    for value, meaning in ((math.log(num_experts), f"undecided: ln {num_experts}"), (0.0, "certain: one expert")):
+    for value, meaning in ((math.log(num_experts), f"uniform: ln {num_experts}"), (0.0, "one expert: 0")):
         axes.axhline(value, color="gray", linestyle="--", linewidth=1)
         axes.annotate(meaning, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color="gray")
-    axes.set(xlabel="step", ylabel="router entropy (nats)", title="how decided each layer's router is")
+    axes.set(xlabel="step", ylabel="router entropy (nats)", title="router entropy by layer")
     axes.set_ylim(-0.08 * math.log(num_experts), 1.15 * math.log(num_experts))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + num_layers // 16)
     return figure
 
 
 def expert_tokens(view: RoutingView, tokenizer: Tokenizer, step: int) -> Figure:
-    """Which tokens each expert contributes most to: the largest mean norms of g_j * v_j, for some layers."""
+    """List the tokens that each expert contributes most to, by mean norm of g_j * v_j, for some layers."""
     num_layers, num_experts = view.probabilities.shape
     layers, experts = _spread(num_layers, SHOWN_LAYERS), range(min(num_experts, SHOWN_EXPERTS))
     height = 0.4 + len(layers) * (0.35 + 0.17 * SHOWN_TOKENS)
@@ -76,7 +73,7 @@ def expert_tokens(view: RoutingView, tokenizer: Tokenizer, step: int) -> Figure:
 
 
 def expert_token_rows(view: RoutingView, tokenizer: Tokenizer, count: int = 10) -> list[list[str | int | float]]:
-    """Return layer, expert, rank, token, mean norm of g_j * v_j: the whole of what `expert_tokens` shows a part of."""
+    """Return rows of layer, expert, rank, token and mean norm of g_j * v_j, for every layer and expert."""
     num_layers, num_experts = view.probabilities.shape
     return [
         [layer, expert, rank, _visible(tokenizer, token_id), norm]
@@ -91,7 +88,7 @@ def _verdict(view: RoutingView) -> str:
     if not collapsed:
         return "no layer has collapsed"
     names = ", ".join(map(str, collapsed))
-    return f"COLLAPSED: about one expert is left in layer{'s' * (len(collapsed) > 1)} {names}"
+    return f"COLLAPSED to about one expert: layer{'s' * (len(collapsed) > 1)} {names}"
 
 
 def _label_cells(axes: Any, view: RoutingView) -> None:
@@ -106,7 +103,7 @@ def _top(view: RoutingView, layer: int, expert: int) -> list[tuple[int, float]]:
 
 
 def _visible(tokenizer: Tokenizer, token_id: int) -> str:
-    """Return a token's text with its white space visible, in characters that every font has."""
+    """Return a token's text with visible white space, in characters that every font has."""
     text = tokenizer.decode([token_id], skip_special_tokens=False)
     visible = text.encode("unicode_escape").decode().replace(" ", "·")
     return visible if len(visible) <= _TOKEN_WIDTH else visible[: _TOKEN_WIDTH - 1] + "…"

@@ -1,6 +1,6 @@
-"""The adapter to lm-eval (the extra `eval`): its definitions of tasks, our models.
+"""The adapter to lm-eval (the extra `eval`): its task definitions, prompts and metrics, with our models.
 
-The only module that imports it, so import this one where it is needed. Prompts and metrics are the official ones.
+The only module that imports lm-eval, which takes seconds: import this one inside functions.
 """
 
 import json
@@ -17,6 +17,7 @@ from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
+from src.errors import ConfigError
 from src.evaluation.likelihood import Request, TextModel
 from src.evaluation.results import TaskScore, fingerprint_documents
 from src.evaluation.tasks import PublishedTask, read_rows
@@ -28,15 +29,14 @@ LoadedTask = dict[str, Any]
 class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
     """A `TextModel` as lm-eval sees it.
 
-    lm-eval sees one rank: every rank builds all requests, and the `TextModel` shares them out and gathers.
+    lm-eval sees a single rank: every rank builds all requests, and `TextModel` distributes and gathers them.
     """
 
     def __init__(self, model: TextModel) -> None:
-        """Score with `model`."""
         super().__init__()
         self.model = model
         self.gaps: dict[tuple[str, str], float] = {}
-        """`Likelihood.gap` by context and continuation, which lm-eval has no place for."""
+        """`Likelihood.gap` by context and continuation, which lm-eval does not keep."""
 
     @property
     def eot_token_id(self) -> int:
@@ -45,11 +45,10 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model reads at once."""
+        """Length of the model's context in tokens."""
         return self.model.max_length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the ids of a text."""
         return self.model.encode(string)
 
     def _loglikelihood_tokens(
@@ -78,8 +77,7 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Refuse: none of the paper's tasks generates text."""
-        raise NotImplementedError("tasks that generate text are not supported; the paper's tasks score given text")
+        raise ConfigError("evaluation.tasks: tasks that generate text are not supported; choose others")
 
 
 def load_task(task: PublishedTask, local_data: Path | None, limit: int | None = None) -> LoadedTask:
@@ -109,7 +107,7 @@ def score_task(loaded: LoadedTask, model: TextModel, limit: int | None = None) -
 
 
 def _local_data(task: PublishedTask, rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Write rows where `datasets` reads them, and return what the task's definition says of them."""
+    """Write rows as a file that `datasets` can read, and return the keys of the task's definition that point to it."""
     split, path = task.split, folder / f"{task.name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations: the one path by which every task is scored, of any model that gives logits.
+"""Log-likelihoods of continuations, by which every task is scored, for any causal language model.
 
 Logits are made for scored positions only, and for few of them at a time. B batch, T tokens, C continuation tokens,
 N scored positions, D hidden, V vocabulary.
@@ -20,7 +20,7 @@ HEAD_POSITIONS = 512
 
 
 class CausalModel(Protocol):
-    """What a `Transformer` and other people's decoders have in common."""
+    """A decoder whose vocabulary head can be applied to some positions only, such as `Transformer`."""
 
     @property
     def head(self) -> Callable[[Tensor], Tensor]:
@@ -40,14 +40,14 @@ class Request(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """What a model makes of a continuation."""
+    """How likely a model finds a continuation."""
 
     log_likelihood: float
     """Nats, summed over its tokens."""
     is_greedy: bool
     """Whether each of its tokens is the most likely one."""
     gap: float
-    """Smallest gap between the two best logits at any of its tokens: below rounding, `is_greedy` may go either way."""
+    """Smallest gap between the two best logits at any of its tokens; where it is rounding error, so is `is_greedy`."""
 
 
 class TextModel:
@@ -74,7 +74,6 @@ class TextModel:
         return separator_id(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_pair(self, context: str, continuation: str) -> Request:
@@ -103,7 +102,7 @@ class TextModel:
         return [results[index] for index in range(len(requests))]
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Group the indices of requests, longest first: what does not fit in memory shows at once."""
+        """Group the indices of requests, longest first, so that running out of memory shows at once."""
         lengths = [len(self._inputs(request)) for request in requests]
         batches: list[list[int]] = []
         room = 0
@@ -116,7 +115,7 @@ class TextModel:
         return batches
 
     def _inputs(self, request: Request) -> Sequence[int]:
-        """Return what the model reads: the last token is only predicted, and the start is cut where it is too long."""
+        """Return the input ids: the last token is only predicted, and what exceeds the context is cut at the start."""
         return [*request.context, *request.continuation][-(self.max_length + 1) :][:-1]
 
     def _score(self, requests: Sequence[Request]) -> list[Likelihood]:

@@ -1,7 +1,4 @@
-"""The final report of a run: JSON for programs, a table for people.
-
-Text that a model writes, for people to look at.
-"""
+"""The final report of a run, as JSON and as tables, with a sample of the model's text. Measures nothing itself."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +20,7 @@ from src.system.console import text_table
 
 @dataclass(frozen=True, kw_only=True)
 class TableFacts:
-    """What the written table takes."""
+    """Precision and size of the written table."""
 
     directory: str
     precision: str
@@ -33,7 +30,7 @@ class TableFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run did, by the numbers."""
+    """The results of a run."""
 
     steps: int
     trained_tokens: int
@@ -42,9 +39,9 @@ class Report:
     training_evaluation: Evaluation
     """All scores of the training form; its first text is the held-out one."""
     lookup_evaluation: Evaluation | None
-    """The same of the lookup form, read from disk."""
+    """Scores of the lookup form, read from disk."""
     zlib_bits_per_byte: float
-    """What `zlib -9` makes of the same held-out text."""
+    """Bits per byte of `zlib -9` on the same held-out text."""
     table: TableFacts | None
     training_form_bytes: int
     """Weights in memory, experts included."""
@@ -77,7 +74,6 @@ class Report:
         return [] if self.lookup_evaluation is None else compare(self.training_evaluation, self.lookup_evaluation)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
         given = {"initial": self.initial, "training_form": self.training_form, "lookup_form": self.lookup_form}
         lookup = self.lookup_evaluation
         return {
@@ -113,7 +109,7 @@ def _final(form: str, score: Score, evaluation: Evaluation) -> dict[str, float]:
 
 
 def print_report(report: Report, console: Console, run: Path) -> None:
-    """Print what a newcomer wants to know: did it learn, are both forms the same, what does each cost, what next."""
+    """Print whether the model learned, whether both forms agree, what each costs, and which commands come next."""
     console.rule(f"[bold]{run}")
     console.print(f"trained {report.steps:,} steps on {report.trained_tokens:,} tokens\n")
     console.print(_scores_table(report))
@@ -169,7 +165,7 @@ def mebibytes(count: int) -> str:
 
 
 def sample_text(model: Transformer, tokenizer: Tokenizer, config: EvaluationConfig) -> str | None:
-    """Continue `config.sample_prompt`, always with the same seed; None where no sample is wanted."""
+    """Continue `config.sample_prompt`, with a fixed seed; None if the config asks for no sample."""
     if not config.sample_prompt or not config.sample_tokens:
         return None
     device = model.embedding.weight.device

@@ -152,7 +152,6 @@ class GeneratedTask:
     """Makes at most so many documents."""
 
     def prepare(self, text: HeldOut, limit: int | None, local_data: Path | None) -> ScoreTask | None:
-        """Make the documents."""
         documents = self.make(text, GENERATED_DOCUMENTS if limit is None else min(limit, GENERATED_DOCUMENTS))
         return partial(score_documents, self.name, documents) if documents else None
 

@@ -29,7 +29,7 @@ class Reading(NamedTuple):
     total: int | None
     """None where it is unknown, as in some streams."""
     unit: str
-    """bytes (as stored, so of compressed files less than of their text), rows or steps."""
+    """bytes (as stored: for compressed files fewer than of text), rows or steps."""
 
 
 Report = Callable[[Reading], None]

@@ -105,11 +105,11 @@ def test_a_collapse_shows_in_the_picture(tmp_path: Path) -> None:
         return figure.axes[0].get_title(), float(yellow.mean())
 
     title, bright = picture([[0.97, 0.01, 0.01, 0.01], [0.2, 0.3, 0.3, 0.2]])
-    assert "COLLAPSED: about one expert is left in layer 0" in title
+    assert "COLLAPSED to about one expert: layer 0" in title
     assert bright > 0.03
     title, none = picture([[0.25] * 4, [0.2, 0.3, 0.3, 0.2]])
     assert "no layer has collapsed" in title
-    assert none < bright / 3  # the colour bar's own
+    assert none < bright / 3  # of the color bar itself
 
 
 def test_pictures_of_any_size_and_text_can_be_drawn(tokenizer: Tokenizer, tmp_path: Path) -> None:

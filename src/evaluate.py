@@ -1,6 +1,5 @@
 """`python -m src.evaluate`: score a run on text and tasks, in either form, or compare two models in pairs."""
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from src.config import load_run_config
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import ConfigError
 from src.evaluation.comparison import compare, print_comparison, print_evaluation
+from src.evaluation.config import EvaluationConfig
 from src.evaluation.held_out import EvaluationCorpus, held_out_of_run
 from src.evaluation.perplexity import zlib_bits_per_byte
 from src.evaluation.results import Evaluation
@@ -24,8 +24,8 @@ from src.inference.disk_experts import DiskExperts
 from src.inference.loader import ExpertForm
 from src.lut.manifest import MANIFEST_NAME
 from src.run_directory import RunDirectory
-from src.system.console import progress_bar, stderr_console
-from src.system.files import write_text
+from src.system.console import print_note, progress_bar
+from src.system.files import write_json
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     second = None if given.compare is None else _other(first, given.compare)
     if second == first:
         raise ConfigError(f"--compare {given.compare}: that is what --experts and --lut name already; compare another")
-    suite = _suite(given, first.run)
-    console = Console()
-    name, evaluation = _evaluate(first, suite, given)
+    config = load_run_config(first.run)
+    asked, (text, note) = _evaluation_config(config.evaluation, given), held_out_of_run(first.run, config.data)
+    suite, console = prepare_suite(text, asked), Console()
+    for remark in (note, *suite.notes):
+        print_note(remark)
+    name, evaluation = _evaluate(first, suite, asked.batch_size, given)
     print_evaluation(evaluation, name, console)
-    zlib = zlib_bits_per_byte(suite.text.text)
+    zlib = zlib_bits_per_byte(text.text)
     console.print(f"zlib -9 of the held-out text, for comparison: {zlib:.4f} bits per byte\n")
     results = {"form": name, **evaluation.texts[0].score.to_dict(), "zlib_bits_per_byte": zlib, **evaluation.to_dict()}
     if second is not None:
-        other_name, other = _evaluate(second, suite, given)
+        other_name, other = _evaluate(second, suite, asked.batch_size, given)
         rows = compare(evaluation, other)
         print_comparison(rows, name, other_name, console)
         results |= {"compared_with": other_name, "comparison": [row.to_dict() for row in rows]}
     if given.json is not None:
-        write_text(given.json, json.dumps(results, indent=1) + "\n")
+        write_json(given.json, results)
 
 
 def _parse(arguments: Sequence[str] | None) -> Namespace:
@@ -72,17 +75,25 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
         metavar="OTHER",
         help="another run, `lut` or `ffn` for this run's other form, or the name of another of its tables",
     )
-    options.add_argument("--batch-size", type=int, default=16, help="windows per forward pass (default: 16)")
     options.add_argument("--json", type=Path, metavar="FILE", help="also write the scores as JSON")
     return options.parse_args(arguments)
 
 
 def _add_suite_options(options: ArgumentParser) -> None:
+    """Add what overrides the run's section `evaluation`; without a flag its value counts."""
     options.add_argument(
-        "--tasks", help="names with commas between, of those below (default: evaluation.tasks of the run)"
+        "--tasks",
+        type=lambda names: [name for name in names.split(",") if name],
+        help="names with commas between, of those below (default: evaluation.tasks of the run)",
     )
-    options.add_argument("--local-data", type=Path, metavar="DIR", help="folder of <task>.<split>.jsonl[.gz] files")
-    options.add_argument("--limit", type=int, help="documents of each task at most")
+    options.add_argument("--local-data", metavar="DIR", help="folder of <task>.<split>.jsonl[.gz] files")
+    options.add_argument("--limit", type=int, dest="task_limit", metavar="N", help="documents of each task at most")
+    options.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="windows per forward pass (default: evaluation.batch_size of the run)",
+    )
     options.add_argument(
         "--corpus",
         action="append",
@@ -92,19 +103,11 @@ def _add_suite_options(options: ArgumentParser) -> None:
     )
 
 
-def _suite(given: Namespace, run: RunDirectory) -> Suite:
-    """Prepare what the run's config asks for, where the command line does not say otherwise."""
-    config = load_run_config(run)
-    text, warning = held_out_of_run(run, config.data)
-    asked = config.evaluation
-    tasks = asked.tasks if given.tasks is None else [name for name in given.tasks.split(",") if name]
-    local_data = asked.local_data if given.local_data is None else str(given.local_data)
-    limit = asked.task_limit if given.limit is None else given.limit
-    corpora = [*asked.corpora, *map(_corpus, given.corpus)]
-    suite = prepare_suite(text, replace(asked, tasks=tasks, local_data=local_data, task_limit=limit, corpora=corpora))
-    for note in filter(None, (warning, *suite.notes)):
-        stderr_console().print(f"note: {note}", markup=False, highlight=False)
-    return suite
+def _evaluation_config(config: EvaluationConfig, given: Namespace) -> EvaluationConfig:
+    """Return the run's own section, with what the command line says instead."""
+    flags = {name: getattr(given, name) for name in ("tasks", "local_data", "task_limit", "batch_size")}
+    said = {name: value for name, value in flags.items() if value is not None}
+    return replace(config, corpora=[*config.corpora, *map(_corpus, given.corpus)], **said)
 
 
 def _corpus(option: str) -> EvaluationCorpus:
@@ -137,15 +140,17 @@ def _other(first: Candidate, other: str) -> Candidate:
     return Candidate(run, "auto", "lut")
 
 
-def _evaluate(candidate: Candidate, suite: Suite, given: Namespace) -> tuple[str, Evaluation]:
+def _evaluate(candidate: Candidate, suite: Suite, batch_size: int, given: Namespace) -> tuple[str, Evaluation]:
     """Score one model, and name it."""
-    run = candidate.run.path
+    run, text = candidate.run.path, suite.text.as_trained(load_run_config(candidate.run).data)
     with load_model(
         run, experts=candidate.experts, lut=candidate.lut, device=given.device, reader=given.reader
     ) as model:
         looked_up = isinstance(model.experts, DiskExperts)
         form = f"lookup form, {candidate.lut}" if looked_up else "training form"
-        return f"{run.name} ({form})", evaluate_model(model, suite, batch_size=given.batch_size, progress=progress_bar)
+        return f"{run.name} ({form})", evaluate_model(
+            model, replace(suite, text=text), batch_size=batch_size, progress=progress_bar
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""`python -m src.inspect_lut`: what a run's experts know about one token: its rows, their neighbors, their weight."""
+"""`python -m src.inspect_lut`: what a run's table holds for one token: rows, nearest tokens, routers' weights."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from src.inference import load_model
 from src.lut import read_manifest
 from src.lut.verification import Neighborhood, find_neighbors
 from src.run_directory import RunDirectory
-from src.system.console import progress_bar, stderr_console, text_table
-from src.system.files import write_text
+from src.system.console import print_note, progress_bar, text_table
+from src.system.files import write_json
 
 MAX_WINDOWS = 64
 """Held-out windows that are routed at most."""
@@ -39,17 +38,16 @@ def single_token(text: str, tokenizer: Tokenizer) -> int:
 
 
 def token_text(token_id: int, tokenizer: Tokenizer) -> str:
-    """Show a token so that spaces and line ends can be seen."""
+    """Quote a token, so that spaces and line ends show."""
     if tokenizer.id_to_token(token_id) is None:
         return "(unused)"
     return repr(tokenizer.decode([token_id], skip_special_tokens=False))
 
 
 def token_weights(run: RunDirectory, lut: str, token_id: int) -> TokenWeights:
-    """Route the run's held-out text through its lookup form, and say where that is other text."""
-    text, warning = held_out_of_run(run, load_run_config(run).data)
-    if warning is not None:
-        stderr_console().print(f"note: {warning}")
+    """Route the run's held-out text through its lookup form."""
+    text, note = held_out_of_run(run, load_run_config(run).data)
+    print_note(note)
     inputs = windows_with(text.windows, token_id, MAX_WINDOWS)
     with (
         load_model(run.path, experts="lut", lut=lut) as model,
@@ -132,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_entries(entries, f"token {token_text(token_id, tokenizer)} (id {token_id}), {seen}", Console())
     if given.json is not None:
         document = {"token": given.token, "id": token_id, "occurrences": weights.occurrences, "rows": entries}
-        write_text(given.json, json.dumps(document, indent=1) + "\n")
+        write_json(given.json, document)
 
 
 if __name__ == "__main__":

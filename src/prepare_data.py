@@ -1,6 +1,5 @@
 """`python -m src.prepare_data`: tokenize the corpus of a config into the cache, and report what it holds."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from src.config import load_config
 from src.data.packed_corpus import prepare_corpus
 from src.data.report import describe_sources, print_sources
 from src.system.console import progress_report, stderr_console
-from src.system.files import write_text
+from src.system.files import write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_sources(reports, Console())
     if given.json is not None:
         figures = {"fingerprint": corpus.fingerprint, "sources": [asdict(source) for source in reports]}
-        write_text(given.json, json.dumps(figures, indent=1) + "\n")
+        write_json(given.json, figures)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`python -m src.verify`: prove that a run's table is intact and gives the answers of its training form."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from src.evaluation.equivalence import plot_costs
 from src.evaluation.held_out import held_out_of_run
 from src.evaluation.proof import Check, prove
 from src.run_directory import RunDirectory
-from src.system.console import progress_bar, stderr_console, text_table
-from src.system.files import atomic_path, write_text
+from src.system.console import print_note, progress_bar, text_table
+from src.system.files import atomic_path, write_json
 
 FAILED = 1
 
@@ -38,13 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--plot", type=Path, metavar="FILE", help="also draw bytes per token against loss into a PNG")
     given = options.parse_args(arguments)
     run = RunDirectory(given.run).require()
-    text, warning = held_out_of_run(run, load_run_config(run).data)
-    if warning is not None:
-        stderr_console().print(f"note: {warning}")
+    text, note = held_out_of_run(run, load_run_config(run).data)
+    print_note(note)
     checks = list(prove(run, text, lut=given.lut, progress=progress_bar))
     print_checks(checks, f"{run.path} / {given.lut}", Console())
     if given.json is not None:
-        write_text(given.json, json.dumps([check.to_dict() for check in checks], indent=1) + "\n")
+        write_json(given.json, [check.to_dict() for check in checks])
     costs = [check.cost for check in checks if check.cost is not None]
     if given.plot is not None and costs:
         with atomic_path(given.plot) as temporary:

@@ -7,7 +7,7 @@ N windows, T tokens, V vocabulary.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -112,6 +112,10 @@ class HeldOut:
     def text(self) -> str:
         """The text that the predicted tokens stand for."""
         return "".join(self.tokenizer.decode_batch(self.windows[:, 1:].tolist()))
+
+    def as_trained(self, config: DataConfig) -> "HeldOut":
+        """Return the same text for a model of another run, which was trained as `config` says."""
+        return replace(self, document_separator=separator_id(self.tokenizer) if config.document_mask else None)
 
     def mask(self, token_ids: Tensor) -> Tensor | None:
         """Return the attention mask of windows (B, T) that training used with `data.document_mask`; else None."""

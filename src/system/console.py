@@ -56,6 +56,12 @@ def stderr_console() -> "Console":
     return Console(stderr=True, quiet=not is_rank_zero())
 
 
+def print_note(text: str | None) -> None:
+    """Print a remark on stderr, unless there is none."""
+    if text is not None:
+        stderr_console().print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
 def text_table(title: str, *headings: str, texts: Collection[str] | None = None) -> "Table":
     """Return an empty table of columns of numbers and of `texts` (by default the first), which wrap and fold.
 

@@ -83,6 +83,23 @@ def test_every_verb_masks_documents_as_training_did(moved: RunDirectory, tmp_pat
     assert [row["router_share"] for row in seen["rows"][:4]] == pytest.approx(shares.tolist(), abs=1e-6)
 
 
+def test_each_of_two_runs_is_scored_as_it_was_trained(moved: RunDirectory, tmp_path: Path) -> None:
+    other, found = RunDirectory(tmp_path / "other"), tmp_path / "scores.json"
+    shutil.copytree(moved.path, other.path)
+    other.config_path.write_text(other.config_path.read_text().replace("document_mask: true", "document_mask: false"))
+    losses: list[float] = []
+    for run, more in ((moved, ()), (other, ()), (moved, ("--compare", str(other.path)))):
+        evaluate.main(["--run", str(run.path), "--tasks", "", "--json", str(found), *more])
+        losses.append(json.loads(found.read_text())["loss"])
+    row = json.loads(found.read_text())["comparison"][0]
+    assert losses[0] == losses[2] != losses[1]
+    assert (row["name"], row["first"], row["second"]) == (
+        "held_out",
+        pytest.approx(losses[0]),
+        pytest.approx(losses[1]),
+    )
+
+
 def test_text_and_tables_need_no_corpus(
     moved: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,7 +44,6 @@ from src.evaluation.held_out import held_out
 from src.evaluation.report import Report
 from src.evaluation.suite import prepare_suite
 from src.run_directory import RunDirectory
-from src.system.code_version import code_version
 from src.system.console import progress_report, stderr_console
 from src.system.files import write_text
 from src.system.hardware import keep_freed_memory, native_precision
@@ -55,7 +54,7 @@ from src.training.config import TrainerConfig
 from src.training.lightning_module import LanguageModel
 from src.training.resume import Resumption, compare_configs, start_from_run
 from src.training.strategy import ShardedStrategy
-from src.training.tracking import build_loggers, close_loggers
+from src.training.tracking import build_loggers, close_loggers, code_version
 
 
 def build_trainer(

@@ -8,10 +8,12 @@ Nothing leaves this module that names a place outside the run directory.
 """
 
 import csv
+import importlib.metadata
 import io
 import netrc
 import os
 import secrets
+import subprocess
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from src.run_directory import RunDirectory
-from src.system.code_version import code_version
 from src.system.files import write_text
 from src.system.private_api import drop_anonymous, has_started
 from src.system.ranks import is_rank_zero
@@ -252,6 +253,27 @@ class MetricsFile(Logger):
         if self._columns is None:
             rows = [row for row in rows if int(row["step"]) < self._first_step]
         return reader.fieldnames or [], rows
+
+
+def code_version() -> dict[str, str | bool | None]:
+    """Return the package's version, its commit, and whether files differ from it; outside a checkout these are None."""
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "version": importlib.metadata.version("mole"),
+        "commit": commit,
+        "modified": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # a repository around an installed package is another one
+        return None
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def close_loggers(loggers: Iterable[Logger], *, failed: bool) -> None:

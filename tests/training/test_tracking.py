@@ -12,7 +12,7 @@ import pytest
 from src.run_directory import RunDirectory
 from src.train import resumed_config, train
 from src.training.config import WandbConfig
-from src.training.tracking import NOT_LOGGED, MetricsFile, wandb_mode, without_paths
+from src.training.tracking import NOT_LOGGED, MetricsFile, code_version, wandb_mode, without_paths
 from tests.conftest import CONFIGS, STDLIB, small_config
 
 
@@ -117,6 +117,13 @@ def test_a_resumed_run_is_the_same_run_at_wandb(tmp_path: Path, small_overrides:
     identity = json.loads(run.report_path.read_text())["wandb_id"]
     assert len(records) == 2
     assert {name.rpartition("-")[2] for name in records} == {identity}
+
+
+def test_the_code_of_a_checkout_is_its_commit() -> None:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CONFIGS.parent, capture_output=True, text=True, check=False)
+    found = code_version()
+    assert found["commit"] == (done.stdout.strip() or None)
+    assert (found["modified"] is None) == (found["commit"] is None)
 
 
 def test_metrics_continue_in_a_file_with_other_columns(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, prepare, report."""
     options = parser(
         "prepare_data",
-        f"{__doc__} An interrupted call is continued by the next one; a finished one is not done again.",
+        f"{__doc__} The next call continues an interrupted one; what is finished is not done again.",
         "python -m src.prepare_data --config configs/data/wikitext-103.yaml",
     )
-    options.add_argument("--config", required=True, help="YAML config of a run; its data section counts")
-    options.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
+    options.add_argument("--config", required=True, help="YAML config of a run; its data section is used")
+    options.add_argument("--json", type=Path, metavar="PATH", help="also write the figures as JSON")
     options.add_argument("overrides", nargs="*", metavar="key=value", help="override a config key, such as data.seed=1")
     given = options.parse_args(arguments)
     config = load_config(given.config, given.overrides)

@@ -1,9 +1,7 @@
 """Decides what is tokenized together and which shard it belongs to; drops duplicates, counts what is skipped.
 
-A set of document hashes in a fixed amount of memory. Knows no documents.
-
-64 bits of each hash are kept: among 100 million different documents, the chance that any two are taken for
-duplicates is 1 in 3,700.
+Duplicates are found by 64 bits of each document's hash: among 100 million different documents, the chance that any two
+are taken for duplicates is 1 in 3,700. Knows no tokens.
 """
 
 import hashlib
@@ -17,17 +15,18 @@ from src.data.config import DataConfig, SourceConfig
 from src.data.corpus import START, Document, Position, Skipped, is_held_out, read_source
 from src.data.shards import ShardRecord, Tally, require_within_budgets, shard_hashes, total
 
+_BATCH_CHARACTERS = 1 << 20
 _LOAD = 0.6
 _FIRST_SLOTS = 1 << 12
 _SLOT_BYTES = 8
 
 
 class HashSet:
-    """Remembers 64-bit hashes, at most as many as fit its memory; growing holds the old and the new table at once."""
+    """Remembers 64-bit hashes in at most `memory_mb` MB, also while it grows and holds the old and the new table."""
 
     def __init__(self, memory_mb: int) -> None:
-        """Hold at most `memory_mb` MB, at the moment of growing too."""
-        self.max_slots = max(_FIRST_SLOTS, _power_of_two(memory_mb * 10**6 * 2 // 3 // _SLOT_BYTES))
+        most = memory_mb * 10**6 * 2 // 3 // _SLOT_BYTES
+        self.max_slots = max(_FIRST_SLOTS, 1 << (most.bit_length() - 1))
         self.count = 0
         self._slots = _empty(_FIRST_SLOTS)
 
@@ -66,15 +65,8 @@ def _empty(slots: int) -> "array[int]":
     return array("Q", bytes(_SLOT_BYTES)) * slots
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number.bit_length() - 1)
-
-
-_BATCH_CHARACTERS = 1 << 20
-
-
 class Closing(NamedTuple):
-    """What finishes a shard."""
+    """What a shard ends with."""
 
     tally: Tally
     hashes: "array[int]"
@@ -84,7 +76,7 @@ class Closing(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """Documents that are tokenized together; none reaches over the end of a shard."""
+    """Documents that are tokenized together; all belong to one shard."""
 
     shard: int
     texts: list[str] = field(default_factory=list[str])
@@ -98,7 +90,7 @@ class Batch:
 
 
 class BatchPlanner:
-    """Reads a source from where its finished shards end. What it yields follows from the inputs alone."""
+    """Reads a source from the end of its finished shards in `directory`. What it yields depends on the inputs alone."""
 
     def __init__(
         self,
@@ -108,7 +100,6 @@ class BatchPlanner:
         finished: Sequence[ShardRecord],
         directory: Path,
     ) -> None:
-        """Take up `source` behind the shards in `directory` that are `finished`."""
         self._source, self._files, self._config = source, list(files), config
         self._done = total(record.tally for record in finished)
         self._start, self._shard = finished[-1].end if finished else START, len(finished)

@@ -1,12 +1,10 @@
-"""Tokenized sources on disk. An entry is a directory that appears whole: shards, `counts.npy` and `index.json`.
+"""The cache of tokenized sources: opens an entry, or prepares it and resumes where it stopped.
 
-Its name is a hash of everything that its contents follow from, so changed inputs make another entry. Until it is
-whole it is called `<name>.building`, and can be resumed.
+An entry is a directory that appears whole: shards, `counts.npy` and `index.json`. Its name is a hash of everything that
+its contents depend on, so changed inputs make another entry. Until it is whole it is called `<name>.building`.
 
-Prepares one source: documents read, deduplicated, split, tokenized, written as shards. Resumes where it stopped.
-
-What a shard holds follows from the inputs alone: neither the number of processes nor an interruption changes a byte.
-This process reads and writes; other processes tokenize.
+To prepare a source is to read, deduplicate, split and tokenize its documents and to write shards. Neither the number of
+processes nor an interruption changes a byte. This process reads and writes; other processes tokenize.
 """
 
 import fcntl
@@ -55,10 +53,10 @@ def prepare_shards(
     config: DataConfig,
     report: Report,
 ) -> list[ShardRecord]:
-    """Write the shards of `source` that `directory` lacks, and return the records of all.
+    """Write the shards of `source` that `directory` lacks, and return the records of all shards.
 
     Raises:
-        DataError: a file cannot be read, or more records than the budgets allow give no document.
+        DataError: a file cannot be read, or more records are skipped than the budgets allow.
     """
     directory.mkdir(parents=True, exist_ok=True)
     finished = finished_shards(directory)
@@ -72,7 +70,7 @@ def prepare_shards(
 
 
 def processes(config: DataConfig) -> int:
-    """Return how many processes tokenize."""
+    """Return the number of processes that tokenize."""
     if config.prepare_processes is not None:
         return config.prepare_processes
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -93,7 +91,7 @@ def _write_shards(
 
 
 class _SourceProgress:
-    """Turns a place in a source into a share of the whole: bytes of its files, or rows of a hub dataset."""
+    """Reports a position in a source, in bytes of its files or rows of a hub dataset."""
 
     def __init__(self, source: SourceConfig, files: Sequence[Path], report: Report) -> None:
         self._label, self._report = source.label, report
@@ -126,12 +124,12 @@ class PreparedSource:
     """Per shard, ids of each split."""
 
     def tokens(self, split: str) -> TokenSequence:
-        """Return the ids of `train` or `validation`."""
+        """Return the ids of a split, `train` or `validation` (held out)."""
         files = [self.path / f"{number:05d}.{split}.bin" for number in range(len(self.shard_tokens))]
         return TokenSequence(files, [shard[split] for shard in self.shard_tokens], self.dtype)
 
     def token_counts(self) -> NDArray[np.int64]:
-        """Return (ids,): how often each id of the tokenizer occurs in the training split."""
+        """Return (ids,): occurrences of each id of the tokenizer in the training split."""
         return np.load(self.path / "counts.npy")
 
 
@@ -158,7 +156,7 @@ def prepare_source(source: SourceConfig, config: DataConfig, tokenizer: Tokenize
 
 
 def entry_key(source: SourceConfig, files: Sequence[Path], config: DataConfig, recipe: str) -> str:
-    """Return a name for what follows from a source, its files as they are, the split and `recipe`."""
+    """Return a name for what depends on a source, its files as they are, the split and `recipe`."""
     content = {key: value for key, value in asdict(source).items() if key not in _NOT_CONTENT}
     if source.hub is None:
         del content["files"]  # the files themselves count, not the pattern that found them
@@ -168,7 +166,7 @@ def entry_key(source: SourceConfig, files: Sequence[Path], config: DataConfig, r
 
 @contextmanager
 def exclusive(path: Path) -> Generator[None]:
-    """Hold a lock file, so that of two processes that prepare the same thing the second waits and finds it done."""
+    """Hold a lock file: of two processes that prepare the same thing, the second waits and finds it done."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -214,4 +212,4 @@ def _open(path: Path, source: SourceConfig, tokenizer: Tokenizer) -> PreparedSou
 def _require_unchanged(before: object, after: object, source: SourceConfig, building: Path) -> None:
     if before != after:
         shutil.rmtree(building)  # it holds a bit of both
-        raise DataError(f"{source.label}: its files changed while they were read; run again when they are at rest")
+        raise DataError(f"{source.label}: its files changed while they were read; run again when they no longer change")

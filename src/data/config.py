@@ -18,10 +18,9 @@ class TokenizerConfig:
     """Entries of the byte-level BPE trained on the training documents when neither `path` nor `hub` is given, at least
     257 (every byte and the document separator)."""
     training_mb: int = 64
-    """Text that the BPE is trained on at most, in MB; a larger corpus gives an equal share from each of its files."""
+    """Most text that the BPE is trained on, in MB; a larger corpus gives an equal share from each of its files."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError when the vocabulary cannot hold every byte, or two tokenizers are named."""
         if self.path is not None and self.hub is not None:
             raise ConfigError(
                 f"data.tokenizer: path ({self.path!r}) and hub ({self.hub!r}) name two tokenizers; set one to null"
@@ -31,8 +30,7 @@ class TokenizerConfig:
                 f"data.tokenizer.vocab_size: {self.vocab_size}, but a byte-level vocabulary needs at least 257 "
                 "(256 bytes and the document separator)"
             )
-        if self.training_mb < 1:
-            raise ConfigError(f"data.tokenizer.training_mb: {self.training_mb}, but it must be at least 1")
+        check_range(self, "data.tokenizer.", ("training_mb",), at_least=1)
 
     @property
     def is_trained_here(self) -> bool:
@@ -47,7 +45,7 @@ class SourceConfig:
     name: str | None = None
     """How reports call it; null is its first pattern or its name on the hub."""
     embedded: bool = False
-    """The sources of the running Python's standard library: 11 MB of text on every machine."""
+    """The source files of the running Python's standard library, about 11 MB of text."""
     files: list[str] = field(default_factory=list[str])
     """Paths, folders and globs. By ending: .jsonl, .json (an array, or one object a line), .parquet; anything else is
     text, one document a file. Each may be compressed: .gz, .zst."""
@@ -58,9 +56,9 @@ class SourceConfig:
     split: str = "train"
     """The hub dataset's split to read; held-out documents are chosen from it by `data.validation_fraction`."""
     revision: str | None = None
-    """Branch, tag or commit on the hub. Only a commit pins the text: changes behind a name are not noticed."""
+    """Branch, tag or commit on the hub. Only a commit pins the text; later changes to a branch are not noticed."""
     streaming: bool = False
-    """Read the hub dataset as it downloads instead of storing it first; going on after an interruption then downloads
+    """Read the hub dataset as it downloads instead of storing it first; resuming after an interruption then downloads
     again what was done, without tokenizing it."""
     text_field: str = "text"
     """The key or column that holds a document's text."""
@@ -72,7 +70,6 @@ class SourceConfig:
     weights an epoch holds every window of every source once."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError unless exactly one place is named."""
         named = [name for name in ("embedded", "files", "hub") if getattr(self, name)]
         if len(named) != 1:
             found = " and ".join(named) or "none of them"
@@ -100,7 +97,7 @@ class DataConfig:
     sequence_length: int = 256
     """T: tokens per window."""
     global_batch_size: int = 16
-    """Windows per optimiser step, over all devices."""
+    """Windows per optimizer step, over all devices."""
     micro_batch_size: int = 16
     """Windows per forward pass on one device; the rest of the global batch is accumulated."""
     document_mask: bool = False
@@ -108,37 +105,33 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Share of documents held out, chosen by a hash of their content; above 0 and below 1."""
     validation_windows: int = 128
-    """Held-out windows that a validation looks at, the same each time; fewer if the split has fewer."""
+    """Held-out windows that each evaluation during training scores, the same each time; fewer if there are fewer."""
     seed: int = 0
-    """Decides the split and the order of windows; at least 0."""
+    """Decides which documents are held out and the order of windows; at least 0."""
     max_malformed_fraction: float = 0.001
     """Share of a source's records that may be skipped because they are not UTF-8, not JSON or lack their text."""
     max_empty_fraction: float = 0.5
     """Share of a source's records that may be skipped because they hold no text."""
     duplicate_memory_mb: int = 256
-    """Memory for the hashes that find duplicate documents, in MB (10 million documents at 256); once full, later
-    documents are compared with the remembered ones only, and the report counts them."""
+    """Memory for the hashes that find duplicate documents, in MB (10 million documents at 256); once it is full, later
+    documents are compared only with the remembered ones, and the report counts them."""
     prepare_processes: int | None = None
     """Processes that tokenize; null is one per usable core."""
     shard_mb: int = 64
-    """Text per shard of the token cache, in MB: what an interruption may cost."""
+    """Text per shard of the token cache, in MB; an interruption loses at most one shard of work."""
     num_workers: int = 0
-    """Processes that prepare batches beside training; 0 does it in the training process."""
+    """Extra processes that prepare batches; 0 does it in the training process."""
     cache_dir: str = ".cache/data"
     """Where tokenized corpora are kept between runs."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError on values out of range."""
         self._require_sources()
-        self._require_sizes()
-        check_range(self, "data.", ("seed",), at_least=0)
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(f"data.validation_fraction: {self.validation_fraction}, but it must lie between 0 and 1")
-        for name in ("max_malformed_fraction", "max_empty_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"data.{name}: {getattr(self, name)}, but it must lie from 0 to 1")
-        if self.num_workers < 0:
-            raise ConfigError(f"data.num_workers: {self.num_workers}, but it must not be negative")
+        sizes = ("sequence_length", "global_batch_size", "micro_batch_size", "validation_windows")
+        resources = ("duplicate_memory_mb", "prepare_processes", "shard_mb")
+        check_range(self, "data.", (*sizes, *resources), at_least=1)
+        check_range(self, "data.", ("seed", "num_workers"), at_least=0)
+        check_range(self, "data.", ("validation_fraction",), above=0, below=1)
+        check_range(self, "data.", ("max_malformed_fraction", "max_empty_fraction"), at_least=0, at_most=1)
         if self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"data.global_batch_size: {self.global_batch_size} is not a multiple of data.micro_batch_size "
@@ -152,7 +145,7 @@ class DataConfig:
         return [SourceConfig(files=list(self.files)) if self.files else SourceConfig(name="embedded", embedded=True)]
 
     def micro_batches_per_step(self, world_size: int) -> int:
-        """Forward passes that each of `world_size` devices makes per optimiser step."""
+        """Forward passes that each of `world_size` devices makes per optimizer step."""
         count, rest = divmod(self.global_batch_size, self.micro_batch_size * world_size)
         if rest:
             raise ConfigError(
@@ -170,16 +163,3 @@ class DataConfig:
             raise ConfigError(
                 f"data.sources: {weighted[0]} has a weight and {missing} has none; give it to all or none"
             )
-
-    def _require_sizes(self) -> None:
-        for name in (
-            "sequence_length",
-            "global_batch_size",
-            "micro_batch_size",
-            "validation_windows",
-            "duplicate_memory_mb",
-            "prepare_processes",
-            "shard_mb",
-        ):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"data.{name}: {value}, but it must be at least 1")

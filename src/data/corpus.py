@@ -1,4 +1,4 @@
-"""Documents of a source, in a fixed order that reading can be taken up in again; and which are held out.
+"""Documents of a source, in a fixed order in which reading can be resumed; and which of them are held out.
 
 Knows no tokens, and does not decide whether too much is wrong: it reports every record that gives no document.
 """
@@ -15,7 +15,7 @@ from src.data.records import TEXT_BYTES, Problem, Record, read_hub, read_records
 
 
 class Position(NamedTuple):
-    """Where reading stands: everything before it is done."""
+    """How far reading has come: everything before it is done."""
 
     file: int = 0
     """Index of the file in the source's sorted list; 0 in a hub dataset."""
@@ -33,7 +33,7 @@ class Document:
     num_records: int
     """Records it was made of."""
     end: Position
-    """Where reading goes on after it."""
+    """Where reading continues after it."""
     offset: int
     """Progress within its file: bytes, or rows of a hub dataset."""
 
@@ -56,7 +56,7 @@ START = Position()
 
 
 def read_source(source: SourceConfig, files: list[Path], start: Position = START) -> Iterator[Document | Skipped]:
-    """Yield the documents of a source, and the records that give none, from `start` on.
+    """Yield the documents of a source, and the records that give none, beginning at `start`.
 
     Args:
         source: what to read.
@@ -99,7 +99,7 @@ def _documents(
 def _joined(
     records: Iterator[Record], opening: re.Pattern[str], name: str, position: Position
 ) -> Iterator[Document | Skipped]:
-    """Join rows up to the next one that opens a document, or until it is long; empty rows belong to their document."""
+    """Join rows up to the next one that opens a document, or until the document is long; empty rows are joined too."""
     parts: list[str] = []
     line, size, done, offset = 1, 0, position.record, 0
 

@@ -1,4 +1,7 @@
-"""Lightning's view of a packed corpus. One training batch is what one device needs for one optimiser step."""
+"""Lightning's view of a packed corpus. One training batch is what one device needs for one optimizer step.
+
+A micro-batches of a step, B windows of a micro-batch, N windows, T tokens of a window.
+"""
 
 import itertools
 import math
@@ -16,18 +19,16 @@ from src.data.packed_corpus import PackedCorpus
 from src.data.windows import Mixture
 
 NO_WINDOW = -1
-"""Stands for every id of a window that is none."""
+"""Token id that fills padding windows."""
 
 
 class StepSampler(Sampler[int]):
-    """Counts optimiser steps from `first_step` without end: the whole position in the data is one integer."""
+    """Counts optimizer steps from `first_step` without end: the whole position in the data is one integer."""
 
     def __init__(self, first_step: int) -> None:
-        """Start at `first_step`."""
         self.first_step = first_step
 
     def __iter__(self) -> Iterator[int]:
-        """Yield step numbers."""
         return itertools.count(self.first_step)
 
 
@@ -39,7 +40,6 @@ class StepWindows(Dataset[Tensor]):
     """
 
     def __init__(self, corpus: PackedCorpus, config: DataConfig, rank: int, world_size: int) -> None:
-        """Draw from the training splits."""
         self.mixture = Mixture(corpus.training_streams(), config.sequence_length, config.seed)
         self.config = config
         self.rank, self.world_size = rank, world_size
@@ -53,16 +53,15 @@ class StepWindows(Dataset[Tensor]):
         return starts[:, None] + np.arange(size)
 
     def __getitem__(self, step: int) -> Tensor:
-        """Return the windows of one step."""
         size, samples = self.config.micro_batch_size, self.samples(step).reshape(-1)  # (A*B,)
         return self.mixture.windows(samples).view(self.micro_batches, size, -1)  # (A, B, T+1)
 
 
 class PackedDataModule(lightning.LightningDataModule):
-    """Training steps and validation batches of a `PackedCorpus`, for this process's rank."""
+    """Training steps and held-out batches of a `PackedCorpus`, for this process's rank."""
 
     def __init__(self, corpus: PackedCorpus, config: DataConfig, held_out: Tensor) -> None:
-        """Serve the training split of `corpus` as `config` says, and `held_out` windows (N, T+1) int64."""
+        """Serve training steps as `config` says, and `held_out` windows (N, T+1) int64."""
         super().__init__()
         self.corpus, self.config, self.held_out = corpus, config, held_out
 
@@ -82,7 +81,7 @@ class PackedDataModule(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Tensor]:
         """This rank's share of the held-out windows, in batches (B, T+1).
 
-        Every rank gets as many, for sharded models compute in step: windows of `NO_WINDOW` fill up what is missing.
+        Every rank gets the same number, because sharded models compute in lockstep; windows of `NO_WINDOW` are padding.
         """
         trainer = self.trainer
         assert trainer is not None

@@ -28,16 +28,14 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Tokenizes with one `Tokenizer`."""
+    """Tokenizes batches of documents and puts `separator_id` after each."""
 
     def __init__(self, tokenizer: Tokenizer, separator_id: int) -> None:
-        """Put `separator_id` behind each document."""
         self._tokenizer, self._separator_id = tokenizer, separator_id
         self.dtype = token_dtype(tokenizer)
         self._code = "H" if self.dtype == "<u2" else "I"
 
     def __call__(self, texts: list[str]) -> Encoded:
-        """Encode a batch of documents."""
         pieces = [cut_at_line_ends(text, PIECE_CHARACTERS) for text in texts]
         ids, lengths = array(self._code), np.empty(len(texts), dtype=np.int64)
         encodings = iter(self._encode(list(itertools.chain.from_iterable(pieces))))
@@ -61,7 +59,7 @@ class Encoder:
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
-    """Return how ids are stored: little-endian, 2 bytes where every id fits."""
+    """Return the dtype in which ids are stored: little-endian, 2 bytes if every id fits, else 4."""
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     return "<u2" if largest < 2**16 else "<u4"
 

@@ -34,17 +34,17 @@ def encode_in_order(
     separator_id: int,
     processes: int,
 ) -> Iterator[tuple[Batch, Encoded]]:
-    """Yield each batch with its ids, in the order of `batches`, of which at most 2 per process are held at a time.
+    """Yield each batch with its ids, in the order of `batches`, holding at most 2 batches per process.
 
     Args:
-        batches: what to encode; a single batch, or one process, is encoded right here.
+        batches: what to encode; a single batch is encoded in this process.
         texts_of: returns a batch's documents.
         tokenizer: encodes them.
         separator_id: follows each document.
         processes: tokenizing processes.
 
     Raises:
-        DataError: a process ended on its own.
+        DataError: a tokenizing process died.
     """
     remaining = iter(batches)
     first = list(itertools.islice(remaining, 2))

@@ -30,7 +30,7 @@ class OpenFile:
     data: BinaryIO
     """Its bytes, decompressed."""
     raw: BinaryIO
-    """The file itself, whose position tells how far reading has come."""
+    """The file itself; its position is the progress of reading."""
 
 
 def stdlib_files() -> list[Path]:
@@ -91,14 +91,14 @@ def format_suffix(path: Path) -> str:
 
 
 def inputs_of(files: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """Return what tells whether files have changed: path, size in bytes, time of change in nanoseconds."""
+    """Return what shows whether files have changed: path, size in bytes, modification time in nanoseconds."""
     states = ((path, path.stat()) for path in files)
     return [(str(path.resolve()), state.st_size, state.st_mtime_ns) for path, state in states]
 
 
 @contextmanager
 def open_file(path: Path) -> Generator[OpenFile]:
-    """Open a file and decompress it as its ending says; damage while it is read raises DataError naming it."""
+    """Open a file and decompress it by its ending; DataError names it if it turns out damaged while it is read."""
     try:
         with path.open("rb", buffering=READ_BYTES) as raw, _decompressed(raw, path.suffix) as data:
             yield OpenFile(data, raw)

@@ -1,6 +1,6 @@
-"""A prepared corpus: the tokens of one or several sources with the tokenizer that made them. Knows no windows.
+"""A prepared corpus: the tokens of one or several sources and the tokenizer that made them. Knows no windows.
 
-The tokenizer of a config: loaded, fetched, or trained on the corpus once and kept beside it.
+The tokenizer is loaded, downloaded, or trained on the corpus once and kept in its cache.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from src.system.console import Reading, Report, no_report
 from src.system.files import write_text
 
 _SMALL = 4
-"""A file may expand so far; a source below its budget divided by this is read whole."""
+"""How much a compressed file may expand; a source smaller than its budget divided by this is read whole."""
 
 
 def choose_tokenizer(config: DataConfig, report: Report) -> Tokenizer:
     """Return the tokenizer that `config.tokenizer` names, trained if it names none.
 
     Raises:
-        DataError: it cannot be had, or has no document separator.
+        DataError: it cannot be loaded or downloaded, or has no document separator.
     """
     if config.tokenizer.path is not None:
         return load_tokenizer(Path(config.tokenizer.path))
@@ -93,7 +93,7 @@ class PackedCorpus:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all tokens and of the tokenizer: the same text gives the same one wherever it lies."""
+        """Hash of all tokens and of the tokenizer; it does not depend on where the text is stored."""
         fingerprints = [source.fingerprint for source in self.sources]
         if len(fingerprints) == 1:
             return fingerprints[0]
@@ -101,25 +101,25 @@ class PackedCorpus:
 
     @property
     def train(self) -> SplitCount:
-        """What all training splits hold."""
+        """Size of all training splits."""
         return sum((source.tally.train for source in self.sources), SplitCount())
 
     @property
     def validation(self) -> SplitCount:
-        """What all held-out splits hold."""
+        """Size of all held-out splits."""
         return sum((source.tally.validation for source in self.sources), SplitCount())
 
     def tokens(self, split: str) -> TokenSequence:
-        """Return the ids of `train` or `validation`, source after source."""
+        """Return the ids of a split, `train` or `validation` (held out), source after source."""
         return reduce(add, (source.tokens(split) for source in self.sources))
 
     def training_streams(self) -> list[tuple[TokenSequence, float]]:
-        """Return what training windows are drawn from, and how often: each source, or all as one without weights."""
+        """Return what training windows are drawn from, and its weight: each source, or without weights all as one."""
         weighted = [(source.tokens("train"), source.weight) for source in self.sources if source.weight is not None]
         return weighted or [(self.tokens("train"), 1.0)]
 
     def facts(self) -> dict[str, object]:
-        """Return what a report says of the corpus: no place on this machine, for reports are sent elsewhere."""
+        """Return what a report says of the corpus; no paths, because reports are published."""
         return {
             "fingerprint": self.fingerprint,
             "tokenizer": fingerprint(self.tokenizer),
@@ -129,7 +129,7 @@ class PackedCorpus:
         }
 
     def token_counts(self, vocab_size: int) -> Tensor:
-        """Return (V,) int64: how often each id occurs in the training splits."""
+        """Return (V,) int64: occurrences of each id in the training splits."""
         counts = sum((source.token_counts() for source in self.sources), np.zeros(1, dtype=np.int64))
         return torch.from_numpy(np.pad(counts, (0, vocab_size - len(counts))))
 
@@ -147,13 +147,13 @@ def prepare_corpus(
     vocab_size: int | None = None,
     report: Report = no_report,
 ) -> PackedCorpus:
-    """Read, split, tokenize and cache the corpus of `config`, or open what the cache has of it.
+    """Read, split, tokenize and cache the corpus of `config`, or open the parts that are cached.
 
     Args:
         config: what to read.
         tokenizer: use this one (a run's own) instead of what the config says.
         vocab_size: ids that the model has; a tokenizer with more is refused before any work.
-        report: is told how far reading has come.
+        report: called with the progress of reading.
 
     Raises:
         DataError: text or tokenizer cannot be used, or a split has no full window.

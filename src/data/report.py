@@ -1,4 +1,4 @@
-"""What a prepared corpus holds, source by source: figures, and a table of them."""
+"""Figures of a prepared corpus, source by source, and a table of them."""
 
 from dataclasses import asdict, dataclass
 
@@ -59,7 +59,7 @@ def print_sources(reports: list[SourceReport], console: Console) -> None:
     for report in reports:
         for problem, example in sorted(report.examples.items()):
             console.print(f"first {problem} record of {report.name}: {example}", soft_wrap=True, highlight=False)
-        console.print(f"{report.name} lies in {report.path}", soft_wrap=True, highlight=False)
+        console.print(f"{report.name} is cached in {report.path}", soft_wrap=True, highlight=False)
 
 
 def _describe(source: PreparedSource, config: DataConfig) -> SourceReport:

@@ -1,10 +1,8 @@
-"""Shards of token ids on disk, and all of them as one sequence.
+"""Shards of token ids on disk, all of them as one sequence, and counts of what they hold and what was skipped.
 
 A shard is the files `00003.train.bin`, `00003.validation.bin` (little-endian ids, documents separated by the
 end-of-text id), `00003.hashes` (of its documents, until the source is done) and `00003.json`, which is written last
-and makes it whole. Knows nothing of text.
-
-Counts of what a source gave, shard by shard and in total, and the budgets that they must keep.
+and makes it whole. Counts are kept per shard and must stay within the budgets of the config. Knows nothing of text.
 """
 
 import hashlib
@@ -28,15 +26,15 @@ from src.errors import DataError
 from src.system.files import sync_directory, write_text
 
 _SETTLED_RECORDS = 10_000
-"""Records after which a share far over its budget stops the work at once; else the end of the source decides."""
+"""Records after which a share far over its budget stops the work at once; before, the end of the source decides."""
 _EARLY_FACTOR = 10
-"""How far over: what is wrong may lie at the beginning."""
+"""How far over; the broken records may all be at the beginning."""
 _EMPTY = "empty"
 
 
 @dataclass(kw_only=True)
 class SplitCount:
-    """What one side of the split holds."""
+    """Size of one side of the split."""
 
     documents: int = 0
     tokens: int = 0
@@ -45,7 +43,6 @@ class SplitCount:
     """UTF-8 bytes of text."""
 
     def __add__(self, other: Self) -> Self:
-        """Return the sum."""
         return type(self)(
             documents=self.documents + other.documents,
             tokens=self.tokens + other.tokens,
@@ -71,12 +68,11 @@ class Tally:
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> Self:
-        """Read what `dataclasses.asdict` gave."""
         sides = {side: SplitCount(**values[side]) for side in ("train", "validation")}  # type: ignore[arg-type]
         return cls(**{**values, **sides})  # type: ignore[arg-type]
 
     def __add__(self, other: Self) -> Self:
-        """Return the sum; examples are those that came first."""
+        """Return the sum; of each problem the first example is kept."""
         return type(self)(
             records=self.records + other.records,
             train=self.train + other.train,
@@ -91,7 +87,6 @@ class Tally:
         )
 
     def skip(self, record: Skipped) -> None:
-        """Count a record that gives no document."""
         self.records += 1
         self.skipped[record.problem] = self.skipped.get(record.problem, 0) + 1
         self.examples.setdefault(record.problem, f"{record.where}: {record.detail}")
@@ -105,7 +100,7 @@ def total(tallies: Iterable[Tally]) -> Tally:
 def require_within_budgets(tally: Tally, config: DataConfig, label: str, *, at_end: bool) -> None:
     """Raise DataError, naming file and line, when more records were skipped than the config allows.
 
-    Before the end of a source too few records may have been seen to judge; then nothing happens.
+    Before the end of a source nothing is judged until enough records have been seen.
     """
     if not at_end and tally.records < _SETTLED_RECORDS:
         return
@@ -132,13 +127,12 @@ class ShardRecord:
     sha256: dict[str, str]
     """Per split, of its file."""
     end: Position
-    """Where reading goes on after this shard."""
+    """Where reading continues after this shard."""
     is_last: bool
     """Whether the source ends with it."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a record."""
         values = json.loads(path.read_text(encoding="utf-8"))
         return cls(
             tally=Tally.from_dict(values["tally"]),
@@ -149,26 +143,25 @@ class ShardRecord:
 
 
 class ShardWriter:
-    """Writes one shard."""
+    """Writes one shard, over whatever an interruption left of it."""
 
     def __init__(self, directory: Path, number: int) -> None:
-        """Begin shard `number`, over whatever an interruption left of it."""
         self._stem = directory / f"{number:05d}"
         self._files = {split: self._path(f".{split}.bin").open("wb") for split in SPLITS}
         self._digests = {split: hashlib.sha256() for split in SPLITS}
         self._tokens: dict[str, int] = dict.fromkeys(SPLITS, 0)
 
     def write(self, encoded: Encoded, held_out: NDArray[np.bool_]) -> None:
-        """Append a batch; `held_out` (documents,) says which side each document is on."""
-        of_validation = np.repeat(held_out, encoded.lengths)  # (tokens,)
-        for split, chosen in (("train", ~of_validation), ("validation", of_validation)):
+        """Append a batch; `held_out` (documents,) marks the documents of the held-out split."""
+        is_held_out = np.repeat(held_out, encoded.lengths)  # (tokens,)
+        for split, chosen in (("train", ~is_held_out), ("validation", is_held_out)):
             token_ids = encoded.token_ids[chosen]
             self._files[split].write(token_ids.data)
             self._digests[split].update(token_ids.data)
             self._tokens[split] += len(token_ids)
 
     def finish(self, tally: Tally, hashes: "array[int]", end: Position, is_last: bool) -> None:
-        """Make the shard whole; `tally` comes without token counts."""
+        """Finish the shard; `tally` comes without token counts."""
         with self._path(".hashes").open("wb") as handle:
             hashes.tofile(handle)
             handle.flush()
@@ -212,18 +205,15 @@ class TokenSequence:
     """The ids of several shard files as one sequence (N,), mapped as they are needed; it is small to copy."""
 
     def __init__(self, files: Sequence[Path], lengths: Sequence[int], dtype: str) -> None:
-        """Join `files` of `lengths` ids each."""
         filled = [(file, length) for file, length in zip(files, lengths, strict=True) if length]  # no map of nothing
         self.files, self.dtype = [file for file, _ in filled], dtype
         self._ends = np.cumsum([length for _, length in filled], dtype=np.int64)
         self._maps: OrderedDict[int, NDArray[np.integer]] = OrderedDict()
 
     def __len__(self) -> int:
-        """Return the number of ids."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __add__(self, other: Self) -> Self:
-        """Return both, one after the other."""
         lengths = np.diff(np.concatenate((self._ends, len(self) + other._ends)), prepend=0)
         return type(self)([*self.files, *other.files], lengths.tolist(), self.dtype)
 
@@ -257,7 +247,7 @@ class TokenSequence:
                 yield np.fromfile(file, self.dtype, count=min(size, length - start), offset=start * width)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the maps out: a copy in another process opens its own."""
+        """Leave out the maps: a copy in another process opens its own."""
         return {**self.__dict__, "_maps": OrderedDict()}
 
     def _map(self, shard: int) -> NDArray[np.integer]:

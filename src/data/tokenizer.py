@@ -188,7 +188,7 @@ def require_same(found: str | None, found_at: str, expected: str | None, expecte
 
 
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """Return (V,) int64: UTF-8 bytes of text that each id stands for; 0 for special tokens and padding ids."""
+    """Return (V,) int64: UTF-8 bytes of text that each id decodes to; 0 for special tokens and padding ids."""
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
     added, kinds = tokenizer.get_added_tokens_decoder(), _decoder_kinds(json.loads(tokenizer.to_str())["decoder"])
     for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():

@@ -14,14 +14,14 @@ from src.data.shards import TokenSequence
 from src.errors import DataError
 
 _PERIOD = 1 << 16
-"""Samples after which the order of sources repeats: weights are exact to one part in so many."""
+"""Samples after which the order of sources repeats, so weights are exact to one part in 65,536."""
 
 
 class Mixture:
-    """Endless training windows of several streams, each drawn in its weight and shuffled by itself.
+    """Endless training windows of several streams, each shuffled on its own and drawn by its weight.
 
     Sources take turns as evenly as their weights allow, so that any run of samples holds them in proportion, to
-    within one window. One stream alone is `training_windows`.
+    within one window. A single stream gives what `training_windows` gives.
     """
 
     def __init__(self, streams: Sequence[tuple[TokenSequence, float]], sequence_length: int, seed: int) -> None:
@@ -100,7 +100,7 @@ def _scramble(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def _cut(tokens: TokenSequence, sequence_length: int, windows: NDArray[np.int64]) -> Tensor:
     cut = np.empty((len(windows), sequence_length + 1), dtype=np.int64)
     for row, window in enumerate(windows):
-        cut[row] = tokens.read(int(window) * sequence_length, sequence_length + 1)  # neighbours share one token
+        cut[row] = tokens.read(int(window) * sequence_length, sequence_length + 1)  # neighbors share one token
     return torch.from_numpy(cut)
 
 

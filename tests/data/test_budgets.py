@@ -119,7 +119,7 @@ def test_mistakes_in_sources_get_one_clear_line() -> None:
         ("data.sources=[{files: [a], weight: -1}]", r"data.sources: a has weight -1.0, but it must be above 0"),
         ("data.sources=[{name: x}]", r"must name one of embedded, files and hub, but none of them is set"),
         ("data.shard_mb=0", r"data.shard_mb: 0, but it must be at least 1"),
-        ("data.max_empty_fraction=2", r"data.max_empty_fraction: 2.0, but it must lie from 0 to 1"),
+        ("data.max_empty_fraction=2", r"data.max_empty_fraction: 2.0, but it must be at least 0 and at most 1"),
         ("data.tokenizer.training_mb=0", r"data.tokenizer.training_mb: 0, but it must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -106,7 +106,9 @@ def test_files_that_change_while_they_are_read_are_refused(tmp_path: Path) -> No
     def append(reading: Reading) -> None:
         path.write_bytes(path.read_bytes() + b"\n" * (reading.done > 0))
 
-    with pytest.raises(DataError, match=r"its files changed while they were read; run again when they are at rest"):
+    with pytest.raises(
+        DataError, match=r"its files changed while they were read; run again when they no longer change"
+    ):
         prepare_corpus(config, tokenizer, report=append)
 
 

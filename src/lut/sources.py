@@ -24,7 +24,8 @@ from src.errors import LutError
 from src.lut.manifest import MANIFEST_NAME, read_manifest
 from src.lut.scan import TableScan, check_shard, read_token_counts
 from src.model import ModelConfig, Transformer
-from src.model.experts import EmbeddingExperts, LayerExperts, StackedExperts
+from src.model.experts import EmbeddingExperts, LayerExperts, ffn
+from src.model.products import stacked_product
 from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
 
 
@@ -239,12 +240,9 @@ def _run_experts(inputs: Tensor, weights: Iterable[tuple[Tensor, Tensor]], num_e
     rows = torch.empty(len(inputs), num_experts, inputs.shape[1], device=inputs.device)
     with _full_precision(inputs.device):
         for index, (up, down) in enumerate(weights):
-            with torch.device("meta"):
-                expert = StackedExperts(1, inputs.shape[1], up.shape[-1])
-            expert.load_state_dict({"up": up.to(inputs.dtype), "down": down.to(inputs.dtype)}, assign=True)
-            size = turn_tokens(up.shape[-1], inputs.dtype)
+            up, down, size = up.to(inputs.dtype), down.to(inputs.dtype), turn_tokens(up.shape[-1], inputs.dtype)
             for target, turn in zip(rows[:, index].split(size), inputs.split(size), strict=True):
-                target.copy_(expert(turn)[:, 0])
+                target.copy_(ffn(turn.unsqueeze(0), up, down, multiply=stacked_product).squeeze(0))
     return rows
 
 

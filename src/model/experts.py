@@ -1,17 +1,11 @@
-"""Routed experts, and the mixture of their rows: the heart of MoLE.
+"""Feed-forward networks, routed experts, and the mixture of what experts return: the heart of MoLE.
 
-Every form of the model mixes *expert rows*: for each distinct token id, what each expert returns for it. In the
-training form the rows are computed here, in the lookup form they are fetched; `mix` does not know which.
+MoLE mixes *expert rows*: for each distinct token id, what each expert returns for its embedding. In the training form
+the rows are computed here, in the lookup form they are fetched; `mix` does not know which. Experts that read hidden
+states (the MoE baseline, and the steps between it and MoLE) return something that depends on the context, so it
+cannot become a table; they belong to the backbone.
 
-B batch, T tokens, D hidden, F intermediate, E experts, K experts mixed per token, L layers, U unique token ids.
-
-Routed experts that read hidden states: the MoE baseline, and the steps between it and MoLE.
-
-What they return depends on the context, so it cannot become a table; they belong to the backbone.
-
-B batch, T tokens, N = B*T, D hidden, F intermediate, E experts, K experts mixed per token.
-
-The two-matrix feed-forward network of every model here: exact (erf) GELU, no gate, no bias.
+B batch, T tokens, N = B*T, D hidden, F intermediate, E experts, K experts mixed per token, L layers, U unique ids.
 """
 
 from collections.abc import Callable
@@ -23,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from src.model.config import ModelConfig
-from src.model.products import Linear, product, stacked_product
+from src.model.products import Linear, linear, product, stacked_product
 from src.model.router import Routing
 
 LayerRows = Callable[[int], Tensor]
@@ -56,6 +50,27 @@ class ExpertSource(Protocol):
         ...
 
 
+def ffn(
+    inputs: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    multiply: Callable[[Tensor, Tensor], Tensor] = product,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Return the feed-forward network of every model here on (..., D): `down` of the exact (erf) GELU of `up`, no bias.
+
+    `multiply` decides the layout of the weights: `product` takes (D, F) and (F, D), `stacked_product` E of them,
+    `linear` their transposes. `scales` (..., E) weigh E equal parts of the activations. A gate would be a third weight
+    of this function.
+    """
+    inner = F.gelu(multiply(inputs, up))  # (..., F)
+    if scales is not None:
+        parts = inner.unflatten(-1, (scales.shape[-1], -1))  # (..., E, F / E)
+        inner = (parts * scales.unsqueeze(-1).to(parts.dtype)).flatten(-2)  # (..., F)
+    return multiply(inner, down)
+
+
 class StackedExperts(nn.Module):
     """E two-matrix FFNs as batched matrix products; `up` is (E, D, F), `down` is (E, F, D)."""
 
@@ -72,8 +87,7 @@ class StackedExperts(nn.Module):
         to a third faster on a CPU.
         """
         shared = inputs.expand(len(self.up), -1, -1)  # (E, U, D)
-        inner = F.gelu(stacked_product(shared, self.up))  # (E, U, F)
-        return stacked_product(inner, self.down).transpose(0, 1)  # (U, E, D)
+        return ffn(shared, self.up, self.down, multiply=stacked_product).transpose(0, 1)  # (U, E, D)
 
 
 class LayerExperts(nn.Module):
@@ -181,9 +195,7 @@ class HiddenExperts(StackedExperts):
         The sum over experts happens inside the last matrix product, so no (N, E, D) tensor exists.
         """
         wide_up = self.up.transpose(0, 1).flatten(1)  # (D, E*F)
-        inner = F.gelu(product(inputs, wide_up)).unflatten(-1, (len(self.up), -1))  # (N, E, F)
-        inner = inner * weights.unsqueeze(-1).to(inner.dtype)  # (N, E, F)
-        return product(inner.flatten(1), self.down.flatten(0, 1))  # (N, D)
+        return ffn(inputs, wide_up, self.down.flatten(0, 1), scales=weights)  # (N, D)
 
     def _mix_chosen(self, inputs: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Mix the `experts` (N, K) of each token: sort the N*K assignments by expert, so each runs once on its tokens.
@@ -202,7 +214,7 @@ def _run_grouped(grouped: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> T
     """Run expert e of weights (E, D, F) and (E, F, D) on the next `counts[e]` rows of (N*K, D)."""
     # `unbind` gives the stacked weight one gradient; indexing would give it a full-size one per expert.
     groups = zip(grouped.split(counts.tolist()), up.unbind(0), down.unbind(0), strict=True)
-    return torch.cat([product(F.gelu(product(tokens, up)), down) for tokens, up, down in groups if len(tokens)])
+    return torch.cat([ffn(tokens, up, down) for tokens, up, down in groups if len(tokens)])
 
 
 class FeedForward(nn.Module):
@@ -216,4 +228,4 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        return self.down(F.gelu(self.up(hidden_states)))
+        return ffn(hidden_states, self.up.weight, self.down.weight, multiply=linear)

@@ -29,10 +29,11 @@ from src.benchmarks.common import (
     run_rounds,
     write_results,
 )
-from src.benchmarks.workload import MemmapCopy, RawReads, TextIds, load_text_ids, scratch_directory, write_table
+from src.benchmarks.workload import BareReads, TextIds, load_text_ids, scratch_directory, write_table
 from src.cli import parser, run_verb
 from src.errors import LutFormatError
 from src.lut import LutStore, read_manifest
+from src.lut.readers.direct import DirectReader
 from src.lut.readers.memory import MemmapReader
 from src.run_directory import Identity
 from src.system.console import Advance, progress_bar
@@ -63,11 +64,11 @@ def measure(lut_dir: Path, text: TextIds, rounds: int) -> tuple[Cells, int]:
                 if isinstance(store.reader, MemmapReader):
                     release.append(store.reader.release_pages)
         store = stack.enter_context(LutStore.open(lut_dir, reader="pread"))
-        copy = contenders["memmap copy"] = MemmapCopy(store, max(COUNTS))
+        copy, direct = MemmapReader(lut_dir, store.layout), DirectReader(lut_dir, store.layout)
         release.append(copy.release_pages)
-        raw = RawReads(store, max(COUNTS))
-        stack.callback(raw.close)
-        contenders["raw O_DIRECT"] = raw
+        for name, bare in (("memmap copy", copy), ("raw O_DIRECT", direct)):
+            stack.callback(bare.close)
+            contenders[name] = BareReads(bare, store.layout.row_bytes, max(COUNTS))
         drop = partial(workload.drop, lut_dir, release)
         with progress_bar("rounds", rounds * len(COUNTS) * 2) as advance:
             for state in ("cold", "warm"):

@@ -7,10 +7,8 @@ never on its clock.
 B batch, D hidden, E experts, V vocabulary.
 """
 
-import mmap
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +24,8 @@ from src.data.corpus import Document, read_source
 from src.data.files import source_files
 from src.data.tokenizer import load_tokenizer, train_bpe
 from src.errors import DataError, UserError
-from src.lut import LutStore, build_lut
-from src.lut.layout import ALIGNMENT, plan_shards
-from src.lut.readers.memory import release_pages
-from src.lut.readers.reader import ShardFiles
+from src.lut import build_lut
+from src.lut.readers.reader import Reader
 from src.model import ModelConfig, Transformer
 from src.run_directory import Identity, RunDirectory
 from src.system.console import progress_bar
@@ -145,7 +141,7 @@ def write_runs(directory: Path, config: ModelConfig, dtype: str, token_counts: T
 
 @contextmanager
 def scratch_directory(parent: Path) -> Generator[Path]:
-    """Yield an empty directory under `parent`, removed afterwards; it must lie on the disk that is measured."""
+    """Yield an empty directory under `parent`, removed afterwards; it must be on the disk that is measured."""
     parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="benchmark-", dir=parent) as directory:
         yield Path(directory)
@@ -175,69 +171,19 @@ def bytes_read() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
 
 
-DEPTH = 16
-"""Threads, as many as the direct reader has."""
+class BareReads:
+    """A reader alone: without a store's requests, checksums, cache and statistics."""
 
-
-class RawReads:
-    """Bare O_DIRECT reads of the rows' blocks into aligned memory: the device's own limit, and the threads'."""
-
-    def __init__(self, store: LutStore, capacity: int) -> None:
-        """Open the shards past the page cache."""
-        layout = store.layout
-        self.files = ShardFiles(store.lut_dir, layout, flags=os.O_DIRECT)
-        self._block_bytes = (layout.row_bytes + 2 * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
-        memory = mmap.mmap(-1, capacity * self._block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._rows = np.frombuffer(memory, dtype=np.uint8).reshape(capacity, self._block_bytes)
-        self._rows.fill(1)
-        self._pool = ThreadPoolExecutor(DEPTH)
+    def __init__(self, reader: Reader, row_bytes: int, capacity: int) -> None:
+        """Read at most `capacity` rows at a time."""
+        self._reader, self._rows = reader, np.ones((capacity, row_bytes), dtype=np.uint8)
 
     def __call__(self, token_ids: Tensor) -> None:
-        """Read the rows, with `DEPTH` threads if there are several."""
-        items = iter(list(enumerate(sorted(token_ids.tolist()))))
-        helpers = [self._pool.submit(self._take, items) for _ in range(min(DEPTH, len(token_ids)) - 1)]
-        self._take(items)
-        for helper in helpers:
-            helper.result()
-
-    def _take(self, items: Iterator[tuple[int, int]]) -> None:
-        for position, token_id in items:
-            shard, offset = self.files.locate(token_id)
-            first = offset // ALIGNMENT * ALIGNMENT
-            length = -(-(offset + self.files.row_bytes - first) // ALIGNMENT) * ALIGNMENT
-            os.preadv(self.files.descriptors[shard], [self._rows[position, :length].data], first)
-
-    def close(self) -> None:
-        """End threads, close files."""
-        self._pool.shutdown()
-        self.files.close()
+        wanted = [(token_id, position) for position, token_id in enumerate(token_ids.tolist())]
+        finish = self._reader.start(wanted, self._rows, _unchecked)
+        if finish is not None:
+            finish()
 
 
-class MemmapCopy:
-    """What a user without this project would do: index a memory map, row by row."""
-
-    def __init__(self, store: LutStore, capacity: int) -> None:
-        """Map the shards."""
-        layout = store.layout
-        shards = plan_shards(layout)
-        self._maps = [
-            np.memmap(
-                store.lut_dir / shard.file_name,
-                dtype=np.uint8,
-                mode="r",
-                offset=shard.rows_offset(layout),
-                shape=(shard.num_tokens, layout.row_bytes),
-            )
-            for shard in shards
-        ]
-        self._step, self._rows = shards[0].num_tokens, np.ones((capacity, layout.row_bytes), dtype=np.uint8)
-
-    def __call__(self, token_ids: Tensor) -> None:
-        """Copy the rows."""
-        for position, token_id in enumerate(token_ids.tolist()):
-            self._rows[position] = self._maps[token_id // self._step][token_id % self._step]
-
-    def release_pages(self) -> None:
-        """Unmap what was touched, or it would stay warm for every contender."""
-        for pages in self._maps:
-            release_pages(pages)
+def _unchecked(_token_id: int, _position: int) -> None:
+    """Accept every row."""

@@ -3,7 +3,6 @@
 import mmap
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -42,18 +41,13 @@ class MemmapReader(Reader):
     def release_pages(self) -> None:
         """Unmap what was touched; a mapped page stays in the page cache whatever is advised."""
         for pages in self._maps:
-            release_pages(pages)
+            if isinstance(pages.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                pages.base.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Drop the maps."""
         self._maps.clear()
         self._files.close()
-
-
-def release_pages(pages: "np.memmap[Any, np.dtype[np.uint8]]") -> None:
-    """Take the pages of a map out of this process; they are read or found again at the next touch."""
-    if isinstance(pages.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        pages.base.madvise(mmap.MADV_DONTNEED)
 
 
 register_reader("memory", "keeps the whole table in memory, on --device", ResidentTable)

@@ -1,9 +1,9 @@
-"""Thin Lightning adapters over `src`: when something happens, not how."""
+"""Thin Lightning adapters over `src`: they decide when something happens, not how."""
 
 from callbacks.checkpoints import BestWeightsCallback, CheckpointCallback, RandomStateCallback
 from callbacks.dashboard import DashboardCallback
 from callbacks.evaluation import EvaluationCallback
-from callbacks.failures import NonFiniteCallback, RankFailureCallback
+from callbacks.failures import NonFiniteCallback, RankFailureCallback, RunCallback
 from callbacks.progress import StepProgressBar, ThroughputCallback, TimeLimit
 from callbacks.reparameterize import ReparameterizeCallback
 
@@ -16,6 +16,7 @@ __all__ = [
     "RandomStateCallback",
     "RankFailureCallback",
     "ReparameterizeCallback",
+    "RunCallback",
     "StepProgressBar",
     "ThroughputCallback",
     "TimeLimit",

@@ -1,73 +1,87 @@
-"""Checkpoints on schedule, after each validation, after the last step, and when the process is told to stop.
-
-Ends a fit with the weights of its best checkpoint.
-
-Keeps the random generators of every rank in the checkpoint.
-"""
+"""Which checkpoints a run writes and when, what they hold of random generators, and the best one as a fit's result."""
 
 import math
+import time
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from src.run_directory import RunDirectory
-from src.system.private_api import log_step_now, set_logged_step
+from callbacks.failures import RunCallback
+from src.system.private_api import log_step_now, set_logged_step, validate_now
 from src.system.random_state import capture_random_state, restore_random_state
-from src.system.signals import Preempted, StopSignals
+from src.system.signals import StopSignals
 from src.training.checkpoints import CheckpointFiles, best_steps
 from src.training.config import CheckpointConfig
+from src.training.lightning_module import StepOutput
 
 MONITORED = "val/loss"
+LONG_SECONDS = 4.0
+"""A validation that takes longer is not waited for after a stop signal, so its step's checkpoint is written first."""
 
 
 class CheckpointCallback(Checkpoint):
-    """Writes and prunes the checkpoints of a run; `last.ckpt` and `best.ckpt` name two of them.
+    """Writes and prunes the checkpoints of a run; the links `last.ckpt` and `best.ckpt` name two of them.
 
-    A checkpoint due together with a validation is written after it, so that it knows its own loss.
+    Steps are held together: a stop signal that comes during one is acted on when its checkpoint is written. A
+    checkpoint due together with a validation is written after it, with its loss. The first validation, and each that
+    follows a long one, is also preceded by a checkpoint, which says that the validation is still to be run.
     """
 
-    def __init__(self, run: RunDirectory, config: CheckpointConfig) -> None:
-        """Write into `run`, as ranks learn it from rank 0."""
-        self.run, self.config = run, config
-        self.files = CheckpointFiles(run.checkpoints_path)
+    def __init__(self, run: RunCallback, config: CheckpointConfig, signals: StopSignals) -> None:
+        self.run, self.config, self.signals = run, config, signals
         self.losses: dict[int, float] = {}
         """Validation loss by step, of the checkpoints kept for it."""
-        self.signals = StopSignals()
         self._saved_step = -1
+        self._validation_pending = False
+        self._validation_began, self._validation_seconds = 0.0, math.inf
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """Where the checkpoints are."""
+        return CheckpointFiles(self.run.directory.checkpoints_path)
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Agree on the run directory and clear what a killed writer left."""
-        self.files = CheckpointFiles(trainer.strategy.broadcast(self.run.checkpoints_path))
+        """Remove what a killed writer left."""
         if trainer.is_global_zero:
             self.files.remove_unfinished()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Listen for signals from here on."""
-        self.signals.listen()
+        """Run the validation that the checkpoint lacks."""
         self._saved_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save when it is due; when told to stop, save and stop."""
-        if _validation_follows(trainer):
-            return
-        signum = self._agreed_signal(trainer)
-        if signum:
-            log_step_now(trainer)
-        if signum or self._is_due(trainer):
-            self.save(trainer)
-        _stop(trainer, signum)
+        if self._validation_pending:
+            validate_now(trainer)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """After a checkpoint, let the metrics of its step, which are logged after it, reach the disk too."""
+        """Hold the step together."""
         set_logged_step(trainer)
         if self._saved_step == trainer.global_step:
+            _flush(trainer)  # the metrics of the saved step, which are logged after its checkpoint
+        self.signals.hold()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is due; after a stop signal, save and stop."""
+        output: StepOutput = outputs
+        signum, self._validation_pending = output["signal"], _validation_follows(trainer)
+        if signum:
+            log_step_now(trainer)
+        is_long = self._validation_pending and self._validation_seconds > LONG_SECONDS
+        if signum or is_long or (self._is_due(trainer) and not self._validation_pending):
+            self.save(trainer)
+        if signum:
+            self.signals.stop(signum, trainer.global_step)
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Let a signal end the validation if the checkpoint of its step is written."""
+        self._validation_began = time.monotonic()
+        if self._saved_step == trainer.global_step and not trainer.sanity_checking:
             _flush(trainer)
+            self.signals.release()
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save with the loss just measured."""
@@ -75,30 +89,29 @@ class CheckpointCallback(Checkpoint):
             return
         if MONITORED in trainer.callback_metrics:
             self._record(trainer.global_step, float(trainer.callback_metrics[MONITORED]))
+        self._validation_pending, self._saved_step = False, -1
         self.save(trainer)
-        _stop(trainer, self._agreed_signal(trainer))
+        seconds = time.monotonic() - self._validation_began
+        signum, self._validation_seconds = _largest(trainer, self.signals.received, seconds)
+        if signum:
+            self.signals.stop(int(signum), trainer.global_step)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Let signals end the process again: what follows training can be repeated."""
-        self.signals.ignore_more()
-
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        """Let signals end the process again."""
-        self.signals.ignore_more()
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """After the last step, let signals end the process: `--resume` repeats what follows."""
+        _flush(trainer)
+        self.signals.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which steps were best so far."""
-        return {"losses": self.losses}
+        return {"losses": self.losses, "validation_pending": self._validation_pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on comparing with the best steps whose checkpoints are still there."""
+        """Take over the best steps whose checkpoints still exist."""
         on_disk = set(self.files.steps())
         self.losses = {step: loss for step, loss in state_dict["losses"].items() if step in on_disk}
+        self._validation_pending = state_dict.get("validation_pending", False)
 
     def save(self, trainer: lightning.Trainer) -> None:
-        """Write the checkpoint of this step, unless it is there; then, and only then, remove older ones."""
+        """Write the checkpoint of this step, unless it exists; then, and only then, remove older ones."""
         step = trainer.global_step
         if step == self._saved_step or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
@@ -106,7 +119,7 @@ class CheckpointCallback(Checkpoint):
         unfinished = self.files.unfinished_path(step)
         trainer.save_checkpoint(unfinished)
         if trainer.is_global_zero:
-            unfinished.replace(self.files.path(step))
+            self.files.publish(step)
             self._link_and_prune(step)
         trainer.strategy.barrier("checkpoint written")
         self._saved_step = step
@@ -118,7 +131,7 @@ class CheckpointCallback(Checkpoint):
         self.files.prune(self.losses, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
 
     def _record(self, step: int, loss: float) -> None:
-        if not math.isfinite(loss):  # nothing is lower than what is not a number
+        if not math.isfinite(loss):  # nothing compares as lower than NaN
             return
         losses = {**self.losses, step: loss}
         self.losses = {best: losses[best] for best in best_steps(losses, self.config.keep_best)}
@@ -127,15 +140,13 @@ class CheckpointCallback(Checkpoint):
         step, every = trainer.global_step, self.config.every_steps
         return trainer.should_stop or step >= trainer.max_steps or (every is not None and step % every == 0)
 
-    def _agreed_signal(self, trainer: lightning.Trainer) -> int:
-        """Return the signal that any rank received, the same on all of them; 0 when there is none."""
-        received = torch.tensor(float(self.signals.received), device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(received, reduce_op="max"))
 
-
-def _stop(trainer: lightning.Trainer, signum: int) -> None:
-    if signum:
-        raise Preempted(signum, trainer.global_step)
+def _largest(trainer: lightning.Trainer, *values: float) -> list[float]:
+    """Return the largest of each value over all ranks, the same on all of them."""
+    if trainer.world_size == 1:
+        return list(values)
+    own = torch.tensor(values, device=trainer.strategy.root_device)
+    return trainer.strategy.reduce(own, reduce_op="max").tolist()
 
 
 def _flush(trainer: lightning.Trainer) -> None:
@@ -152,10 +163,9 @@ def _validation_follows(trainer: lightning.Trainer) -> bool:
 
 
 class BestWeightsCallback(lightning.Callback):
-    """Loads the checkpoint of the lowest validation loss; list it before whatever writes the weights."""
+    """Loads the checkpoint of the lowest validation loss; list it before callbacks that write the weights."""
 
     def __init__(self, checkpoints: CheckpointCallback) -> None:
-        """Take the best of `checkpoints`."""
         self.checkpoints = checkpoints
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -170,13 +180,12 @@ _KEY = "random_states"
 
 
 class RandomStateCallback(lightning.Callback):
-    """Saves and restores random states; ranks that a checkpoint knows nothing of begin from the run's seed.
+    """Saves and restores random states; ranks that a checkpoint does not know start from the run's seed.
 
-    List it first: they are restored when training starts, after whatever was drawn to get there.
+    List it before callbacks that draw random numbers: states are restored when training starts.
     """
 
     def __init__(self) -> None:
-        """Restore nothing unless a checkpoint is loaded."""
         self._loaded: dict[str, Any] | None = None
 
     def on_save_checkpoint(
@@ -197,7 +206,6 @@ class RandomStateCallback(lightning.Callback):
         self._loaded = states[trainer.global_rank] if trainer.global_rank < len(states) else None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Restore it."""
         if self._loaded is not None:
             restore_random_state(self._loaded)
             self._loaded = None

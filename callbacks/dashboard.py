@@ -1,4 +1,4 @@
-"""Shows what the routers do and what the model writes, with each validation: in `figures/` and in trackers."""
+"""Draws the routing and samples text with each validation, into `figures/` and trackers."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import lightning
 from matplotlib.figure import Figure
 
+from callbacks.failures import RunCallback
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.figures import entropy_lines, expert_token_rows, expert_tokens, probability_heat_map
 from src.evaluation.held_out import HeldOut
@@ -14,33 +15,28 @@ from src.evaluation.report import sample_text
 from src.evaluation.routing_view import RoutingView, view_routing
 from src.evaluation.suite import evaluating
 from src.model.sharding import is_sharded
-from src.run_directory import RunDirectory
 from src.system.files import atomic_path
 from src.training.lightning_module import LanguageModel
 from src.training.tracking import log_figures, log_table, logged_step
 
 VIEWED_TOKENS = 8192
-"""Tokens of held-out text that the routers are watched on."""
+"""Tokens of held-out text that the routing is measured on."""
 
 
 class DashboardCallback(lightning.Callback):
     """Draws router probability, router entropy and tokens by expert, and keeps a table of samples.
 
-    Every rank watches its share of the text; rank 0 draws.
+    Every rank measures its share of the text; rank 0 draws.
     """
 
-    def __init__(self, run_dir: Path, config: EvaluationConfig, text: HeldOut) -> None:
-        """Watch the routers on `text`."""
-        self.run, self.config, self.text = RunDirectory(run_dir), config, text
+    def __init__(self, run: RunCallback, config: EvaluationConfig, text: HeldOut) -> None:
+        """Measure the routing on `text`."""
+        self.run, self.config, self.text = run, config, text
         windows = text.windows[:, :-1]
         self.windows = windows[: max(1, VIEWED_TOKENS // windows.shape[1])]
         self.entropies: list[tuple[int, list[float]]] = []
         self.samples: list[list[str | int]] = []
         self._shown_step = -1
-
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Agree on the run directory."""
-        self.run = trainer.strategy.broadcast(self.run)
 
     def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Draw with the weights that validation sees."""
@@ -53,12 +49,12 @@ class DashboardCallback(lightning.Callback):
             self._show(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what later pictures and tables repeat."""
-        return {"entropies": self.entropies, "samples": self.samples}
+        """Return what later figures and tables repeat."""
+        return {"entropies": self.entropies, "samples": self.samples, "shown_step": self._shown_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with it."""
         self.entropies, self.samples = state_dict["entropies"], state_dict["samples"]
+        self._shown_step = state_dict.get("shown_step", -1)
 
     def _show(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
@@ -75,7 +71,7 @@ class DashboardCallback(lightning.Callback):
             self._log(trainer, view)
 
     def _keep(self, step: int, view: RoutingView | None, sample: str | None) -> None:
-        """Remember this step, in place of an earlier look at it."""
+        """Remember this step, in place of what an earlier run of it measured."""
         if view is not None:
             self.entropies = [kept for kept in self.entropies if kept[0] < step] + [(step, view.entropy.tolist())]
         if sample is not None:
@@ -102,7 +98,7 @@ class DashboardCallback(lightning.Callback):
             logger.log_metrics({f"val/{key}": value for key, value in view.metrics().items()}, step=logged)
 
     def _save(self, name: str, figure: Figure) -> Path:
-        path = self.run.path / "figures" / f"{name}.png"
+        path = self.run.directory.path / "figures" / f"{name}.png"
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png")
         return path

@@ -1,14 +1,14 @@
-"""Scores the model before, during and after a fit, in its training form and from disk, and reports."""
+"""Scores the model before, during and after a fit, in its training form and from disk, and writes the report."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import lightning
 from rich.console import Console
 
+from callbacks.failures import RunCallback
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.perplexity import Score, Share, zlib_bits_per_byte
 from src.evaluation.report import Report, TableFacts, print_report, sample_text
@@ -17,7 +17,6 @@ from src.evaluation.suite import Suite, evaluate_model, evaluating
 from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
 from src.model import Transformer
-from src.run_directory import RunDirectory
 from src.system.console import progress_bar
 from src.training.lightning_module import LanguageModel
 from src.training.tracking import logged_step, publish_results
@@ -32,26 +31,30 @@ class EvaluationCallback(lightning.Callback):
 
     def __init__(
         self,
-        run_dir: Path,
+        run: RunCallback,
         config: EvaluationConfig,
         *,
         suite: Suite,
         tokens_per_step: int,
         console: Console,
+        is_written: bool,
         publish_table: bool = False,
     ) -> None:
-        """Score what `suite` holds, as `config` says, and report to `run_dir`, trackers and `console`.
+        """Score what `suite` holds, as `config` says, and report to `run`, trackers and `console`.
 
-        With `publish_table` trackers that keep files get the lookup table, too.
+        Args:
+            run: where the report goes.
+            config: says what is scored when.
+            suite: the texts and tasks.
+            tokens_per_step: for the number of trained tokens.
+            console: where the report is printed.
+            is_written: whether this fit writes weights and table, so that what lies in the run is of this model.
+            publish_table: also send the lookup table to trackers that keep files.
         """
-        self.run, self.config, self.suite = RunDirectory(run_dir), config, suite
+        self.run, self.config, self.suite, self.is_written = run, config, suite, is_written
         self.tokens_per_step, self.console, self.publish_table = tokens_per_step, console, publish_table
         self.initial: Score | None = None
         self.report: Report | None = None
-
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Agree on the run directory."""
-        self.run = trainer.strategy.broadcast(self.run)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Score the model as it is before its first step; a resumed run has been scored already."""
@@ -74,11 +77,12 @@ class EvaluationCallback(lightning.Callback):
         training_form = self._evaluate(trainer, pl_module.model)
         self.report = self._final_report(trainer, pl_module.model, training_form)
         if trainer.is_global_zero:
-            write_scores(self.run.scores_path, self.report.evaluations())
-            self.run.update_record(self.report.to_dict())
+            run = self.run.directory
             self._log(trainer, self.report.metrics())
-            publish_results(trainer.loggers, self.run, with_table=self.publish_table)
-            print_report(self.report, self.console, self.run.path)
+            write_scores(run.scores_path, self.report.evaluations())
+            run.update_record(self.report.to_dict())
+            publish_results(trainer.loggers, run, with_table=self.publish_table)
+            print_report(self.report, self.console, run.path)
         trainer.strategy.barrier("evaluated")
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,7 +90,6 @@ class EvaluationCallback(lightning.Callback):
         return {"initial": None if self.initial is None else asdict(self.initial)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the first score over."""
         initial = state_dict["initial"]
         self.initial = None if initial is None else Score(**initial)
 
@@ -125,9 +128,9 @@ class EvaluationCallback(lightning.Callback):
 
     @contextmanager
     def _written(self, model: Transformer) -> Generator[Transformer]:
-        """Yield what was written, not what is in memory; the model itself where nothing was."""
-        if self.run.backbone_path.is_file():
-            with load_model(self.run.path, device=model.embedding.weight.device) as written:
+        """Yield the model as this fit wrote it; the one in memory if it writes none."""
+        if self.is_written:
+            with load_model(self.run.directory.path, device=model.embedding.weight.device) as written:
                 yield written
         else:
             with evaluating(model):

@@ -1,11 +1,9 @@
-"""Sees to it that when one rank fails all do, and that the reason is printed once.
-
-Stops a run, or counts, when a step's loss or gradient was not finite.
-"""
+"""What holds the ranks of a fit together: one run directory, one end, and a reaction to numbers that are not finite."""
 
 import signal
 import time
-from subprocess import Popen
+from contextlib import suppress
+from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 import lightning
@@ -16,52 +14,69 @@ from src.errors import TrainingError
 from src.run_directory import RunDirectory
 from src.system.private_api import ranks_are_scripts, started_ranks
 from src.system.ranks import ParentWatch, describe_failure, describe_lost, report_once
-from src.system.signals import Preempted
+from src.system.signals import Preempted, StopSignals
 from src.training.checkpoints import CheckpointFiles
 from src.training.lightning_module import LanguageModel, StepOutput
 
 RECORD = "failure.txt"
 _LEARN_SECONDS = 3.0
-_LOST_CONTACT = ("connection", "peer", "socket", "store", "broken pipe", "timed out")
+_GLOO = "gloo/transport"
+"""Gloo raises a bare RuntimeError; the path of its source file is in the message."""
+
+
+class RunCallback(lightning.Callback):
+    """Tells all ranks which run directory rank 0 claimed; list it first, since other callbacks read `directory`."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        self.directory = trainer.strategy.broadcast(self.directory)
 
 
 class RankFailureCallback(lightning.Callback):
-    """Reports a failure of ranks that are scripts of their own; forked ones raise in the process that forked them.
+    """If a rank fails or is told to stop, ends the others and prints the cause exactly once.
 
-    List it first: it must speak before anything is taken down that other ranks wait for.
+    This is for ranks that run as separate scripts; an error of a forked rank reaches the process that forked it. List
+    it second, so that it reports before anything is torn down that other ranks wait for.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
-        """Record the reason in `run`, as ranks learn it from rank 0."""
-        self.record = run.path / RECORD
+    def __init__(self, run: RunCallback, signals: StopSignals) -> None:
+        """Record the cause in `run`; `signals` are taken back from Lightning when training starts."""
+        self.run, self.signals = run, signals
         self.reported = False
-        """Whether the reason has been printed, here or by another rank: then it must not be printed again."""
+        """Whether this rank or another one has printed the cause, so that it must not be printed again."""
         self._watch: ParentWatch | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Agree on where to record, and watch the parent where that is what started this rank."""
-        self.record = trainer.strategy.broadcast(self.record)
+        """Remove an old record, and watch the parent process if it started this rank."""
+        record = self.run.directory.path / RECORD
         if trainer.is_global_zero:
-            self.record.unlink(missing_ok=True)
+            record.unlink(missing_ok=True)
         trainer.strategy.barrier("failure record")
         if ranks_are_scripts(trainer) and not started_ranks(trainer):
-            self._watch = ParentWatch(self.record)
+            self._watch = ParentWatch(record)
             self._watch.start()
 
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Replace Lightning's handler of SIGTERM, which starts a collective operation inside the handler."""
+        self.signals.listen()
+
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """No longer watch: from here on ranks end one by one."""
+        """Stop watching: from here on ranks end one by one."""
         self._stop_watching()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Say why, unless another rank did, and end the ranks that this process started."""
+        """Report the cause unless another rank did, and end the ranks that this process started."""
+        children = started_ranks(trainer)
         if isinstance(exception, Preempted):
             self._stop_watching()
+            _stop(children)
         if isinstance(exception, Preempted | KeyboardInterrupt) or not ranks_are_scripts(trainer):
             return
-        children = started_ranks(trainer)
-        report_once(self.record, self._reason(exception, trainer.global_rank, children))
+        report_once(self.run.directory.path / RECORD, self._reason(exception, trainer.global_rank, children))
         self.reported = True
         for child in children:
             child.send_signal(signal.SIGKILL)
@@ -71,35 +86,44 @@ class RankFailureCallback(lightning.Callback):
             self._watch.stop()
 
     def _reason(self, exception: BaseException, rank: int, children: list[Popen[bytes]]) -> str:
-        """Say what happened; a rank that lost another waits a moment to learn how that one ended."""
-        if not _is_lost_contact(exception):
-            return describe_failure(exception, rank)
+        """Describe the failure; a rank that lost another one first waits a moment to learn how that one ended."""
+        failure = describe_failure(exception, rank)
+        if not is_lost_contact(exception):
+            return failure
         until = time.monotonic() + _LEARN_SECONDS
-        while time.monotonic() < until and not self.record.exists():
+        while time.monotonic() < until and not (self.run.directory.path / RECORD).exists():
             if self._watch is not None and self._watch.lost():
                 return self._watch.reason()
             if (lost := describe_lost(children)) is not None:
                 return lost
             time.sleep(0.05)
-        return f"rank {rank} lost contact with another rank, which ended without a word ({exception})"
+        return f"{failure}\nrank {rank} lost contact with another rank, which ended without reporting why"
 
 
-def _is_lost_contact(exception: BaseException) -> bool:
-    text = str(exception).lower()
-    return isinstance(exception, RuntimeError) and any(word in text for word in _LOST_CONTACT)
+def is_lost_contact(exception: BaseException) -> bool:
+    """Whether a collective operation failed, most likely because another rank is gone."""
+    return isinstance(exception, torch.distributed.DistError) or (
+        isinstance(exception, RuntimeError) and _GLOO in str(exception)
+    )
+
+
+def _stop(children: list[Popen[bytes]]) -> None:
+    """Signal other ranks and wait for them, as one that outlives its parent would report it as lost."""
+    for child in children:
+        child.send_signal(signal.SIGTERM)
+    until = time.monotonic() + _LEARN_SECONDS
+    for child in children:
+        with suppress(TimeoutExpired):
+            child.wait(max(0.0, until - time.monotonic()))
 
 
 class NonFiniteCallback(lightning.Callback):
-    """Reacts to steps that `LanguageModel` left out; list it before whatever writes checkpoints."""
+    """Reacts to steps that `LanguageModel` left out; list it before callbacks that write checkpoints."""
 
-    def __init__(self, run: RunDirectory, *, skip: bool) -> None:
-        """Raise at the first such step, or with `skip` count them as `train/skipped_steps`."""
+    def __init__(self, run: RunCallback, *, skip: bool) -> None:
+        """Raise TrainingError at the first such step, or with `skip` count them as `train/skipped_steps`."""
         self.run, self.skip = run, skip
         self.skipped_steps = 0
-
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Agree on the run directory."""
-        self.run = trainer.strategy.broadcast(self.run)
 
     def on_train_batch_end(
         self,
@@ -109,7 +133,6 @@ class NonFiniteCallback(lightning.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Look at one step's outcome."""
         assert isinstance(pl_module, LanguageModel)
         output: StepOutput = outputs
         if not output["finite"]:
@@ -120,11 +143,9 @@ class NonFiniteCallback(lightning.Callback):
             pl_module.log("train/skipped_steps", float(self.skipped_steps))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the count."""
         return {"skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
         self.skipped_steps = state_dict["skipped_steps"]
 
     def _message(self, trainer: lightning.Trainer, output: StepOutput) -> str:
@@ -133,17 +154,17 @@ class NonFiniteCallback(lightning.Callback):
             own, found = found[0], [(False, "")] * trainer.world_size
             torch.distributed.all_gather_object(found, own)
         guilty = [text for is_guilty, text in found if is_guilty] or [text for _, text in found]
-        newest = CheckpointFiles(self.run.checkpoints_path).newest()
+        newest = CheckpointFiles(self.run.directory.checkpoints_path).newest()
         good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
         return (
             f"step {trainer.global_step}: not finite; gradient norm {float(output['gradient_norm'])}; "
             f"{'; '.join(guilty)}; {good}; --resume the run with trainer.non_finite=skip to leave such steps out, or "
-            "start anew with a lower optimizer.learning_rate"
+            "start a new run with a lower optimizer.learning_rate"
         )
 
 
 def _describe_rank(trainer: lightning.Trainer, output: StepOutput) -> tuple[bool, str]:
-    """Return whether a loss of this rank is not finite, and its losses and the windows they are of."""
+    """Return whether a loss of this rank is not finite, and a text with its losses and the numbers of their windows."""
     dataset: Any = getattr(trainer.train_dataloader, "dataset", None)
     bad = ~output["losses"].isfinite().cpu()
     losses = ", ".join(f"{loss:g}" for loss in output["losses"].tolist())

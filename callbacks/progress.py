@@ -1,9 +1,4 @@
-"""Lightning's progress bar, counting optimiser steps and showing what matters.
-
-Speed and memory of training, from Lightning's `Throughput`, under names that say what they are.
-
-Ends training after a time, over all its resumptions.
-"""
+"""Progress of a fit: a bar over its steps, speed and memory as metrics, and a limit on its time."""
 
 import time
 from typing import Any
@@ -15,21 +10,18 @@ from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from torch import Tensor
 
 from src.accounting.flops import step_flops
-from src.errors import RunError
 from src.system.hardware import matmul_rate, peak_memory_bytes, synchronize
 from src.training.lightning_module import LanguageModel
 
 
 class StepProgressBar(TQDMProgressBar):
-    """One bar over all steps: there are no epochs to speak of, and no logger version."""
+    """One bar over all steps, without epochs and the logger's version."""
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Name the bar."""
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description("training")
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
-        """Return the metrics to show, without the logger's version."""
         metrics = super().get_metrics(trainer, pl_module)
         return {name: value for name, value in metrics.items() if name != "v_num"}
 
@@ -40,18 +32,16 @@ WINDOW_STEPS = 10
 class ThroughputCallback(lightning.Callback):
     """Logs speed and memory, averaged over `WINDOW_STEPS` steps without validation.
 
-    `train/tokens_per_second` counts all devices. `train/model_flops_utilization` is the share of the matrix-product
-    rate that this device showed before the first step, at the operations truly executed: experts count as often as
-    they ran. `train/peak_memory_bytes` is this process's, or its accelerator's.
+    `train/tokens_per_second` counts all devices. `train/model_flops_utilization` relates the operations that were
+    executed (experts count as often as they ran) to the matrix-product rate of this device, measured before the first
+    step. `train/peak_memory_bytes` is that of this process, or of its accelerator.
     """
 
     def __init__(self) -> None:
-        """Start counting with the fit."""
         self._throughput: Throughput | None = None
         self._seconds, self._tokens, self._steps, self._started = 0.0, 0, 0, 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Forget what an earlier fit counted."""
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
         rate = matmul_rate(dtype, pl_module.device)
         self._throughput = Throughput(available_flops=rate, world_size=trainer.world_size, window_size=WINDOW_STEPS)
@@ -60,7 +50,7 @@ class ThroughputCallback(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Start the clock: validation and checkpoints between steps are not training."""
+        """Start the clock here, since validation and checkpoints between steps do not count."""
         self._started = time.perf_counter()
 
     def on_train_batch_end(
@@ -91,14 +81,10 @@ class ThroughputCallback(lightning.Callback):
 
 
 class TimeLimit(Timer):
-    """Lightning's timer, which would let a resumed run with no time left end at once without a word."""
+    """Ends training after a time, over all its resumptions."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the time that was used; RunError when that is all there was."""
-        super().load_state_dict(state_dict)
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Take no step if no time is left: Lightning's timer looks too early for states of sharded checkpoints."""
+        super().on_train_start(trainer, pl_module)
         left = self.time_remaining()
-        if left is not None and left <= 0:
-            raise RunError(
-                f"trainer.max_time: all of it was used before ({self.time_elapsed():,.0f} s); resume with a "
-                "longer one, or with trainer.max_time=null"
-            )
+        trainer.should_stop |= left is not None and left <= 0

@@ -144,14 +144,20 @@ class RunDirectory:
 
     def write_weights(self, weights: Mapping[str, Tensor]) -> Identity:
         """Write a training form's state dict as backbone and experts, each whole or not at all."""
-        experts = {name: tensor for name, tensor in weights.items() if name.startswith(EXPERTS_PREFIX)}
-        backbone = {name: tensor for name, tensor in weights.items() if name not in experts}
+        backbone, experts = _split(weights)
         identity = identify(backbone, experts)
         metadata = {"format": "pt", "training_form": identity.training_form}
         if experts:
             write_tensors(self.experts_path, experts, metadata)
         write_tensors(self.backbone_path, backbone, {**metadata, "backbone": identity.backbone})
         return identity
+
+    def holds_weights(self, identity: Identity, *, with_experts: bool) -> bool:
+        """Whether the weight files are readable and claim this identity."""
+        paths = [self.backbone_path, self.experts_path] if with_experts else [self.backbone_path]
+        with suppress(RunError):
+            return all(read_metadata(path).get("training_form") == identity.training_form for path in paths)
+        return False
 
     def identity(self) -> Identity:
         """Read the identity that `backbone.safetensors` claims."""
@@ -162,6 +168,17 @@ class RunDirectory:
             raise RunError(
                 f"{self.backbone_path}: no {error} identity in its metadata; it was not written here"
             ) from error
+
+
+def identify_weights(weights: Mapping[str, Tensor]) -> Identity:
+    """Compute the identity of a training form's state dict."""
+    return identify(*_split(weights))
+
+
+def _split(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return backbone and experts."""
+    experts = {name: tensor for name, tensor in weights.items() if name.startswith(EXPERTS_PREFIX)}
+    return {name: tensor for name, tensor in weights.items() if name not in experts}, experts
 
 
 def identify(backbone: Mapping[str, Tensor], experts: Mapping[str, Tensor]) -> Identity:

@@ -1,7 +1,4 @@
-"""`python -m src.train`: train, write weights and table, evaluate both forms.
-
-Lightning's Trainer for a run: arguments and callbacks, in the order in which they act.
-"""
+"""`python -m src.train`: train, write weights and table, evaluate both forms."""
 
 import importlib.metadata
 import json
@@ -10,7 +7,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +27,7 @@ from callbacks import (
     RandomStateCallback,
     RankFailureCallback,
     ReparameterizeCallback,
+    RunCallback,
     StepProgressBar,
     ThroughputCallback,
     TimeLimit,
@@ -39,20 +37,21 @@ from src.cli import parser, run_verb
 from src.config import RunConfig, describe, load_config, load_run_config
 from src.data.datamodule import PackedDataModule
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
-from src.data.tokenizer import fingerprint, separator_id
-from src.evaluation.held_out import held_out
+from src.data.tokenizer import fingerprint
+from src.evaluation.held_out import HeldOut, held_out
 from src.evaluation.report import Report
-from src.evaluation.suite import prepare_suite
+from src.evaluation.suite import Suite, prepare_suite
 from src.run_directory import RunDirectory
 from src.system.console import progress_report, stderr_console
 from src.system.files import write_text
 from src.system.hardware import keep_freed_memory, native_precision
+from src.system.private_api import run_hooks_without_steps
 from src.system.ranks import FAILED, ReportedFailureError, is_rank_zero, leave
-from src.system.signals import Preempted
+from src.system.signals import Preempted, StopSignals, exit_code, leave_on_stop_signals
 from src.training.checkpoints import StreamingCheckpointIO
 from src.training.config import TrainerConfig
 from src.training.lightning_module import LanguageModel
-from src.training.resume import Resumption, compare_configs, start_from_run
+from src.training.resume import Resumption, Wanted, compare_configs, start_from_run
 from src.training.strategy import ShardedStrategy
 from src.training.tracking import build_loggers, close_loggers, code_version
 
@@ -62,9 +61,9 @@ def build_trainer(
 ) -> lightning.Trainer:
     """Translate the config into Lightning's Trainer."""
     config = run_config.trainer
-    # Gradients live in DDP's buckets, not beside them, also where Lightning chooses DDP by itself.
+    # Gradients are views of DDP's buckets, not copies, also where Lightning chooses DDP by itself.
     StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True)
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         accelerator=_accelerator(config.accelerator),
         devices=config.devices,
         num_nodes=config.num_nodes,
@@ -87,6 +86,8 @@ def build_trainer(
         plugins=[StreamingCheckpointIO()],
         logger=loggers,
     )
+    run_hooks_without_steps(trainer)
+    return trainer
 
 
 def precision(config: TrainerConfig) -> Literal["32-true", "bf16-mixed", "bf16-true", "64-true"]:
@@ -105,8 +106,8 @@ def _strategy(config: RunConfig) -> str | Strategy:
     return config.trainer.strategy
 
 
-def progress_callbacks(config: RunConfig, run: RunDirectory) -> list[lightning.Callback]:
-    """Return what watches a fit and acts on its steps."""
+def progress_callbacks(config: RunConfig, run: RunCallback) -> list[lightning.Callback]:
+    """Return the callbacks that watch a fit and act on its steps."""
     callbacks: list[lightning.Callback] = [
         RandomStateCallback(),
         ThroughputCallback(),
@@ -123,18 +124,18 @@ def progress_callbacks(config: RunConfig, run: RunDirectory) -> list[lightning.C
 
 
 def result_callbacks(
-    config: RunConfig, run: RunDirectory, corpus: PackedCorpus, evaluation: EvaluationCallback
+    config: RunConfig, run: RunCallback, corpus: PackedCorpus, suite: Suite, signals: StopSignals
 ) -> list[lightning.Callback]:
-    """Return what a fit leaves behind: checkpoints, weights and table, then the evaluation that reads them."""
+    """Return the callbacks that write checkpoints, then weights and table, then the evaluation that reads those."""
     callbacks: list[lightning.Callback] = []
     if not config.trainer.fast_dev_run:
-        callbacks.append(checkpoints := CheckpointCallback(run, config.checkpoint))  # acts after all others
+        callbacks.append(checkpoints := CheckpointCallback(run, config.checkpoint, signals))  # acts after all others
         if config.checkpoint.final_weights == "best":
             callbacks.append(BestWeightsCallback(checkpoints))
     if config.lut.at_fit_end:
         callbacks.append(
             ReparameterizeCallback(
-                run.path,
+                run,
                 dtype=config.lut.dtype,
                 chunk_tokens=config.lut.chunk_tokens,
                 tokenizer=fingerprint(corpus.tokenizer),
@@ -142,8 +143,18 @@ def result_callbacks(
             )
         )
     if config.evaluation.dashboard:
-        callbacks.append(DashboardCallback(run.path, config.evaluation, evaluation.suite.text))
-    callbacks.append(evaluation)
+        callbacks.append(DashboardCallback(run, config.evaluation, suite.text))
+    callbacks.append(
+        EvaluationCallback(
+            run,
+            config.evaluation,
+            suite=suite,
+            tokens_per_step=config.data.global_batch_size * config.data.sequence_length,
+            console=stderr_console(),
+            is_written=config.lut.at_fit_end,
+            publish_table=config.wandb.log_table,
+        )
+    )
     return callbacks
 
 
@@ -156,7 +167,7 @@ class RunResult:
 
     run_dir: Path
     report: Report | None
-    """None when `evaluation.at_fit_end` is off."""
+    """None when `evaluation.at_fit_end` is off, or the run that was resumed had a report already."""
 
 
 def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
@@ -164,76 +175,123 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
 
     Args:
         config: decides the run.
-        resume: go on with this run, from its newest checkpoint; `config` is then what `resumed_config` returned.
+        resume: continue this run from its newest checkpoint, or do what is missing after its last step; `config` is
+            then what `resumed_config` returned.
 
     Raises:
-        UserError: the config, corpus or tokenizer cannot be used, or training cannot go on.
-        Preempted: the process was told to stop; a checkpoint has all that was done.
-        ReportedFailureError: a rank failed, and said why.
+        UserError: the config, corpus or tokenizer cannot be used, or training cannot continue.
+        Preempted: the process was told to stop. Finished steps are in a checkpoint, finished results in the run.
+        ReportedFailureError: a rank failed, and the cause has been printed.
     """
-    console = stderr_console()
+    start = None if resume is None else Resumption.plan(resume, wanted_results(config))
+    if start is not None and start.missing is not None:
+        lacks = f"is missing {', '.join(start.missing)}" if start.missing else "is complete"
+        hint = "to train longer, raise trainer.max_steps (and trainer.max_time, if set)"
+        _tell(f"{start.run.path}: all {start.step} steps are done, and the run {lacks}; {hint}")
+        if not start.missing:
+            return RunResult(start.run.path, None)
+    signals = StopSignals()
+    signals.listen()
+    try:
+        return _train(config, start, signals)
+    finally:
+        signals.restore()
+
+
+def _train(config: RunConfig, start: Resumption | None, signals: StopSignals) -> RunResult:
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    with progress_report(console) as progress:
+    with progress_report(stderr_console()) as progress:
         corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=progress)
+    if start is not None:
+        start.require_corpus(corpus.fingerprint)
     text = held_out(corpus, config.data, config.model.vocab_size, config.evaluation.corpora)
     suite = prepare_suite(text, config.evaluation)
     for note in suite.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
-    separator = separator_id(corpus.tokenizer) if config.data.document_mask else None
-    module = LanguageModel(
-        config.model, config.objective, config.optimizer, text.byte_lengths, document_separator=separator
-    )
-    if config.trainer.compile:
-        module.model.compile_layers()
-    start = None
-    if resume is not None:
-        limits = config.trainer
-        start = Resumption.plan(resume, max_steps=limits.max_steps, strategy=limits.strategy, corpus=corpus.fingerprint)
+        _tell(f"note: {note}")
+    module = build_module(config, text, signals)
     if config.init_from is not None and start is None:
         start_from_run(module.model, RunDirectory(Path(config.init_from)), corpus.tokenizer)
-    run = create_run(config, corpus) if start is None else continue_run(config, start.run)
+    run = RunCallback(create_run(config, corpus) if start is None else continue_run(config, start.run))
     if is_rank_zero():
-        text.write(run)
-    evaluation = EvaluationCallback(
-        run.path,
-        config.evaluation,
-        suite=suite,
-        tokens_per_step=config.data.global_batch_size * config.data.sequence_length,
-        console=console,
-        publish_table=config.wandb.log_table,
-    )
-    failure = RankFailureCallback(run)
-    callbacks = [failure, *progress_callbacks(config, run), *result_callbacks(config, run, corpus, evaluation)]
-    loggers, failed = build_loggers(config.wandb, config.to_dict(), run, 0 if start is None else start.step), True
+        text.write(run.directory)
+    failure = RankFailureCallback(run, signals)
+    left = config if start is None or start.missing is None else _only_missing(config, start.missing)
+    callbacks = [
+        run,
+        failure,
+        *progress_callbacks(left, run),
+        *result_callbacks(left, run, corpus, suite, signals),
+    ]
+    loggers = build_loggers(config.wandb, config.to_dict(), run.directory, 0 if start is None else start.step)
+    failed = True
     try:
         trainer = build_trainer(config, callbacks, loggers)
         checkpoint = None if start is None else start.checkpoint
         trainer.fit(module, PackedDataModule(corpus, config.data, text.windows), ckpt_path=checkpoint)
         failed = False
-    except Exception as error:
+    except Preempted:
+        failed = False
+        raise
+    except BaseException as error:
+        signals.restore()  # nothing that follows needs to be protected from them
         if failure.reported:
             raise ReportedFailureError from error
         raise
     finally:
         close_loggers(loggers, failed=failed)
-    return RunResult(run.path, evaluation.report)
+    report = next(item.report for item in callbacks if isinstance(item, EvaluationCallback))
+    return RunResult(run.directory.path, report)
+
+
+def build_module(config: RunConfig, text: HeldOut, signals: StopSignals) -> LanguageModel:
+    """Create the model with its objective and optimizer."""
+    module = LanguageModel(
+        config.model,
+        config.objective,
+        config.optimizer,
+        text.byte_lengths,
+        document_separator=text.document_separator,
+    )
+    module.signals = signals
+    if config.trainer.compile:
+        module.model.compile_layers()
+    return module
+
+
+def wanted_results(config: RunConfig) -> Wanted:
+    """Return what decides how a run of this config is resumed."""
+    return Wanted(
+        max_steps=config.trainer.max_steps,
+        max_time=config.trainer.max_time,
+        strategy=config.trainer.strategy,
+        final_weights=config.checkpoint.final_weights,
+        table=config.lut.dtype if config.lut.at_fit_end else None,
+        evaluation=config.evaluation.at_fit_end,
+    )
+
+
+def _only_missing(config: RunConfig, missing: Sequence[str]) -> RunConfig:
+    return replace(config, evaluation=replace(config.evaluation, at_fit_end="evaluation" in missing))
+
+
+def _tell(text: str) -> None:
+    stderr_console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def resumed_config(run: RunDirectory, path: str | None, overrides: Sequence[str]) -> RunConfig:
-    """Return the config that `run` goes on with, and print in what it differs.
+    """Return the config to resume `run` with, and print in what it differs from the run's.
 
-    `path` is a config to go on with instead of the run's own. ConfigError names keys that cannot change.
+    `path` is a config to use instead of the run's own. ConfigError names keys that cannot change.
     """
     before = load_run_config(run.require())
     now = load_run_config(run, overrides) if path is None else load_config(path, overrides)
-    differences = compare_configs(run, before.to_dict(), now.to_dict())
-    for difference in differences:
-        stderr_console().print(f"{run.path} goes on with {difference}", markup=False, highlight=False, soft_wrap=True)
+    for difference in compare_configs(run, before.to_dict(), now.to_dict()):
+        _tell(f"{run.path} continues with {difference}")
     return now
 
 
 def continue_run(config: RunConfig, run: RunDirectory) -> RunDirectory:
-    """Record the config that a run goes on with; on rank 0 only."""
+    """Record the config that a run continues with; on rank 0 only."""
     if is_rank_zero():
         run.write_config(config.to_dict())
     return run
@@ -243,7 +301,7 @@ def create_run(config: RunConfig, corpus: PackedCorpus) -> RunDirectory:
     """Claim a new run directory, numbered if the name is taken, and write config and tokenizer; on rank 0 only."""
     root = Path(config.output_dir)
     if not is_rank_zero():
-        return RunDirectory(root / config.name)  # callbacks learn the claimed one from rank 0
+        return RunDirectory(root / config.name)  # `RunCallback` learns the claimed one from rank 0
     root.mkdir(parents=True, exist_ok=True)
     number, path = 1, root / config.name
     while True:
@@ -285,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     options = parser("train", (__doc__ or ""), "python -m src.train trainer.max_steps=100 name=try")
     options.add_argument("--config", help=f"YAML config (default: {DEFAULT_CONFIG}; with --resume the run's own)")
-    options.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run from its newest checkpoint")
+    options.add_argument("--resume", type=Path, metavar="RUN", help="continue this run, or do what it still lacks")
     options.add_argument("--print-config", action="store_true", help="print every key, its value and meaning, and stop")
     options.add_argument(
         "--dry-run", action="store_true", help="print what the run costs, allocating none of it, and stop"
@@ -313,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _quieten_lightning() -> None:
-    """Leave out what Lightning says of itself, but not that it ends ranks because one of them was lost."""
+    """Hide Lightning's remarks, except that it ends ranks because one of them was lost."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
@@ -322,18 +380,16 @@ def _quieten_lightning() -> None:
 
 
 def _train_as_process(config: RunConfig, resume: RunDirectory | None) -> None:
-    """Train, and end this process as its rank should.
-
-    Ranks above 0 end well when the run is preempted: a launcher would kill rank 0 before it is done otherwise.
-    """
+    """Train, and end this process as its rank should."""
     try:
         train(config, resume)
     except Preempted as stop:
-        stderr_console().print(str(stop), markup=False, highlight=False)
-        sys.exit(stop.exit_code if is_rank_zero() else 0)
+        _tell(str(stop))
+        sys.exit(exit_code(stop.signum))
     except ReportedFailureError:
         leave(FAILED)
 
 
 if __name__ == "__main__":
+    leave_on_stop_signals()
     run_verb(main)

@@ -29,6 +29,27 @@ def set_logged_step(trainer: Any) -> None:
     loop._batches_that_stepped = trainer.global_step
 
 
+def run_hooks_without_steps(trainer: Any) -> None:
+    """Let `fit` call the hooks of start and end when no step is left, where Lightning skips them.
+
+    Without it: `--resume` of a run that has all its steps does nothing.
+    """
+    loop = trainer.fit_loop
+    _existing(loop, "skip")
+    loop.__class__ = type("FitLoop", (type(loop),), {"skip": False})
+
+
+def validate_now(trainer: Any) -> None:
+    """Run a validation outside of the loop over steps, as the loop would after a step.
+
+    Without it: a run that was stopped during a validation resumes without that validation.
+    """
+    loop = _existing(trainer.fit_loop.epoch_loop, "val_loop")
+    trainer.validating, loop.restarting = True, False
+    loop.run()
+    trainer.training = True
+
+
 def ranks_are_scripts(trainer: Any) -> bool:
     """Whether each of several ranks runs the command line on its own, rather than as a fork of one process.
 

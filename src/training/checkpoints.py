@@ -64,6 +64,16 @@ class CheckpointFiles:
         """Where a checkpoint grows that is renamed when it is whole; the same on every rank."""
         return self.directory / f".step-{step:08d}.ckpt.tmp"
 
+    def publish(self, step: int) -> None:
+        """Give the unfinished checkpoint of `step` its name, in place of one written before its validation."""
+        target = self.path(step)
+        if target.is_dir():
+            target.rename(replaced := self.directory / f".{target.name}.replaced.tmp")
+            self.unfinished_path(step).replace(target)
+            _remove(replaced)
+        else:
+            self.unfinished_path(step).replace(target)
+
     def remove_unfinished(self) -> None:
         """Remove what writers left behind that were killed."""
         for path in self.directory.glob(_UNFINISHED):
@@ -153,6 +163,12 @@ def full_disk_message(target: Path, checkpoint: dict[str, Any]) -> str:
         f"free; {last} and is whole; {removable}free that many bytes on this disk, lower checkpoint.keep_last or "
         "checkpoint.keep_best, and go on with --resume"
     )
+
+
+def read_callback_state(path: Path, callback: str) -> dict[str, Any]:
+    """Return what a callback, named by its class, kept in a checkpoint."""
+    file = path / "meta.pt" if path.is_dir() else path
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["callbacks"].get(callback, {})
 
 
 _FILE_PREFIX, _PARTS_PREFIX = "model.", "state_dict.model."

@@ -25,6 +25,7 @@ from src.model.loss import next_token_loss, token_losses
 from src.model.router import load_balance_loss, z_loss
 from src.model.sharding import shard_model, whole
 from src.model.step_rows import StepRows
+from src.system.signals import StopSignals
 from src.training.config import ObjectiveConfig, OptimizerConfig
 from src.training.optimization import build_optimizer, build_schedule, clip_gradients
 from src.training.routing_metrics import RoutingMetrics
@@ -39,6 +40,8 @@ class StepOutput(TypedDict):
     """Global norm before clipping."""
     finite: bool
     """Whether all of it was finite on every rank; if not, no weight was changed."""
+    signal: int
+    """A stop signal that a rank received, the same on all of them; 0 if none."""
 
 
 class LanguageModel(lightning.LightningModule):
@@ -66,6 +69,8 @@ class LanguageModel(lightning.LightningModule):
         """
         super().__init__()
         self.automatic_optimization = False
+        self.signals = StopSignals()
+        """Stop signals of this process, which every step's outcome reports."""
         self.document_separator = document_separator
         self.objective, self.optimizer_config = objective, optimizer
         self.model = Transformer(model)
@@ -96,13 +101,13 @@ class LanguageModel(lightning.LightningModule):
         optimizer.zero_grad()
         losses = self._backward(batch)
         gradient_norm = whole(clip_gradients(self.model.parameters(), self.optimizer_config.gradient_clip_norm))
-        finite = self._finite_everywhere(losses, gradient_norm)
+        finite, signum = self._agree(losses, gradient_norm)
         if not finite:
             optimizer.zero_grad()  # AdamW leaves alone what has no gradient
         optimizer.step()
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self._log_step(losses.mean(), gradient_norm)
-        return {"losses": losses, "gradient_norm": gradient_norm, "finite": finite}
+        return {"losses": losses, "gradient_norm": gradient_norm, "finite": finite, "signal": signum}
 
     def _backward(self, batch: Tensor) -> Tensor:
         """Accumulate the gradient of `batch` (A, B, T+1) and return the loss of each micro-batch (A,)."""
@@ -178,10 +183,14 @@ class LanguageModel(lightning.LightningModule):
             self.log_dict({f"train/{name}": value for name, value in self.routing.compute().items()})
             self.routing.reset()
 
-    def _finite_everywhere(self, losses: Tensor, gradient_norm: Tensor) -> bool:
-        """Whether no rank saw anything but finite numbers."""
-        finite = losses.isfinite().all() & gradient_norm.isfinite()
-        return self.trainer.strategy.reduce_boolean_decision(bool(finite))
+    def _agree(self, losses: Tensor, gradient_norm: Tensor) -> tuple[bool, int]:
+        """Return whether all ranks saw finite numbers only, and a stop signal that one received, or 0."""
+        broken = ~(losses.isfinite().all() & gradient_norm.isfinite())
+        if self.trainer.world_size == 1:
+            return not broken, self.signals.received
+        outcome = torch.stack([broken.float(), torch.full_like(broken, self.signals.received, dtype=torch.float32)])
+        broken_anywhere, signum = self.trainer.strategy.reduce(outcome, reduce_op="max").tolist()
+        return not broken_anywhere, int(signum)
 
     @property
     def _shares_rows(self) -> bool:

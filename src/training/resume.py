@@ -1,27 +1,28 @@
-"""Whether a run may go on under another config: what differs, and what must not.
+"""How a run continues: which config keys may change, from which checkpoint, and which results are missing.
 
-A checkpoint holds a position in a stream of windows, weights of a certain shape, and an optimiser whose settings
-travel with its state. Keys that decide these are fixed when the run begins.
+A checkpoint holds a position in a stream of windows, weights of a certain shape, and an optimizer whose settings
+travel with its state. Keys that decide these are fixed when the run starts.
 
-Starts a model from another run's weights. Knows nothing of optimisers: the schedule begins anew.
-
-A run can begin from another when its model means the same function of the same tokens: sizes, the place of the
-experts and the tokenizer must agree. How many experts are active, and everything about training, may change.
+A new run can also start from another run's weights, when its model computes the same function of the same tokens:
+sizes, the place of the experts and the tokenizer must agree. The number of active experts and everything about
+training may change, since the optimizer and its schedule start over.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tokenizers import Tokenizer
 
 from src.data.tokenizer import fingerprint, load_tokenizer
-from src.errors import ConfigError, RunError
+from src.errors import ConfigError, LutError, RunError
 from src.inference import load_model
+from src.lut import read_manifest
 from src.model import ModelConfig, Transformer
-from src.run_directory import RunDirectory
-from src.training.checkpoints import CheckpointFiles
+from src.run_directory import RunDirectory, identify_weights
+from src.training.checkpoints import CheckpointFiles, read_callback_state, read_weights
 
 _FIXED = {
     "name": "names the run's directory",
@@ -30,7 +31,7 @@ _FIXED = {
     "init_from": "decided the weights that training began with",
     "model": "shapes the weights",
     "data": "decides which windows each step reads",
-    "optimizer": "is part of the optimiser's state",
+    "optimizer": "is part of the optimizer's state",
 }
 _FREE = {
     "model.gradient_checkpointing",
@@ -49,7 +50,7 @@ _FREE = {
 
 @dataclass(frozen=True)
 class Difference:
-    """A key whose value is not the one that the run was started with."""
+    """A config key whose value changed since the run started."""
 
     key: str
     before: object
@@ -71,7 +72,7 @@ class Difference:
 
 
 def compare_configs(run: RunDirectory, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """Return what differs between a run's config and the one it shall go on with.
+    """Return what differs between a run's config and the one to resume it with.
 
     Raises:
         ConfigError: naming each key that cannot change, and why.
@@ -86,58 +87,110 @@ def compare_configs(run: RunDirectory, before: Mapping[str, Any], now: Mapping[s
     return differences
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a fit should do and leave behind, as far as it decides how to resume it."""
+
+    max_steps: int
+    max_time: str | None
+    strategy: str
+    final_weights: str
+    """`last` or `best`."""
+    table: str | None
+    """Precision of the lookup table; None where neither weights nor table are written."""
+    evaluation: bool
+    """Whether both forms are scored in the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resumption:
-    """Where a run goes on."""
+    """Where a run continues, and what is left to do."""
 
     run: RunDirectory
     checkpoint: Path
     step: int
-    """Optimiser steps that the checkpoint holds."""
+    """Optimizer steps that the checkpoint holds."""
+    corpus: str
+    """Fingerprint of the corpus that the run was trained on."""
+    missing: tuple[str, ...] | None
+    """What a run without steps left lacks: `validation`, `weights`, `table`, `evaluation`; None if steps are left."""
 
     @classmethod
-    def plan(cls, run: RunDirectory, *, max_steps: int, strategy: str, corpus: str) -> "Resumption":
-        """Choose the newest checkpoint of `run`, which trains to `max_steps` on the corpus of that fingerprint.
+    def plan(cls, run: RunDirectory, wanted: Wanted) -> Self:
+        """Choose the newest checkpoint of `run`, and find out what is missing when it holds the last step.
 
         Raises:
-            RunError: there is no checkpoint, no step is left, `trainer.strategy` cannot load it, or the corpus is not
-                the one that the run began with.
+            RunError: there is no checkpoint, `trainer.strategy` cannot load it, or the run does not know its corpus.
         """
         newest = CheckpointFiles(run.checkpoints_path).newest()
         if newest is None:
             raise RunError(
-                f"{run.checkpoints_path}: holds no checkpoint, so there is nothing to resume; start the run anew, and "
+                f"{run.checkpoints_path}: holds no checkpoint, so there is nothing to resume; start a new run, and "
                 "set checkpoint.every_steps to have one sooner"
             )
+        if newest.is_dir() and wanted.strategy != "fsdp2":
+            raise RunError(
+                f"{newest}: holds one part per device, which trainer.strategy {wanted.strategy} cannot load; resume "
+                f"with trainer.strategy=fsdp2, or write its weights with `python -m src.reparameterize --run {run.path}"
+                " --checkpoint last` and start a new run from them with init_from"
+            )
+        corpus = run.recorded_corpus("fingerprint")
+        if corpus is None:
+            raise RunError(
+                f"{run.report_path}: missing, or records no corpus, so what the run was trained on is unknown; copy "
+                "the file from where the run was made, or start a new run with init_from"
+            )
         step = CheckpointFiles.step(newest)
-        if step >= max_steps:
+        missing = _missing_results(run, wanted, newest) if _is_trained(run, wanted, step) else None
+        return cls(run=run, checkpoint=newest, step=step, corpus=corpus, missing=missing)
+
+    def require_corpus(self, found: str) -> None:
+        """Raise RunError if the corpus with the fingerprint `found` is not the one that the run started with."""
+        if found != self.corpus:
             raise RunError(
-                f"{run.path}: has finished its {step} steps; write its weights and table with `python -m "
-                f"src.reparameterize --run {run.path} --checkpoint last`, or train longer with trainer.max_steps "
-                f"above {step}"
+                f"{self.run.path}: was trained on corpus {self.corpus[:12]}, but data now gives {found[:12]}; restore "
+                "the files of data, or start a new run with init_from"
             )
-        if newest.is_dir() and strategy != "fsdp2":
-            raise RunError(
-                f"{newest}: holds one part per device, which trainer.strategy {strategy} cannot load; resume with "
-                f"trainer.strategy=fsdp2, or write its weights with `python -m src.reparameterize --run {run.path} "
-                "--checkpoint last` and start a new run from them with init_from"
-            )
-        _require_same_corpus(run, corpus)
-        return cls(run, newest, step)
 
 
-def _require_same_corpus(run: RunDirectory, found: str) -> None:
-    expected = run.recorded_corpus("fingerprint")
-    if expected is None:
-        raise RunError(
-            f"{run.report_path}: missing, or records no corpus, so what the run was trained on is unknown; copy the "
-            "file from where the run was made, or start a new run with init_from"
-        )
-    if found != expected:
-        raise RunError(
-            f"{run.path}: was trained on corpus {expected[:12]}, but data now gives {found[:12]}; restore the files of "
-            "data, or start a new run with init_from"
-        )
+def _is_trained(run: RunDirectory, wanted: Wanted, step: int) -> bool:
+    """Whether no step is left: all were taken, or a fit reported them that trainer.max_time ended."""
+    trainer = run.config_values().get("trainer")
+    same_time = isinstance(trainer, Mapping) and trainer.get("max_time") == wanted.max_time
+    return step >= wanted.max_steps or (wanted.max_time is not None and same_time and run.record().get("steps") == step)
+
+
+def _missing_results(run: RunDirectory, wanted: Wanted, newest: Path) -> tuple[str, ...]:
+    """Return which results of the run's last step do not exist, by comparing identities of weights."""
+    has_table = wanted.table is not None and run.model_config().architecture == "mole"
+    if read_callback_state(newest, "CheckpointCallback").get("validation_pending"):  # the others come after it
+        results = {"weights": wanted.table is not None, "table": has_table, "evaluation": wanted.evaluation}
+        return ("validation", *(name for name, is_wanted in results.items() if is_wanted))
+    missing: list[str] = []
+    if wanted.table is not None:
+        best = CheckpointFiles(run.checkpoints_path).directory / "best.ckpt"
+        final = best if wanted.final_weights == "best" and best.exists() else newest
+        identity = identify_weights(read_weights(final))
+        if not run.holds_weights(identity, with_experts=has_table):
+            missing.append("weights")
+        if has_table and not holds_table(run.lut_path(), identity.training_form, wanted.table):
+            missing.append("table")
+    if wanted.evaluation:
+        record = run.record()
+        table = record.get("table")
+        precision = table.get("precision") if isinstance(table, dict) else None
+        is_reported = record.get("steps") == CheckpointFiles.step(newest) and "evaluation" in record
+        if not is_reported or "weights" in missing or precision != (wanted.table if has_table else None):
+            missing.append("evaluation")
+    return tuple(missing)
+
+
+def holds_table(lut_dir: Path, training_form: str, precision: str) -> bool:
+    """Whether the directory holds a finished table of these weights in this precision."""
+    with suppress(LutError):
+        manifest = read_manifest(lut_dir)
+        return (manifest.training_form, manifest.precision) == (training_form, precision)
+    return False
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[Difference]:

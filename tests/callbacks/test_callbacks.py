@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from callbacks import ReparameterizeCallback
+from callbacks import ReparameterizeCallback, RunCallback
 from src.config import load_run_config
 from src.inference import load_model
 from src.lut import LutStore, read_manifest
@@ -120,7 +120,7 @@ class _Idle(LanguageModel):
     """Holds trained weights and trains no further."""
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> StepOutput:
-        return StepOutput(losses=torch.zeros(1), gradient_norm=torch.zeros(()), finite=True)
+        return StepOutput(losses=torch.zeros(1), gradient_norm=torch.zeros(()), finite=True, signal=0)
 
 
 @pytest.mark.slow
@@ -138,7 +138,10 @@ def test_two_ranks_build_the_table_of_one(tmp_path: Path, trained: RunResult) ->
         enable_checkpointing=False,
         enable_progress_bar=False,
         max_epochs=1,
-        callbacks=[ReparameterizeCallback(tmp_path, dtype="float32", tokenizer=manifest.tokenizer)],
+        callbacks=[
+            run_callback := RunCallback(RunDirectory(tmp_path)),
+            ReparameterizeCallback(run_callback, dtype="float32", tokenizer=manifest.tokenizer),
+        ],
     )
     batches = torch.utils.data.TensorDataset(torch.zeros(2, 1, 1, 2, dtype=torch.int64))
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from callbacks import DashboardCallback, EvaluationCallback
+from callbacks import DashboardCallback, EvaluationCallback, RunCallback
 from src.config import load_run_config
 from src.errors import ConfigError, UserError
 from src.evaluation.held_out import held_out_of_run
@@ -123,9 +123,10 @@ def test_two_ranks_score_as_one(tmp_path: Path, trained: RunResult) -> None:
         text, _ = held_out_of_run(run, config.data)
         suite = prepare_suite(text, config.evaluation)
         callbacks: list[lightning.Callback] = [
-            DashboardCallback(run.path, config.evaluation, text),
+            shared := RunCallback(run),
+            DashboardCallback(shared, config.evaluation, text),
             EvaluationCallback(
-                run.path, config.evaluation, suite=suite, tokens_per_step=1, console=Console(quiet=True)
+                shared, config.evaluation, suite=suite, tokens_per_step=1, console=Console(quiet=True), is_written=True
             ),
         ]
         trainer = lightning.Trainer(

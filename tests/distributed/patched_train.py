@@ -17,6 +17,7 @@ from callbacks import EvaluationCallback
 from src import train
 from src.cli import run_verb
 from src.lut import build_lut, builder
+from src.system.signals import leave_on_stop_signals
 from src.training.lightning_module import LanguageModel
 
 SHARD_BYTES = 2**18
@@ -60,4 +61,5 @@ def main(arguments: list[str] | None = None, fault: str = "") -> None:
 
 
 if __name__ == "__main__":
+    leave_on_stop_signals()
     run_verb(partial(main, fault=os.environ.get("FAULT", "")))

@@ -5,8 +5,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -17,10 +15,8 @@ import pytest
 from src.config import RunConfig, load_run_config
 from src.errors import ConfigError, RunError, UserError
 from src.run_directory import RunDirectory
-from src.system.signals import Preempted
 from src.train import RunResult, main, resumed_config, train
 from src.training.checkpoints import CheckpointFiles
-from src.training.lightning_module import LanguageModel
 from src.training.resume import compare_configs
 from tests.conftest import small_config
 from tests.distributed.processes import start
@@ -39,54 +35,6 @@ def logged(run: Path) -> dict[str, dict[int, float]]:
 def resume(run: Path, *overrides: str) -> RunResult:
     directory = RunDirectory(run)
     return train(resumed_config(directory, None, overrides), directory)
-
-
-class Signalled:
-    """Sends this process a signal in the middle of the accumulation of step `step`."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> None:
-        losses, calls = LanguageModel._losses, 0
-
-        def signalling(module: LanguageModel, *arguments: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls == 4 * step - 2:
-                signal.raise_signal(signum)
-            return losses(module, *arguments)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(LanguageModel, "_losses", signalling)
-
-
-@pytest.mark.parametrize(
-    ("signum", "step", "workers", "more"),
-    [
-        (signal.SIGTERM, 5, 0, ()),
-        (signal.SIGUSR1, 8, 2, ()),  # a validation follows step 8, and comes before the checkpoint
-        (signal.SIGTERM, 6, 0, ("checkpoint.ema_decay=0.9",)),
-    ],
-)
-def test_a_stop_signal_loses_no_step(
-    signum: int,
-    step: int,
-    workers: int,
-    more: tuple[str, ...],
-    tmp_path: Path,
-    small_overrides: Sequence[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    common = (*ACCUMULATING, *more, "trainer.max_steps=12")
-    whole = train(small_config(small_overrides, tmp_path, *common, "name=whole")).run_dir
-    with monkeypatch.context() as patch:
-        Signalled(patch, step, signum)
-        with pytest.raises(Preempted) as stopped:
-            train(small_config(small_overrides, tmp_path, *common, "name=part", f"data.num_workers={workers}"))
-    assert (stopped.value.step, stopped.value.exit_code) == (step, 128 + signum)
-    part = tmp_path / "part"
-    assert CheckpointFiles(part / "checkpoints").steps()[-1] == step
-    assert max(logged(part)["train/loss"]) == step - 1  # counted from 0
-    resume(part, f"data.num_workers={2 - workers}")
-    assert logged(part) == logged(whole)
-    assert RunDirectory(part).path.joinpath("checkpoints", "last.ckpt").resolve().name == "step-00000012.ckpt"
 
 
 def test_a_resumed_run_keeps_what_validations_measured_and_counts_on(
@@ -155,7 +103,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory, small_overrides: Sequence[st
         ("model.hidden_size=32", "model.hidden_size: 64 -> 32 (model shapes the weights)"),
         ("data.seed=1", "data.seed: 0 -> 1 (data decides which windows each step reads)"),
         ("data.global_batch_size=16", "data.global_batch_size: 8 -> 16 (data decides which windows"),
-        ("optimizer.beta1=0.8", "optimizer.beta1: 0.9 -> 0.8 (optimizer is part of the optimiser's state)"),
+        ("optimizer.beta1=0.8", "optimizer.beta1: 0.9 -> 0.8 (optimizer is part of the optimizer's state)"),
         ("seed=3", "seed: 0 -> 3 (seed decided the weights that training began with)"),
     ],
 )
@@ -179,22 +127,30 @@ def test_what_changes_is_said(begun: Path, capsys: pytest.CaptureFixture[str]) -
         compare_configs(run, averaged, before)
 
 
-def test_a_run_that_cannot_go_on_says_why(begun: Path, tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_resumed_says_why_before_it_prepares_the_corpus(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refusal(run: Path, *overrides: str) -> str:
         with pytest.raises(UserError) as refused:
             resume(run, *overrides)
         return str(refused.value)
 
-    assert "has finished its 4 steps" in refusal(begun)
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the corpus is prepared")
+
     copy = tmp_path / "copy"
     shutil.copytree(begun, copy)
+    report = copy / "report.json"
+    recorded = report.read_text()
+    report.write_text(recorded.replace('"fingerprint": "', '"fingerprint": "0'))
+    assert "was trained on corpus 0" in refusal(copy, "trainer.max_steps=8")
+    report.write_text(recorded)
+    monkeypatch.setattr("src.train.prepare_corpus", never)
     parts = copy / "checkpoints" / "step-00000005.ckpt"  # as fsdp2 writes them with checkpoint.sharded
     parts.mkdir()
     assert "one part per device, which trainer.strategy auto cannot load" in refusal(copy, "trainer.max_steps=8")
     parts.rmdir()
-    report = copy / "report.json"
-    report.write_text(report.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
-    assert "was trained on corpus 0" in refusal(copy, "trainer.max_steps=8")
+    assert resume(copy).report is None
     report.write_text('{"corpus": ')
     assert "report.json: not readable JSON" in refusal(copy, "trainer.max_steps=8")
     report.write_text("[]")
@@ -219,20 +175,3 @@ def test_metrics_after_the_checkpoint_are_replaced_and_the_rest_kept(begun: Path
     assert list(losses) == list(range(8))
     assert losses[5] != 99
     assert {step: losses[step] for step in range(4)} == logged(begun)["train/loss"]
-
-
-@pytest.mark.slow
-def test_the_verb_ends_with_128_and_the_signal(tmp_path: Path, small_overrides: Sequence[str]) -> None:
-    endless = ("trainer.max_steps=1000000", "checkpoint.every_steps=5", "trainer.val_check_interval=1000000")
-    overrides = [*small_overrides, f"output_dir={tmp_path}", *endless, "data.micro_batch_size=2"]
-    command = [sys.executable, "-m", "src.train", *overrides, "trainer.devices=2", "trainer.strategy=ddp"]
-    files = CheckpointFiles(tmp_path / "quickstart" / "checkpoints")
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while files.newest() is None:
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert told.count("SIGTERM: stopped after step") == 1
-    assert not (tmp_path / "quickstart" / "lut").exists()

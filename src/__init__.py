@@ -1,1 +1,1 @@
-"""Mixture of Lookup Experts (arXiv:2503.15798): train, re-parameterise to tables, infer from disk."""
+"""Mixture of Lookup Experts (arXiv:2503.15798): train, turn experts into tables, infer from disk."""

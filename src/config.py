@@ -33,7 +33,7 @@ from src.training.config import (
 
 @dataclass(frozen=True, kw_only=True)
 class LutConfig:
-    """The re-parameterisation callback."""
+    """How the lookup table is written after training."""
 
     at_fit_end: bool = True
     """Write weights and table when training is done; models without embedding experts write weights only."""
@@ -55,11 +55,11 @@ class RunConfig:
     name: str
     """Name of the run's directory; a number is added when it is taken."""
     output_dir: str = "runs"
-    """Where run directories lie."""
+    """Parent of run directories."""
     seed: int = 0
     """Decides initial weights; 0 to 2**32 - 1."""
     init_from: str | None = None
-    """Run directory whose weights training starts from, with a new optimiser and schedule; null draws new weights."""
+    """Run directory whose weights training starts from, with a new optimizer and schedule; null draws new weights."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -1,6 +1,6 @@
 """What benchmarks share: shapes of models, rounds of contenders, what a figure was measured on, and how it is written.
 
-Rounds are interleaved, so that every contender meets the same drift of the machine, and figures are compared pairwise.
+Rounds are interleaved, so that drifts of the machine affect every contender alike, and figures are compared pairwise.
 """
 
 import argparse
@@ -212,7 +212,7 @@ def write_results(
     label: str,
     scale: float,
 ) -> None:
-    """Write every figure as JSON, and a plot of the medians beside it."""
+    """Write every figure as JSON, and a plot of the medians next to it."""
     seconds = {name: timings.seconds for name, timings in groups.items()}
     whole = {**document, "seconds": seconds, "targets": [check.to_dict() for check in checks]}
     write_text(path, json.dumps(whole, indent=1) + "\n")

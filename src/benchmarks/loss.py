@@ -1,7 +1,7 @@
 """`python -m src.benchmarks.loss`: what the vocabulary loss costs, forward and backward, against the plain one.
 
 Both run under bfloat16 autocast on the same hidden states and on targets from real text; the three matrix products that
-no such loss can avoid run alone beside them.
+no such loss can avoid are timed alone as a reference.
 """
 
 import argparse

@@ -339,7 +339,7 @@ def sweep(options: argparse.Namespace, text: Text, dtype: torch.dtype | None) ->
 
 
 def plot_sweep(points: Sequence[dict[str, float]], title: str, path: Path) -> None:
-    """Draw the speed-up against tokens per micro-batch, beside how many fewer distinct ids there are, into a PNG."""
+    """Draw the speed-up and the ratio of tokens to distinct ids against tokens per micro-batch, into a PNG."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     tokens = [point["tokens"] for point in points]

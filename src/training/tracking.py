@@ -1,10 +1,7 @@
 """Where metrics go: a CSV in the run directory, always, and Weights & Biases.
 
-A resumed run continues both: the CSV from its checkpoint's step on, the W&B run under its recorded id.
-
-What Weights & Biases is told of a run, beside its metrics: config, pictures, tables, files.
-
-Nothing leaves this module that names a place outside the run directory.
+A resumed run continues both: the CSV from its checkpoint's step on, the W&B run under its recorded id. W&B also gets
+config, figures, tables and files, but no path outside the run directory.
 """
 
 import csv
@@ -32,15 +29,15 @@ from src.training.config import WandbConfig
 
 NOT_LOGGED = "(a path: not logged)"
 _PATHS = {"output_dir", "cache_dir", "files", "path", "init_from", "local_data"}
-"""Keys of a config, in any section, whose values are places on this machine."""
+"""Keys of a config, in any section, whose values are paths on this machine."""
 _PATHS_OR_NAMES = {"hub"}
-"""Keys whose values are names, or folders."""
+"""Keys whose values are names or folders."""
 
 _DATA_DIR = "WANDB_DATA_DIR"
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config in which paths are replaced by a remark; what they hold is known by fingerprints."""
+    """Return a config with its paths replaced by a note; fingerprints identify their contents."""
     return {key: _without_paths(key, value) for key, value in config.items()}
 
 
@@ -61,9 +58,9 @@ def _is_place(value: str) -> bool:
 
 
 def logged_step(trainer: lightning.Trainer) -> int:
-    """The step that Lightning's own log gives a validation now: the index of the last one, not how many there were.
+    """Return the step that Lightning logs a validation under now: the index of the last step, not their number.
 
-    Resuming keeps what was logged before the steps that it repeats, so all of a validation must lie there.
+    Resuming drops rows from the first repeated step on, so everything about one validation needs the same step.
     """
     return max(0, trainer.global_step - 1)
 
@@ -85,7 +82,7 @@ def log_table(
 
 
 def publish_results(loggers: Iterable[Logger], run: RunDirectory, *, with_table: bool) -> None:
-    """Send the report and, `with_table`, the lookup table as artifacts, read from where they lie; call it on rank 0."""
+    """Send the report and, `with_table`, the lookup table as artifacts, without a local copy; call it on rank 0."""
     for logger in _wandb(loggers):
         with _staged_in_run(logger):
             _publish(logger, [run.report_path], f"report-{run.path.name}", "report")
@@ -104,7 +101,7 @@ def _publish(logger: WandbLogger, files: Sequence[Path], name: str, kind: str) -
 
 @contextmanager
 def _staged_in_run(logger: WandbLogger) -> Generator[None]:
-    """Let W&B keep what it prepares inside the run, not in the user's home, whose path its record would then hold."""
+    """Make W&B stage files inside the run: a path in the user's home would end up in its record."""
     before = os.environ.get(_DATA_DIR)
     os.environ[_DATA_DIR] = str(Path(logger.save_dir or ".") / "wandb")
     try:
@@ -128,7 +125,7 @@ _WRITE_EVERY = 100
 def build_loggers(
     config: WandbConfig, resolved: Mapping[str, Any], run: RunDirectory, first_step: int = 0
 ) -> list[Logger]:
-    """Return the loggers of a run that begins or goes on at `first_step`; only `online` sends anything anywhere.
+    """Return the loggers of a run that starts or resumes at `first_step`; only `online` mode sends data.
 
     W&B records `resolved`, the run's whole config, without its paths.
     """
@@ -244,7 +241,7 @@ class MetricsFile(Logger):
         self.save()
 
     def _written(self) -> tuple[Sequence[str], list[dict[str, Any]]]:
-        """Return columns and rows of the file, without rows that are to be replaced or that a kill cut short."""
+        """Return columns and rows of the file, without rows that will be replaced or were cut short by a kill."""
         if not self._path.is_file():
             return [], []
         with self._path.open(newline="", encoding="utf-8") as handle:
@@ -267,7 +264,7 @@ def code_version() -> dict[str, str | bool | None]:
 
 def _git(*arguments: str) -> str | None:
     root = Path(__file__).parents[2]
-    if not (root / ".git").exists():  # a repository around an installed package is another one
+    if not (root / ".git").exists():  # an installed package may be inside another repository
         return None
     try:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10)

@@ -8,13 +8,13 @@ from rich.console import Console
 
 from src.accounting import account, print_account
 from src.config import load_config
-from src.data.report import SourceReport, print_sources
 from src.evaluation.comparison import print_comparison, print_evaluation
 from src.evaluation.perplexity import Band, Score
 from src.evaluation.proof import Check
 from src.evaluation.report import Report, TableFacts, print_report
 from src.evaluation.results import Evaluation, TaskScore, TextScore
 from src.inspect_lut import print_entries
+from src.prepare_data import SourceReport, print_sources
 from src.verify import print_checks
 from tests.conftest import CONFIGS
 

@@ -46,17 +46,16 @@ class ReparameterizeCallback(lightning.Callback):
         trainer.strategy.barrier("weights written")
         if not has_table:
             return
-        with progress_bar("building the table (rows)", model.config.vocab_size) as advance:
-            build_lut(
-                RunRows(run) if is_sharded(model) else ModelRows(model),
-                run.lut_path(),
-                dtype=self.dtype,
-                chunk_tokens=self.chunk_tokens,
-                overwrite=not holds_table(run.lut_path(), run.identity().training_form, self.dtype),
-                rank=rank,
-                world_size=trainer.world_size,
-                barrier=trainer.strategy.barrier,
-                tokenizer=self.tokenizer,
-                token_counts=self.token_counts,
-                progress=advance,
-            )
+        build_lut(
+            RunRows(run) if is_sharded(model) else ModelRows(model),
+            run.lut_path(),
+            dtype=self.dtype,
+            chunk_tokens=self.chunk_tokens,
+            overwrite=not holds_table(run.lut_path(), run.identity().training_form, self.dtype),
+            rank=rank,
+            world_size=trainer.world_size,
+            barrier=trainer.strategy.barrier,
+            tokenizer=self.tokenizer,
+            token_counts=self.token_counts,
+            progress=progress_bar,
+        )

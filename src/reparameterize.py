@@ -106,18 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in (describe(lut_dir, planned.manifest), describe_estimate(estimate(planned))):
             console.print(line, highlight=False, soft_wrap=True)
         return
-    with progress_bar("building the table (rows)", source.config.vocab_size) as advance:
-        manifest = build_lut(
-            source,
-            lut_dir,
-            dtype=dtype,
-            memory_bytes=memory_bytes,
-            resume=given.resume,
-            overwrite=given.overwrite,
-            tokenizer=fingerprint(load_tokenizer(run.tokenizer_path)) if run.tokenizer_path.is_file() else None,
-            token_counts=token_counts,
-            progress=advance,
-        )
+    manifest = build_lut(
+        source,
+        lut_dir,
+        dtype=dtype,
+        memory_bytes=memory_bytes,
+        resume=given.resume,
+        overwrite=given.overwrite,
+        tokenizer=fingerprint(load_tokenizer(run.tokenizer_path)) if run.tokenizer_path.is_file() else None,
+        token_counts=token_counts,
+        progress=progress_bar,
+    )
     console.print(describe(lut_dir, manifest), highlight=False, soft_wrap=True)
 
 

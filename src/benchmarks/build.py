@@ -33,7 +33,7 @@ from src.lut.plan import plan
 from src.lut.sources import COMPUTE_DTYPES, RowSource, open_source, turn_tokens
 from src.model import ModelConfig, Transformer
 from src.run_directory import RunDirectory
-from src.system.console import progress_bar
+from src.system.console import Advance, progress_bar
 from src.system.files import write_text
 
 _WRITE_BYTES, _WRITE_PIECE_BYTES = 2**30, 64 * 2**20
@@ -90,11 +90,18 @@ class MatmulProbe:
         self._down = torch.randn(width, self.config.hidden_size).to(self.dtype)
         self._multiply()
 
-    def sample(self) -> None:
-        """Time a few products between two chunks."""
-        seconds, flops = self._timed(_MATMULS_PER_CHUNK)
-        self.seconds += seconds
-        self._flops += flops
+    @contextmanager
+    def between_chunks(self, description: str, total: int) -> Generator[Advance]:
+        """Show a progress bar, and time a few products whenever it advances."""
+        with progress_bar(description, total) as advance:
+
+            def advance_and_sample(num_rows: int) -> None:
+                seconds, flops = self._timed(_MATMULS_PER_CHUNK)
+                self.seconds += seconds
+                self._flops += flops
+                advance(num_rows)
+
+            yield advance_and_sample
 
     def sample_alone(self) -> None:
         """Time more of them while nothing else works."""
@@ -125,14 +132,9 @@ def measure_build(
     probe = MatmulProbe(config, num_tokens, COMPUTE_DTYPES[compute_dtype])
     write_rates = [measure_writes(lut_dir.parent)]
     probe.sample_alone()
-    with progress_bar("building the table (rows)", config.vocab_size) as advance, _peak_rss() as growth:
-
-        def report(num_rows: int) -> None:
-            probe.sample()
-            advance(num_rows)
-
+    with _peak_rss() as growth:
         start = time.perf_counter()
-        build_lut(source, lut_dir, dtype=dtype, progress=report)
+        build_lut(source, lut_dir, dtype=dtype, progress=probe.between_chunks)
         seconds = time.perf_counter() - start - probe.seconds
     probe.sample_alone()
     write_rates.append(measure_writes(lut_dir.parent))

@@ -118,8 +118,7 @@ def write_table(
 ) -> None:
     """Write a table of random rows with the builder of real ones."""
     source = RandomRows(config, identity)
-    with progress_bar("writing the table (rows)", config.vocab_size) as advance:
-        build_lut(source, lut_dir, dtype=dtype, token_counts=token_counts, progress=advance)
+    build_lut(source, lut_dir, dtype=dtype, token_counts=token_counts, progress=progress_bar)
 
 
 def write_runs(directory: Path, config: ModelConfig, dtype: str, token_counts: Tensor | None) -> tuple[Path, Path]:

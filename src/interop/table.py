@@ -48,8 +48,7 @@ def import_table(rows: TableRows, lut_dir: Path, tokenizer: str | None, where: P
     if dtype not in codecs:
         names = ", ".join(codec.name for codec in codecs.values())
         raise CheckpointError(f"{where}: {TABLE_NAME} is {dtype}, but a table is one of {names}; convert it")
-    with progress("writing the table (rows)", rows.config.vocab_size) as advance:
-        build_lut(rows, lut_dir, dtype=codecs[dtype].name, tokenizer=tokenizer, progress=advance)
+    build_lut(rows, lut_dir, dtype=codecs[dtype].name, tokenizer=tokenizer, progress=progress)
 
 
 def export_table(store: LutStore, path: Path, progress: Progress) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from src.errors import LutError
-from src.lut.layout import SHARD_BYTES
+from src.lut.layout import SHARD_BYTES, Shard
 from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, Manifest, read_manifest, write_row_errors
 from src.lut.plan import MEMORY_BYTES, PLAN_NAME, BuildPlan, plan
 from src.lut.shard_writer import (
@@ -38,7 +38,7 @@ from src.lut.shard_writer import (
 from src.lut.sources import RowSource, open_source
 from src.model import Transformer
 from src.run_directory import RunDirectory
-from src.system.console import Advance, no_advance
+from src.system.console import Advance, Progress, no_progress
 from src.system.files import atomic_path, sync_directory, write_text
 
 
@@ -113,31 +113,40 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
         write_text(plan.lut_dir / PLAN_NAME, plan.text)
 
 
-def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: Advance = no_advance) -> None:
+def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: Progress = no_progress) -> None:
     """Write every `world_size`-th shard, starting with shard `rank`; finished shards and chunks are kept.
 
     LutError when the disk is full (what is written stays), or when another process builds here.
     """
-    with building(plan.lut_dir, shared=world_size > 1), ExitStack() as opened, Background(progress) as disk:
-        built = is_built(plan)
-        if not built and not plan.is_recorded():
+    shards = plan.shards[rank::world_size]
+    with building(plan.lut_dir, shared=world_size > 1):
+        if is_built(plan):
+            return
+        if not plan.is_recorded():
             raise LutError(
                 f"{plan.lut_dir}: is not prepared for this build; prepare it, and build in one place at a time"
             )
-        for shard in plan.shards[rank::world_size]:
-            if built or is_finished(plan, shard):
-                progress(shard.num_tokens)
-                continue
-            file = ShardFile(plan, shard)
-            opened.callback(file.close)
-            progress(file.written)
-            if file.written == shard.num_tokens:
-                file.finish()
-            for offset in range(file.written, shard.num_tokens, plan.chunk_tokens):
-                count = min(plan.chunk_tokens, shard.num_tokens - offset)
-                chunk = encode_chunk(plan, shard.first_token + offset, count)
-                disk.submit(partial(file.store, chunk))
-        disk.wait()
+        bar = progress("building the table (rows)", sum(shard.num_tokens for shard in shards))
+        with bar as advance, ExitStack() as opened, Background(advance) as disk:
+            for shard in shards:
+                _write_shard(plan, shard, opened, disk, advance)
+            disk.wait()
+
+
+def _write_shard(plan: BuildPlan, shard: Shard, opened: ExitStack, disk: Background, advance: Advance) -> None:
+    """Compute the chunks of a shard that are not written yet, each while `disk` writes the one before."""
+    if is_finished(plan, shard):
+        advance(shard.num_tokens)
+        return
+    file = ShardFile(plan, shard)
+    opened.callback(file.close)
+    advance(file.written)
+    if file.written == shard.num_tokens:
+        file.finish()
+    for offset in range(file.written, shard.num_tokens, plan.chunk_tokens):
+        count = min(plan.chunk_tokens, shard.num_tokens - offset)
+        chunk = encode_chunk(plan, shard.first_token + offset, count)
+        disk.submit(partial(file.store, chunk))
 
 
 def publish(plan: BuildPlan) -> Manifest:
@@ -172,7 +181,7 @@ def build_lut(
     barrier: Callable[[], object] = no_barrier,
     tokenizer: str | None = None,
     token_counts: Tensor | None = None,
-    progress: Advance = no_advance,
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Build the lookup table of a model or a run directory, or another precision of a table; return its manifest.
 
@@ -196,7 +205,7 @@ def build_lut(
         barrier: returns once every rank has called it, such as `torch.distributed.barrier`.
         tokenizer: fingerprint of the tokenizer whose ids these are; a source table's by default.
         token_counts: (V,) int64, how often training saw each id; a source table's by default.
-        progress: called with the number of rows that this rank just wrote or found written.
+        progress: shows how many of this rank's rows are written.
 
     Raises:
         ValueError: `world_size` is above 1 and there is no barrier.

@@ -1,4 +1,4 @@
-"""What the verbs share on the command line: one clear line for a user's mistake, progress bars, where text goes."""
+"""What the verbs share on the command line: parsers, common options, and one line for a user's mistake."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ INTERRUPTED = 130
 
 
 def run_verb(main: Callable[[], None]) -> None:
-    """Run a verb and leave the process; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run a verb; a `UserError` becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
@@ -24,7 +24,7 @@ def run_verb(main: Callable[[], None]) -> None:
 
 
 def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Return a parser with an example under its help."""
+    """Return a parser whose help ends with an example."""
     return argparse.ArgumentParser(
         prog=f"python -m src.{verb}",
         description=description,
@@ -35,7 +35,7 @@ def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser
 
 
 def add_form_options(options: argparse.ArgumentParser) -> None:
-    """Add what every verb needs that loads a run: which run, which form, which table, how it is read, where."""
+    """Add the options of verbs that load a model: run, form, table, reader and device."""
     options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
     options.add_argument(
         "--experts",

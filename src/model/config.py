@@ -1,4 +1,4 @@
-"""The shape of a model. One config describes Dense, MoE and MoLE; nothing here knows how they are trained."""
+"""The shape of a model. One config describes Dense, MoE and MoLE; knows nothing of data and optimizers."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,7 +15,7 @@ class ModelConfig:
 
     Dense: `num_experts` 0. MoLE: a shared expert plus experts that read the token embedding, all of them active.
     MoE: experts that read hidden states, `top_k` of them; in the paper without a shared expert (`intermediate_size` 0).
-    Every mixture of these settings is a model too: the paper's ablations walk from MoE to MoLE.
+    Any combination of these settings is a model, such as the paper's ablations between MoE and MoLE.
     """
 
     vocab_size: int
@@ -27,17 +27,17 @@ class ModelConfig:
     num_heads: int
     """H: attention heads; must divide `hidden_size` into an even head dimension (rotary)."""
     intermediate_size: int
-    """F: width of the always-on FFN (Dense's FFN, MoLE's shared expert); 0 leaves it out (MoE)."""
+    """F: width of the always-on FFN (Dense's FFN, MoLE's shared expert); 0 for none (MoE)."""
     num_experts: int = 0
     """E: routed experts per layer; 0 is a dense model."""
     expert_intermediate_size: int = 0
-    """Width of each routed expert's FFN; above 0 whenever `num_experts` is."""
+    """Width of each routed expert's FFN; above 0 if `num_experts` is."""
     expert_input: Literal["embedding", "hidden"] = "embedding"
     """What routed experts read: `embedding` (MoLE; can become a table) or `hidden` (MoE; cannot)."""
     top_k: int | None = None
     """Routed experts per token, softmax after the choice; null activates all of them (MoLE).
 
-    With 1 the weight is always 1, so that only a load-balance loss or z-loss trains the router."""
+    With 1 the weight is always 1, and only a load-balance loss or z-loss trains the router."""
     max_sequence_length: int = 2048
     """Longest sequence, in tokens, that training, evaluation and generation may use."""
     rope_theta: float = 10000.0
@@ -53,10 +53,9 @@ class ModelConfig:
     a micro-batch. `per_token`: at every position, the paper's form. `unique_per_step`: once per distinct id of all
     micro-batches of an optimiser step, whose rows are kept for it."""
     gradient_checkpointing: bool = False
-    """Recompute blocks and experts in the backward pass instead of keeping their activations."""
+    """Recompute blocks and experts in the backward pass instead of storing their activations."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError on sizes that do not fit together."""
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_sequence_length")
         check_range(self, "model.", sizes, at_least=1)
         optional = ("intermediate_size", "num_experts", "expert_intermediate_size", "init_std")

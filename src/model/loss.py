@@ -1,8 +1,8 @@
-"""The language-model loss. One place, so that training, validation and scoring mean the same number.
+"""The language-model loss, the same for training, validation and scoring.
 
-Logits over the vocabulary are the largest tensor of a small model. They are made for a few tokens at a time and
-never kept: in training each chunk's gradient is computed as soon as its loss is, so the backward pass has nothing to
-recompute and nothing to store.
+Logits over the vocabulary are the largest tensor of a small model. They are computed for a few tokens at a time and
+never stored: in training each chunk's gradient is computed together with its loss, so the backward pass has nothing to
+recompute.
 
 N tokens, C tokens of a chunk, D hidden, V vocabulary.
 """
@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK_BYTES = 128 * 2**20
-"""Logits that exist at a time; smaller chunks would pass over the head's gradient more often."""
+"""Logits in memory at a time; smaller chunks read and write the head's gradient more often."""
 CACHE_BYTES = 8 * 2**20
-"""Float32 values that a processor works on at a time, so that they pass through its cache and not through memory."""
+"""Float32 values that a CPU works on at a time, so that they stay in its cache."""
 
 
 def token_losses(hidden_states: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def token_losses(hidden_states: Tensor, head: nn.Linear, targets: Tensor) -> Ten
 
 
 def next_token_loss(hidden_states: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """Return the mean of `token_losses`, with gradients for `hidden_states` and `head`: the paper's whole objective.
+    """Return the mean of `token_losses`, with gradients for `hidden_states` and `head`.
 
     It has no double backward. Under autocast the matrix products run in its dtype; the head's gradient is summed over
     chunks in at least float32.
@@ -96,14 +96,14 @@ def _turn_into_gradient(logits: Tensor, targets: Tensor, wide: torch.dtype) -> T
 
 
 def _add(total: Tensor, summand: Tensor) -> None:
-    """Add (V, D) of any type to a wide total; at once, a processor would first widen all of it."""
+    """Add (V, D) of any type to a wide total, in parts: torch widens the summand first."""
     rows = _rows_at_a_time(total)
     for target, part in zip(total.split(rows), summand.split(rows), strict=True):
         target.add_(part)
 
 
 def _rows_at_a_time(matrix: Tensor) -> int:
-    """Rows that fit a processor's cache; an accelerator would rather be asked seldom."""
+    """Return the rows that fit a CPU's cache, or all rows on an accelerator."""
     return max(1, CACHE_BYTES // (4 * matrix.shape[1])) if matrix.device.type == "cpu" else len(matrix)
 
 
@@ -117,6 +117,6 @@ def _widened(logits: Tensor) -> Tensor:
 
 
 def _chunk_tokens(vocab_size: int, value_bytes: int) -> int:
-    """Tokens of a chunk, a multiple of 64 where there are so many: 1,334 take half as long again as 1,344."""
+    """Return the tokens of a chunk, a multiple of 64 if above 64: 1,334 tokens take 1.5x as long as 1,344."""
     limit = max(1, CHUNK_BYTES // (value_bytes * vocab_size))
     return limit - limit % 64 or limit

@@ -1,8 +1,8 @@
-"""Products with weights in half precision, in float32 where the processor has no instructions for them.
+"""Matrix products with half-precision weights, computed in float32 on processors without instructions for them.
 
-Without AVX-512, torch multiplies bfloat16 matrices in a scalar loop: for 512 rows and a weight of (3072, 768) it takes
-120 ms on two cores of Zen 3, against 16 in float32, casting included; stacked weights take a hundred times as long.
-A few rows of one weight are another matter: those products have vector code, and read half the bytes of float32.
+Without AVX-512, torch multiplies bfloat16 matrices in a scalar loop: 512 rows times a weight of (3072, 768) take 120 ms
+on two cores of Zen 3, but 16 ms in float32, casting included; stacked weights take a hundred times as long. Products of
+a few rows with one weight are the exception: they have vector code, and read half the bytes of float32.
 
 D inputs, F outputs, E experts, U rows.
 """
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FEW_ROWS = 6
-"""Up to so many rows, one half-precision weight is read faster than it is cast."""
+"""Up to this many rows, a half-precision weight is read faster than it is cast."""
 CAST_BYTES = 16 * 2**20
-"""Float32 copy of a weight that exists at a time; a vocabulary head does not fit in it."""
+"""Largest float32 copy of part of a weight; a vocabulary head is larger."""
 
 
 _NEEDS = {  # any of these sets of instructions, as the errors of torch's oneDNN products say; `bf16` is ARM's
@@ -30,18 +30,16 @@ def _without_instructions() -> frozenset[torch.dtype]:
 
 
 SLOW_ON_CPU = _without_instructions()
-"""Dtypes that this processor multiplies in a scalar loop."""
+"""Dtypes whose matrices this processor multiplies in a scalar loop."""
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without bias."""
+    """`nn.Linear` without bias: weight (F, D), inputs (..., D), outputs (..., F)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        """Create `weight` (F, D)."""
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        """Map (..., D) to (..., F)."""
         return linear(input, self.weight)
 
 
@@ -65,7 +63,7 @@ def stacked_product(inputs: Tensor, weights: Tensor) -> Tensor:
 
 
 def _is_cast(inputs: Tensor) -> bool:
-    """Whether a product of these inputs runs in float32; gradients would keep a float32 copy of every weight."""
+    """Whether to compute in float32; with gradients, autograd would keep a float32 copy of every weight."""
     return inputs.dtype in SLOW_ON_CPU and inputs.device.type == "cpu" and not torch.is_grad_enabled()
 
 

@@ -1,4 +1,4 @@
-"""FSDP2 sharding of the model, in pure torch: which modules form a group, and how weights become whole again."""
+"""FSDP2 sharding of the model, in pure torch: the groups of modules, and how to gather whole weights."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,22 +14,22 @@ from src.model.transformer import Transformer
 
 
 def shard_groups(model: Transformer) -> list[nn.Module]:
-    """Return the modules that are whole only while they compute: each block, and each layer's experts."""
+    """Return the modules that FSDP2 gathers only while they compute: each block, and each layer's experts."""
     return [*model.blocks, *(model.experts if isinstance(model.experts, EmbeddingExperts) else ())]
 
 
 def shard_dimension(parameter: Tensor, devices: int) -> int:
-    """Return the dimension that devices split: the second of stacked experts, for there may be fewer than devices.
+    """Return the dimension that is split over devices: the second of stacked experts, of which there may be too few.
 
-    FSDP2 wants any but the first to divide evenly.
+    FSDP2 requires any dimension but the first to divide evenly.
     """
     return 1 if parameter.dim() == 3 and parameter.shape[1] % devices == 0 else 0
 
 
 def shard_model(model: Transformer, mesh: DeviceMesh) -> None:
-    """Shard `model` in place over `mesh`: a group for each of `shard_groups`, the rest in one.
+    """Shard `model` in place over `mesh`: one group for each of `shard_groups`, and one for all other modules.
 
-    The rest, embedding and head among it, stays whole from a forward pass until its backward pass, so that the loss
+    The others, embedding and head among them, stay whole from a forward pass until its backward pass, so that the loss
     can read the head. All ranks must hold the same weights before.
     """
 
@@ -43,19 +43,19 @@ def shard_model(model: Transformer, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether ranks must compute together to compute at all."""
+    """Whether the model is sharded, so that all ranks must compute together."""
     return isinstance(model, FSDPModule)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor; for a sharded one every rank must ask."""
+    """Return the whole of a tensor; for a sharded one every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_weights(model: torch.nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Gather a sharded model's weights to the CPU of ranks that `keep` them, one parameter at a time.
+    """Gather a sharded model's weights on the CPU, one parameter at a time.
 
-    Every rank must call it; a rank that does not keep them gets an empty dictionary.
+    Every rank must call it; ranks that do not `keep` the weights get an empty dictionary.
     """
     return {name: tensor.cpu() for name, tensor in _gathered(model) if keep}
 

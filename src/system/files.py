@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all. Knows nothing of what they hold."""
+"""Files that appear whole or not at all. Knows nothing of their contents."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames inside `directory` survive a power cut (a no-op where directories cannot be opened)."""
+    """Make renames inside `directory` survive a power cut (no effect where directories cannot be opened)."""
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -21,7 +21,7 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Generator[Path]:
-    """Yield a temporary path beside `path`; flush and rename it when the block succeeds, remove it when it raises."""
+    """Yield a temporary path next to `path`; flush and rename it when the block succeeds, remove it when it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -40,7 +40,7 @@ def atomic_path(path: Path) -> Generator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Generator[Path]:
-    """Yield a new directory beside `path`; rename it when the block succeeds, remove it when it raises."""
+    """Yield a new directory next to `path`; rename it when the block succeeds, remove it when it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()

@@ -1,4 +1,4 @@
-"""What the machine under a run can do, measured rather than looked up."""
+"""What this machine can do: its precision, matrix-product rate and memory."""
 
 import ctypes
 import resource
@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 
 _PROCESSOR_SIZE, _ACCELERATOR_SIZE, _REPEATS = 1024, 8192, 6
-"""Widths of a product large enough to reach the rate and small enough to be over at once."""
+"""Widths of a product that reaches the rate and takes a fraction of a second."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # mallopt(3), malloc.h
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of a large matrix product: what model FLOPs utilisation is measured against."""
+    """Return the operations per second of a large matrix product, the reference of model FLOPs utilization."""
     size = _PROCESSOR_SIZE if device.type == "cpu" else _ACCELERATOR_SIZE
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     seconds: list[float] = []
@@ -29,13 +29,13 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: allocated on an accelerator, resident for a process on the processor."""
+    """Return the peak memory so far: allocated on an accelerator, resident for a process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -52,9 +52,9 @@ def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse large freed blocks instead of returning them to the system (elsewhere: do nothing).
+    """Tell glibc, if it is the C library, to reuse large freed blocks instead of returning them to the system.
 
-    Activations come and go every step; mapping and zeroing their pages anew took a quarter of the quick start's step.
+    Mapping and zeroing the pages of activations again in every step took a quarter of the quick start's step.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)

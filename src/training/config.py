@@ -1,4 +1,4 @@
-"""Which checkpoints a run writes and keeps, and which weights it ends with."""
+"""How a model is trained: objective, optimizer, Trainer, W&B and checkpoints."""
 
 import re
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ Schedule = Literal["cosine", "wsd", "constant"]
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is added to the language-model loss; both terms are logged whatever their weight."""
+    """Terms added to the language-model loss; both are logged whatever their weight."""
 
     load_balance_weight: float = 0.0
     """Weight of the load-balance loss, per micro-batch, mean over layers; the paper uses 0 for MoLE, 0.01 for MoE."""
@@ -24,13 +24,13 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Multipliers:
-    """What a group of parameters takes of the common settings."""
+    """Per-group factors on the optimizer settings."""
 
     learning_rate: float = 1.0
     """Factor on `optimizer.learning_rate`, at least 0; 0 freezes the group."""
     weight_decay: float = 1.0
-    """Factor on `optimizer.weight_decay`, at least 0; 0 leaves the group without decay. AdamW takes decay times
-    learning rate, so the other factor scales it too."""
+    """Factor on `optimizer.weight_decay`, at least 0; 0 disables decay for the group. AdamW multiplies decay by
+    the learning rate, so the other factor scales it too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,14 @@ class OptimizerConfig:
     min_learning_rate_ratio: float = 0.1
     """Final learning rate of `cosine` and `wsd` as a share of the peak, in 0..1."""
     warmup_steps: int = 100
-    """Optimiser steps of linear warm-up."""
+    """Optimizer steps of linear warm-up."""
     decay_steps: int | None = None
-    """Optimiser steps of the final decay of `wsd`, which starts no earlier than the warm-up ends; null is a tenth of
-    `trainer.max_steps`. Other schedules have no use for it."""
+    """Optimizer steps of the final decay of `wsd`, which starts no earlier than the warm-up ends; null is a tenth of
+    `trainer.max_steps`. Only for `wsd`."""
     weight_decay: float = 0.01
     """Decay of every parameter with more than one dimension."""
     embedding_multipliers: Multipliers = field(default_factory=Multipliers)
-    """For the token embedding; the vocabulary head, untied, belongs to the backbone and has none."""
+    """For the token embedding; the vocabulary head is not tied to it and belongs to the backbone."""
     expert_multipliers: Multipliers = field(default_factory=Multipliers)
     """For routed experts, of MoLE and MoE, and their norms; not for routers and the shared expert."""
     beta1: float = 0.9
@@ -89,35 +89,35 @@ class TrainerConfig:
     """Lightning's Trainer; names and meanings are Lightning's."""
 
     max_steps: int
-    """Optimiser steps; also the length of the learning-rate schedule."""
+    """Optimizer steps; also the length of the learning-rate schedule."""
     max_time: str | None = None
-    """Stop training after DD:HH:MM:SS; what follows training still runs."""
+    """Stop training after DD:HH:MM:SS; table and evaluation still follow."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
-    """auto is cuda where there is a CUDA device, else cpu."""
+    """auto is cuda if there is a CUDA device, else cpu."""
     devices: str = "auto"
     """Number of devices, a list such as 0,1, or auto."""
     num_nodes: int = 1
     """Machines."""
     strategy: Literal["auto", "ddp", "ddp_spawn", "ddp_fork", "fsdp2"] = "auto"
-    """How devices work together: in ddp each holds the model, in fsdp2 a part; auto is ddp where there are several."""
+    """How devices work together: with ddp each holds the model, with fsdp2 a part; auto is ddp for several devices."""
     precision: Precision = "auto"
-    """auto is bf16-mixed where the processor computes in bfloat16, else 32-true."""
+    """auto is bf16-mixed if the accelerator computes in bfloat16, else 32-true."""
     val_check_interval: int = 200
-    """Optimiser steps between validations; each also writes a checkpoint."""
+    """Optimizer steps between validations; each also writes a checkpoint."""
     limit_val_batches: int | None = None
     """Validation batches at most; null takes all of data.validation_windows."""
     num_sanity_val_steps: int = 0
     """Validation batches before training starts, to find errors early."""
     log_every_n_steps: int = 10
-    """Optimiser steps between log entries."""
+    """Optimizer steps between log entries."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """When a loss or gradient is not finite: stop the run, or skip the step and count it as train/skipped_steps."""
+    """If a loss or gradient is not finite: stop the run, or skip the step and count it as train/skipped_steps."""
     compile: bool = False
-    """Compile blocks and experts with torch.compile; the first steps wait for the compiler."""
+    """Compile blocks and experts with torch.compile, which takes a while in the first steps."""
     deterministic: bool = False
-    """Refuse operations that are not repeatable."""
+    """Raise an error on operations that are not deterministic."""
     fast_dev_run: bool = False
-    """One step of everything, without logger and checkpoints."""
+    """Run one step of everything, without loggers and checkpoints."""
     enable_progress_bar: bool = True
     """Show progress on the terminal."""
 
@@ -130,7 +130,7 @@ class TrainerConfig:
 
     @property
     def stated_devices(self) -> int:
-        """Devices on all machines, one on each where `devices` leaves their number open."""
+        """Devices on all machines, one on each if `devices` does not state their number."""
         if "," in self.devices:  # a list of indices
             return self.num_nodes * len([index for index in self.devices.split(",") if index.strip()])
         return self.num_nodes * (int(self.devices) if self.devices.isdecimal() else 1)
@@ -138,10 +138,10 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
-    """Weights & Biases; a CSV of the same metrics lies in the run directory whatever is chosen."""
+    """Weights & Biases. The run directory always gets the same metrics as a CSV."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto is online where an API key is set up, offline where not."""
+    """auto is online if an API key is set up, else offline."""
     project: str = "mole"
     """Project that the run appears in."""
     entity: str | None = None
@@ -149,7 +149,7 @@ class WandbConfig:
     tags: list[str] = field(default_factory=list[str])
     """Labels of the run."""
     log_table: bool = False
-    """At the end, send the lookup table as an artifact, beside the report, which is always sent. Tables are large."""
+    """At the end, also send the lookup table as an artifact (the report is always sent). Tables are large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,20 +157,20 @@ class CheckpointConfig:
     """Checkpoints, for resuming and for choosing weights."""
 
     every_steps: int | None = None
-    """Optimiser steps between checkpoints, beside those after each validation and after the last step; null writes
-    only these."""
+    """Optimizer steps between checkpoints, in addition to those after each validation and after the last step; null
+    writes only these."""
     keep_last: int = 1
-    """Newest checkpoints that stay on disk, at least 1."""
+    """Newest checkpoints to keep, at least 1."""
     keep_best: int = 1
-    """Checkpoints of the lowest validation loss that stay on disk; 0 keeps none for their loss."""
+    """Checkpoints of the lowest validation loss to keep; 0 keeps none for their loss."""
     sharded: bool = False
     """With trainer.strategy=fsdp2: every rank writes its part into a directory, instead of rank 0 a whole file."""
     ema_decay: float | None = None
     """Decay per step of an exponential moving average of the weights, above 0 and below 1. Validation, table and
-    checkpoints then use the average; training goes on with its own weights. null averages nothing."""
+    checkpoints then use the average; training continues with its own weights. null disables it."""
     final_weights: Literal["last", "best"] = "last"
-    """Weights that a fit ends with, which become backbone, experts and table: those of the last step, or of the
-    checkpoint with the lowest validation loss."""
+    """Weights that become backbone, experts and table at the end: those of the last step, or of the checkpoint with the
+    lowest validation loss."""
 
     def __post_init__(self) -> None:
         check_range(self, "checkpoint.", ("every_steps", "keep_last"), at_least=1)

@@ -1,4 +1,4 @@
-"""Objective, optimiser and learning-rate schedule. Knows parameters, not models."""
+"""The optimizer and its learning-rate schedule. Knows parameters, not models."""
 
 import math
 from collections.abc import Iterable
@@ -12,9 +12,10 @@ from src.training.config import Multipliers, OptimizerConfig
 
 
 def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with one group per part of the model; matrices decay, norms do not.
+    """Return AdamW with one group per part of the model; matrices decay, norms do not.
 
-    Groups are called backbone, embedding, experts, and with the suffix `_norms` what they hold of one dimension.
+    Groups are named backbone, embedding and experts; their one-dimensional parameters form groups with the suffix
+    `_norms`.
     """
     members: dict[str, list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
@@ -34,7 +35,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, to
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
-    """Learning rate of optimiser step `step` (from 0) of `total_steps` as a share of the peak."""
+    """Return the learning rate of optimizer step `step` (from 0) of `total_steps` as a share of the peak."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     start = config.warmup_steps
@@ -52,7 +53,7 @@ def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients to a global norm of at most `max_norm` (0: leave them) and return the norm before."""
+    """Scale gradients to a global norm of at most `max_norm` (0: no limit) and return the norm before."""
     return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
 
 

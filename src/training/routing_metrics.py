@@ -1,4 +1,4 @@
-"""What the routers did, as a torchmetrics metric.
+"""Routing during training and validation, as a torchmetrics metric.
 
 B batch, T tokens, E experts, L layers.
 """

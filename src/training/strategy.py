@@ -1,7 +1,7 @@
-"""FSDP2: every rank keeps a part of each parameter, its gradient and its optimiser state. Knows one model class.
+"""FSDP2: every rank keeps a part of each parameter, its gradient and its optimizer state. Knows one model class.
 
-Gradients are reduced after each micro-batch, not once per step: to keep them whole until then would cost every rank
-what sharding saves.
+Gradients are reduced after each micro-batch, not once per step: keeping them whole until the end of the step would cost
+every rank what sharding saves.
 """
 
 import shutil
@@ -22,31 +22,30 @@ class ShardedStrategy(ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` with all devices in one data-parallel group."""
 
     def __init__(self, *, sharded_checkpoints: bool) -> None:
-        """Write checkpoints as one part per rank, or assemble a whole one on rank 0."""
+        """With `sharded_checkpoints` write one part per rank, else assemble a whole checkpoint on rank 0."""
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=sharded_checkpoints)
 
     def setup_environment(self) -> None:
-        """Size the group by the devices there are."""
         use_all_devices(self)
         super().setup_environment()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write it; TrainingError when the disk is full. What ranks raise then is not even an `Exception`."""
+        """Write a checkpoint; TrainingError if the disk is full. torch raises no `Exception` but a `BaseException`."""
         try:
             super().save_checkpoint(checkpoint, filepath, storage_options)
         except CheckpointException as error:
             free = shutil.disk_usage(Path(filepath).parent).free  # errors of other ranks have lost their context
             if free < tensor_bytes(checkpoint) or any(is_full(failure) for failure, _ in error.failures.values()):
                 raise TrainingError(full_disk_message(Path(filepath), checkpoint)) from error
-            raise RuntimeError(f"{filepath}: cannot be written: {error}") from error
+            raise RuntimeError(f"{filepath}: could not be written: {error}") from error
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load model and optimiser in place, and return the rest.
+        """Load model and optimizer in place, and return the rest.
 
-        Whole checkpoints of any strategy will do. Lightning takes their optimiser states for numbered in the order of
-        the model's parameters, but an optimiser numbers them group by group.
+        Accepts whole checkpoints of any strategy. Lightning expects their optimizer states to be numbered in the order
+        of the model's parameters, but an optimizer numbers them group by group.
         """
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
@@ -64,7 +63,7 @@ class ShardedStrategy(ModelParallelStrategy):
 def _named_optimizer_state(
     state: dict[str, Any], optimizer: torch.optim.Optimizer, model: torch.nn.Module
 ) -> dict[str, Any]:
-    """Return an optimiser's saved state with names for numbers; its groups are those of `optimizer`, in order."""
+    """Return a saved optimizer state by parameter name instead of number; its groups are those of `optimizer`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups: list[dict[str, Any]] = []
     name_of: dict[int, str] = {}

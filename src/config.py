@@ -1,6 +1,6 @@
 """The config of a run: every component's section, read from YAML. The only module that knows OmegaConf.
 
-Defaults in code < `base:` file < file < `key=value`. What comes out is plain frozen dataclasses.
+Defaults in code < `base:` file < file < `key=value`. The result consists of plain frozen dataclasses.
 """
 
 import ast
@@ -36,11 +36,11 @@ class LutConfig:
     """How the lookup table is written after training."""
 
     at_fit_end: bool = True
-    """Write weights and table when training is done; models without embedding experts write weights only."""
+    """Write weights and table after training; models without embedding experts write weights only."""
     dtype: str = "bfloat16"
     """Precision of the rows: float32, bfloat16, float16, int8, nf4 (even hidden sizes) or nf3 (multiples of 128)."""
     chunk_tokens: int | None = None
-    """Rows computed and written at a time; null takes as many as fit 512 MiB of buffers."""
+    """Rows computed and written at a time; null is as many as fit in 512 MiB of buffers."""
 
     def __post_init__(self) -> None:
         if self.dtype not in CODECS:
@@ -53,7 +53,7 @@ class RunConfig:
     """Everything that decides a run."""
 
     name: str
-    """Name of the run's directory; a number is added when it is taken."""
+    """Name of the run's directory; a number is appended if it exists."""
     output_dir: str = "runs"
     """Parent of run directories."""
     seed: int = 0
@@ -128,7 +128,7 @@ def load_run_config(run: RunDirectory, overrides: Sequence[str] = ()) -> RunConf
 
 
 def describe(config: RunConfig) -> str:
-    """Return YAML of every key with its value, its meaning as a comment above it."""
+    """Return YAML of every key with its value, and its meaning in a comment above it."""
     return "\n".join(_describe(config, indent=0))
 
 
@@ -152,9 +152,9 @@ def _compose(layers: Sequence[tuple[str, DictConfig]], path: Path) -> RunConfig:
 
 def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file; configs/ holds the ready ones")
+        raise ConfigError(f"{path}: no such config file; see configs/ for the existing ones")
     if path.resolve() in chain:
-        raise ConfigError(f"{path}: its base files lead back to itself; break the circle")
+        raise ConfigError(f"{path}: its base files form a cycle; remove one `base:`")
     try:
         values = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""The named errors a user can meet. Each message says where, what was found, what was expected, what to do.
+"""Errors that users can cause. Each message says where, what was found, what was expected, what to do.
 
 Every verb catches `UserError`, prints the message and exits with code 2; anything else is a bug and keeps
 its traceback.
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave; the message alone must be enough to correct it."""
+    """A mistake in the user's input; the message alone must be enough to correct it."""
 
 
 class ConfigError(UserError):
@@ -33,11 +33,11 @@ class LutFormatError(LutError):
 
 
 class LutMismatchError(LutError):
-    """A whole lookup table that belongs to another model."""
+    """A complete lookup table that belongs to another model."""
 
 
 class TrainingError(UserError):
-    """Training that cannot go on: numbers that are not finite, a disk that is full."""
+    """Training that cannot continue: numbers that are not finite, a full disk."""
 
 
 class CheckpointError(UserError):

@@ -1,4 +1,4 @@
-"""Everything a config costs: parameters and their offloaded part, FLOPs, and what a device keeps in memory in training.
+"""What a config costs: parameters and their offloaded part, FLOPs, and the memory of a device in training.
 
 Counts on a model built on the meta device, which has shapes and no storage.
 
@@ -35,11 +35,11 @@ class Parameters:
     experts: int
     """Of these, routed experts and their norms."""
     resident: int
-    """What stays in memory at inference when the experts are offloaded: everything else."""
+    """What stays in memory at inference when the experts are offloaded."""
     offloaded: int
     """What is offloaded, in the paper's count: MoE's expert weights, L E 2 D F; MoLE's table, L E D V."""
     loaded_per_token: int
-    """Values fetched per token: MoLE L E D; MoE L K 2 D F, its worst case, no expert still in memory."""
+    """Values fetched per token: MoLE L E D; MoE at most L K 2 D F, with no expert in memory yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def _table_sizes(model: ModelConfig) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMemory:
-    """Bytes on the fullest device that hold as long as training does; activations come on top."""
+    """Bytes on the fullest device throughout training, without activations."""
 
     strategy: str
     """`whole`: one device alone, or each of DDP's, however many; `fsdp2`."""
@@ -106,7 +106,7 @@ class DeviceMemory:
     optimizer_states: int
     """AdamW's two moments."""
     gathered: int
-    """What FSDP2 holds whole for a while, at most: weights and gradients of embedding and head, and of two groups."""
+    """What FSDP2 gathers at most at a time: weights and gradients of embedding and head, and of two groups."""
 
     @property
     def total(self) -> int:
@@ -116,7 +116,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertMemory:
-    """What one form of expert execution keeps from the forward pass for the backward pass, over all layers."""
+    """What one form of expert execution stores for the backward pass, over all layers."""
 
     execution: str
     token_ids: int
@@ -130,7 +130,7 @@ def value_bytes(precision: str) -> int:
 
 
 def whole_memory(num_parameters: int, precision: str) -> DeviceMemory:
-    """Memory of a device that holds the whole model; DDP's buckets are its gradients."""
+    """Return the memory of a device that holds the whole model; DDP's buckets are its gradients."""
     stored = num_parameters * value_bytes(precision)
     return DeviceMemory(
         strategy="whole", devices=1, weights=stored, gradients=stored, optimizer_states=2 * stored, gathered=0
@@ -138,10 +138,10 @@ def whole_memory(num_parameters: int, precision: str) -> DeviceMemory:
 
 
 def sharded_memory(model: ModelConfig, precision: str, devices: int) -> DeviceMemory:
-    """Memory of one of `devices` under FSDP2: its part of everything, and what it gathers to compute.
+    """Return the memory of one of `devices` under FSDP2: its part of everything, and what it gathers.
 
-    At most two groups are whole at a time, one computing and one on its way, and so are their gradients; the
-    embedding and the head stay whole throughout (`src.sharding.shard_model`).
+    At most two groups are whole at a time, one computing and one being gathered, and so are their gradients; embedding
+    and head stay whole throughout (`src.model.sharding.shard_model`).
     """
     with torch.device("meta"):
         built = Transformer(model)
@@ -160,10 +160,10 @@ def sharded_memory(model: ModelConfig, precision: str, devices: int) -> DeviceMe
 
 
 def expert_memory(model: ModelConfig, execution: str, num_ids: int, precision: str) -> ExpertMemory:
-    """Memory that embedding experts take for the backward pass when they run on `num_ids` ids at once.
+    """Return the memory that embedding experts use for the backward pass when they run on `num_ids` ids at once.
 
     Per layer and id: the normed embedding, every expert's input, its F values before and after GELU, and its row in at
-    least float32, which the mixture keeps. Checkpointing keeps the rows alone. `unique_per_step` adds their gradients.
+    least float32, which the mixture stores. Checkpointing stores only the rows. `unique_per_step` adds their gradients.
     """
     stored = value_bytes(precision)
     computed, wide = 2 if "16" in precision else stored, max(stored, 4)
@@ -188,7 +188,7 @@ def _num_values(module: nn.Module) -> int:
 
 
 SHARDED_OVER = (8, 64)
-"""Numbers of devices that the account of FSDP2 supposes."""
+"""Numbers of devices for which FSDP2 is accounted."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ class Flops:
 
 
 def forward_flops(model: ModelConfig, sequence_length: int) -> Flops:
-    """One forward pass in the training form, experts at every position: the paper's form of MoLE, MoE as it runs."""
+    """Return one forward pass of the training form, with MoLE's experts at every position as in the paper."""
     layers, hidden = model.num_layers, model.hidden_size
     active = model.active_experts
     return Flops(
@@ -56,14 +56,14 @@ def forward_flops(model: ModelConfig, sequence_length: int) -> Flops:
 
 
 def computed_experts(model: ModelConfig) -> int:
-    """Experts that run per position: MoE runs the chosen ones, MoLE's rows need all of them whatever is mixed."""
+    """Return the experts that run per position: MoE's chosen ones, all of MoLE's, whose rows need every expert."""
     return model.num_experts if model.architecture == "mole" else model.active_experts
 
 
 def training_flops(forward: Flops, model: ModelConfig) -> Flops:
-    """Forward and backward, which costs twice as much.
+    """Return forward and backward pass; the backward pass costs twice the forward pass.
 
-    Checkpointing runs all but the head's forward once more, at most: torch stops at the last activation it needs.
+    Checkpointing repeats at most the forward pass without the head: torch stops at the last activation it needs.
     """
     passes = 4 if model.gradient_checkpointing else 3
     scaled = {item.name: passes * getattr(forward, item.name) for item in fields(forward)}
@@ -71,24 +71,24 @@ def training_flops(forward: Flops, model: ModelConfig) -> Flops:
 
 
 def once_per_unique_id(flops: Flops, unique_ids: int, micro_batch_tokens: int) -> Flops:
-    """Run the experts on the U distinct ids of a micro-batch instead of on each of its tokens."""
+    """Return the operations with experts run on the U distinct ids of a micro-batch instead of on each token."""
     return replace(flops, routed_experts=flops.routed_experts * unique_ids / micro_batch_tokens)
 
 
 def lookup_flops(forward: Flops) -> Flops:
-    """Fetch the rows: no expert runs."""
+    """Return the operations of the lookup form: no expert runs."""
     return replace(forward, routed_experts=0.0)
 
 
 def estimated_unique_ids(micro_batch_tokens: int, vocab_size: int) -> int:
-    """Distinct ids to expect among tokens of text: Heaps' law, flattening towards the size of the vocabulary."""
+    """Return the expected number of distinct ids: Heaps' law, flattening toward the size of the vocabulary."""
     unlimited = HEAPS_SCALE * micro_batch_tokens**HEAPS_EXPONENT
     limited = vocab_size * -math.expm1(-unlimited / vocab_size)
     return max(1, min(micro_batch_tokens, vocab_size, round(limited)))
 
 
 def step_flops(model: ModelConfig, token_ids: Tensor, *, head: bool = True) -> float:
-    """Operations of one training step on micro-batches (A, B, T), experts as often as they run; `head` counts it in."""
+    """Return the operations of one training step on micro-batches (A, B, T), with experts as often as they run."""
     per_token = training_flops(forward_flops(model, token_ids.shape[-1]), model)
     if model.architecture == "mole" and model.expert_execution != "per_token":
         parts = [token_ids] if model.expert_execution == "unique_per_step" else list(token_ids)

@@ -1,4 +1,4 @@
-"""Shows an `Account` on the terminal."""
+"""Prints an `Account` on the terminal."""
 
 from dataclasses import fields
 
@@ -13,7 +13,7 @@ _OFFLOADED = {"mole": "the lookup table", "moe": "the experts", "dense": "nothin
 
 
 def print_account(account: Account, console: Console) -> None:
-    """Print parameters, offloaded part, FLOPs and memory, each with what it assumes."""
+    """Print parameters, offloaded part, FLOPs and memory, with their assumptions."""
     console.print(_parameters(account))
     if account.offload:
         console.print(_offload(account))

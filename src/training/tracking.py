@@ -1,4 +1,4 @@
-"""Where metrics go: a CSV in the run directory, always, and Weights & Biases.
+"""Where metrics, figures, tables and files of a run go: `metrics.csv`, always, and Weights & Biases.
 
 A resumed run continues both: the CSV from its checkpoint's step on, the W&B run under its recorded id. W&B also gets
 config, figures, tables and files, but no path outside the run directory.
@@ -46,14 +46,14 @@ def _without_paths(key: str, value: Any) -> Any:
         return without_paths(value)
     if value is None or value == []:
         return value
-    if key in _PATHS or (key in _PATHS_OR_NAMES and _is_place(str(value))):
+    if key in _PATHS or (key in _PATHS_OR_NAMES and _is_path(str(value))):
         return [NOT_LOGGED] * len(value) if isinstance(value, list) else NOT_LOGGED
     if isinstance(value, list):
         return [without_paths(item) if isinstance(item, Mapping) else item for item in value]
     return value
 
 
-def _is_place(value: str) -> bool:
+def _is_path(value: str) -> bool:
     return value.startswith((".", "~", os.sep)) or Path(value).exists()
 
 
@@ -66,7 +66,7 @@ def logged_step(trainer: lightning.Trainer) -> int:
 
 
 def log_figures(loggers: Iterable[Logger], figures: Mapping[str, Path], step: int) -> None:
-    """Send PNG files; call it on rank 0."""
+    """Send PNG files to W&B; call it on rank 0."""
     for logger in _wandb(loggers):
         for name, path in figures.items():
             logger.log_image(f"figures/{name}", [str(path)], step=step)
@@ -75,7 +75,7 @@ def log_figures(loggers: Iterable[Logger], figures: Mapping[str, Path], step: in
 def log_table(
     loggers: Iterable[Logger], name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
 ) -> None:
-    """Send a table as it is now; call it on rank 0."""
+    """Send a table to W&B; call it on rank 0."""
     for logger in _wandb(loggers):
         with _staged_in_run(logger):
             logger.log_table(f"tables/{name}", columns=list(columns), data=[list(row) for row in rows], step=step)
@@ -142,7 +142,7 @@ def wandb_mode(config: WandbConfig) -> str:
 
 
 def _has_api_key() -> bool:
-    """Look where W&B looks, without importing it (seconds) or logging in."""
+    """Look where W&B looks, without importing it (which takes seconds) or logging in."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -175,7 +175,7 @@ def _wandb_logger(config: WandbConfig, resolved: Mapping[str, Any], run: RunDire
 
 
 def _fingerprints(run: RunDirectory) -> dict[str, str | None]:
-    """Return what identifies the text and the tokenizer of a run."""
+    """Return the fingerprints of a run's corpus and tokenizer."""
     return {"dataset": run.recorded_corpus("fingerprint"), "tokenizer": run.recorded_corpus("tokenizer")}
 
 
@@ -274,7 +274,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def close_loggers(loggers: Iterable[Logger], *, failed: bool) -> None:
-    """Finish the W&B run, so that its record is whole when `train` returns."""
+    """Finish the W&B run, so that its record is complete when `train` returns."""
     for logger in loggers:
         if isinstance(logger, WandbLogger) and has_started(logger):
             logger.experiment.finish(exit_code=int(failed))

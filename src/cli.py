@@ -44,5 +44,15 @@ def add_form_options(options: argparse.ArgumentParser) -> None:
         help="lut reads rows from the table, ffn computes them, auto prefers a finished table (default)",
     )
     options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
-    options.add_argument("--reader", default="auto", help="how the table is read: auto (default), memmap, pread, ...")
+    add_reader_option(options)
     options.add_argument("--device", default="cpu", help="where the model computes (default: cpu)")
+
+
+def add_reader_option(options: argparse.ArgumentParser) -> None:
+    """Add `--reader`, which takes the name of any registered reader."""
+    from src.lut.readers import READERS  # imports torch, which not every verb needs before it parses
+
+    kinds = ", ".join(f"{name} ({kind.help})" for name, kind in READERS.items())
+    options.add_argument(
+        "--reader", choices=tuple(READERS), default="auto", help=f"how the table is read (default: auto): {kinds}"
+    )

@@ -5,8 +5,6 @@ sampling, when the next rows are requested, to the next sampling, and every cont
 Dense; MoLE computing its experts; the table in memory; on disk with warm pages, with the page cache dropped before the
 step, and with a row cache. All share one backbone, so that they differ in nothing else.
 
-The models that a decode benchmark compares, and how a step or a prompt of each is timed.
-
 B batch.
 """
 
@@ -34,7 +32,7 @@ from src.benchmarks.common import (
 )
 from src.benchmarks.memory_use import anonymous_bytes
 from src.benchmarks.workload import TextIds, load_text_ids, scratch_directory, write_runs
-from src.cli import parser, run_verb
+from src.cli import add_reader_option, parser, run_verb
 from src.inference import InferenceModel, load_model
 from src.inference.disk_experts import DiskExperts
 from src.inference.generation import PREFILL_CHUNK_POSITIONS, PREFILL_CHUNK_TOKENS, prefill
@@ -52,20 +50,19 @@ CACHED = f"disk + {CACHED_ROWS} rows"
 class Contenders:
     """Models of one backbone that differ in where expert rows come from."""
 
-    def __init__(self, stack: ExitStack, mole: Path, dense: Path) -> None:
-        """Load them; the caller's stack closes them."""
+    def __init__(self, stack: ExitStack, mole: Path, dense: Path, reader: str) -> None:
+        """Load them, those on disk with `reader`; the caller's stack closes them."""
         row_mb = read_manifest(mole / "lut").row_bytes / 2**20
         self.lut_dir = mole / "lut"
         self.models: dict[str, InferenceModel] = {"dense": stack.enter_context(load_model(dense))}
         self.models["experts computed"] = stack.enter_context(load_model(mole, experts="ffn"))
-        for name, reader, cache_mb in (
+        for name, how, cache_mb in (
             ("table in RAM", "memory", 0.0),
-            ("disk, warm", "auto", 0.0),
-            ("disk, cold", "auto", 0.0),
-            (CACHED, "auto", CACHED_ROWS * row_mb),
+            ("disk, warm", reader, 0.0),
+            ("disk, cold", reader, 0.0),
+            (CACHED, reader, CACHED_ROWS * row_mb),
         ):
-            model = stack.enter_context(load_model(mole, experts="lut", reader=reader, cache_mb=cache_mb))
-            self.models[name] = model
+            self.models[name] = stack.enter_context(load_model(mole, experts="lut", reader=how, cache_mb=cache_mb))
         _share_backbone(self.models["dense"], list(self.models.values()))
 
     @property
@@ -232,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
     options.add_argument("--rounds", type=int, default=25, help="interleaved rounds (default: 25)")
     options.add_argument("--prefill-rounds", type=int, default=15, help="the same for prompts (default: 15)")
+    add_reader_option(options)
     add_common_options(options)
     given = options.parse_args(arguments)
     config = model_config(given.shape)
@@ -239,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with scratch_directory(given.directory) as directory, ExitStack() as stack:
         mole, dense = write_runs(directory, config, given.dtype, text.counts)
         memory = measure_memory({"dense": dense, "disk": mole}, given.batches, text)
-        contenders, before = Contenders(stack, mole, dense), workload.bytes_read()
+        contenders, before = Contenders(stack, mole, dense, given.reader), workload.bytes_read()
         decode = {batch: measure_decode(contenders, text, batch, given.rounds) for batch in given.batches}
         prefills = measure_prefill(contenders, text, given.prefill_rounds)
         header = describe_run(given, disk_read_bytes=workload.bytes_read() - before)

@@ -6,7 +6,7 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 
 from src.errors import LutError, LutFormatError
 from src.lut import LutStore
-from src.lut.layout import TableLayout
 from src.lut.manifest import read_manifest
 from src.lut.readers import READERS, Reader, ResidentTable
 from src.lut.readers import pread as pread_module
 from src.lut.readers import reader as reader_module
 from src.lut.readers.pread import PreadReader
-from src.lut.readers.reader import Arrived, Bytes, ShardFiles, Wanted, WorkerPool, register_reader
+from src.lut.readers.reader import Bytes, WorkerPool
 from tests.lut.tables import shard_path, write_table
 
 VOCAB = 300
@@ -242,39 +241,6 @@ def test_workers_pass_errors_on_and_stop() -> None:
     pool.close()
     with pytest.raises(LutError, match="closed"):
         pool.start(fail, range(20))
-
-
-class PlainReader(Reader):
-    """The least that a reader can be: one blocking read per row."""
-
-    def __init__(self, lut_dir: Path, layout: TableLayout, device: torch.device) -> None:
-        self.files = ShardFiles(lut_dir, layout)
-
-    def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived) -> None:
-        for token_id, position in wanted:
-            self.files.read_row(token_id, rows[position].data)
-            arrived(token_id, position)
-
-    def close(self) -> None:
-        self.files.close()
-
-
-@pytest.fixture
-def plain() -> Iterator[str]:
-    register_reader("plain", "one read after another", PlainReader)
-    yield "plain"
-    del READERS["plain"]
-
-
-def test_a_reader_registered_elsewhere_is_used_by_name(plain: str, table: tuple[Path, Bytes]) -> None:
-    lut_dir, expected = table
-    with LutStore.open(lut_dir, reader=plain, cache_mb=0.001) as store:
-        assert isinstance(store.reader, PlainReader)
-        assert np.array_equal(store.request(torch.tensor([7, 200])).codes().numpy(), expected[[7, 200]])
-        with pytest.raises(IndexError, match=rf"token id {VOCAB} is outside"):
-            store.request(torch.tensor([VOCAB]))
-    with pytest.raises(LutError, match=r"reader 'plane' is unknown; choose one of .*\bplain\b"):
-        LutStore.open(lut_dir, reader="plane")
 
 
 def test_a_forked_child_resets_the_stores_that_live_and_no_others(

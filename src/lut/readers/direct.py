@@ -82,6 +82,4 @@ def open_direct(lut_dir: Path, layout: TableLayout) -> DirectReader | PreadReade
     return PreadReader(lut_dir, layout)
 
 
-register_reader(
-    "direct", "reads past the page cache (O_DIRECT)", lambda lut_dir, layout, _: open_direct(lut_dir, layout)
-)
+register_reader("direct", "past the page cache, with O_DIRECT", lambda lut_dir, layout, _: open_direct(lut_dir, layout))

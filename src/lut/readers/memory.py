@@ -50,5 +50,5 @@ class MemmapReader(Reader):
         self._files.close()
 
 
-register_reader("memory", "keeps the whole table in memory, on --device", ResidentTable)
-register_reader("memmap", "copies from a memory map", lambda lut_dir, layout, _: MemmapReader(lut_dir, layout))
+register_reader("memory", "all of it kept in memory, on the device", ResidentTable)
+register_reader("memmap", "copied from a memory map", lambda lut_dir, layout, _: MemmapReader(lut_dir, layout))

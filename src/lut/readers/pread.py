@@ -93,7 +93,5 @@ def _nowait_flag(descriptor: int) -> int | None:
     return flag
 
 
-register_reader(
-    "auto", "the best reader for most disks: pread", lambda lut_dir, layout, _: PreadReader(lut_dir, layout)
-)
-register_reader("pread", "reads through the page cache", lambda lut_dir, layout, _: PreadReader(lut_dir, layout))
+for _name, _help in (("auto", "same as pread"), ("pread", "through the page cache")):
+    register_reader(_name, _help, lambda lut_dir, layout, _: PreadReader(lut_dir, layout))

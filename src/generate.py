@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from src.cli import add_form_options, parser, run_verb
 from src.data.tokenizer import END_OF_TEXT, load_bound_tokenizer
@@ -19,34 +18,24 @@ from src.inference.generation import Sampling
 from src.run_directory import RunDirectory
 
 
-def write_text(
-    model: InferenceModel, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, sampling: Sampling, window: bool
-) -> None:
-    """Print `prompt` and its continuation, piece by piece as it is generated."""
-    token_ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.embedding.weight.device)
-    steps = stream(
-        model,
-        token_ids,
-        max_new_tokens=max_new_tokens,
-        stop_ids=[] if (stop := tokenizer.token_to_id(END_OF_TEXT)) is None else [stop],
-        overflow="window" if window else "refuse",
-        **asdict(sampling),
-    )
-    print(prompt, end="", flush=True)
-    for piece in pieces(tokenizer, (int(step) for step in steps)):
-        print(piece, end="", flush=True)
-    print()
+def pieces(tokenizer: Tokenizer, token_ids: Iterable[int], prompt_ids: Sequence[int] = ()) -> Iterator[str]:
+    """Yield the text that `token_ids` add to the prompt's, as soon as its characters are complete.
 
-
-def pieces(tokenizer: Tokenizer, token_ids: Iterable[int]) -> Iterator[str]:
-    """Yield text as soon as its characters are whole; what is left unfinished at the end decodes as it can."""
-    decoder, seen, written = DecodeStream(skip_special_tokens=True), list[int](), 0
+    A decoder may strip a space in front of its first token, so new tokens are decoded behind a token that is printed.
+    """
+    window = list(prompt_ids)
+    shown = tokenizer.decode(window)
     for token_id in token_ids:
-        seen.append(token_id)
-        if piece := decoder.step(tokenizer, token_id):
-            written += len(piece)
+        window.append(token_id)
+        text = tokenizer.decode(window)
+        if text.endswith("\ufffd"):  # a character whose other bytes are still to come
+            continue
+        if piece := text[len(shown) :]:
             yield piece
-    if rest := tokenizer.decode(seen, skip_special_tokens=True)[written:]:
+        shown, alone = text, tokenizer.decode([token_id])
+        if alone and "\ufffd" not in alone:  # decodes by itself, so what comes next can be decoded behind it
+            window, shown = [token_id], alone
+    if rest := tokenizer.decode(window)[len(shown) :]:
         yield rest
 
 
@@ -107,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reader=given.reader,
         cache_mb=given.cache_mb,
     ) as model:
-        write = partial(_continue, model, tokenizer, given.max_new_tokens, sampling, given.window)
+        write = partial(print_continuation, model, tokenizer, given.max_new_tokens, sampling, given.window)
         if prompt is None:
             interact(write)
         else:
@@ -121,23 +110,34 @@ def _sampling(temperature: float, top_k: int | None, top_p: float | None, seed: 
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from error
 
 
-def _continue(
+def print_continuation(
     model: InferenceModel, tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling, window: bool, prompt: str
 ) -> None:
-    """Write the continuation of one prompt, as long as the context allows."""
-    limit, prompt_tokens = model.config.max_sequence_length, len(tokenizer.encode(prompt).ids)
-    if not prompt_tokens:
+    """Print `prompt` and its continuation, piece by piece, as far as the context allows."""
+    limit, prompt_ids = model.config.max_sequence_length, tokenizer.encode(prompt).ids
+    if not prompt_ids:
         raise UserError("the prompt is empty; give at least one character")
     # A window keeps at least half of the context for the prompt, and all of the prompt where it fits.
-    room = max(limit - prompt_tokens, limit // 2) if window else limit - prompt_tokens
+    room = max(limit - len(prompt_ids), limit // 2) if window else limit - len(prompt_ids)
     if room < 1:
         raise UserError(
-            f"the prompt has {prompt_tokens} tokens, but the context holds {limit}; "
+            f"the prompt has {len(prompt_ids)} tokens, but the context holds {limit}; "
             "shorten it, or read only its end with --window"
         )
     if room < max_new_tokens:
         print(f"note: the context holds {room} more tokens, not {max_new_tokens}", file=sys.stderr)
-    write_text(model, tokenizer, prompt, max_new_tokens=min(max_new_tokens, room), sampling=sampling, window=window)
+    steps = stream(
+        model,
+        torch.tensor([prompt_ids], device=model.embedding.weight.device),
+        max_new_tokens=min(max_new_tokens, room),
+        stop_ids=[] if (stop := tokenizer.token_to_id(END_OF_TEXT)) is None else [stop],
+        overflow="window" if window else "refuse",
+        **asdict(sampling),
+    )
+    print(prompt, end="", flush=True)
+    for piece in pieces(tokenizer, (int(step) for step in steps), prompt_ids):
+        print(piece, end="", flush=True)
+    print()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Generation: the same text from every form, reader, cache, chunk and batch; sampling as it says."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from src.inference import InferenceModel, generate, left_pad, load_model, stream
 from src.inference.generation import Sampler, Sampling, truncated_probs
 from src.lut.readers import READERS
 from tests.inference.runs import prompts, write_run
+
+ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +145,30 @@ def test_two_streams_on_one_model_do_not_disturb_each_other(model: InferenceMode
     for index, token_ids in enumerate((one, other)):
         expected = generate(model, token_ids, max_new_tokens=12)[0, 8:]
         assert torch.equal(torch.cat([pair[index] for pair in together]), expected)
+
+
+def run_python(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ROOT})
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_a_stream_that_is_not_read_to_its_end_is_closed_silently_at_exit(run: Path) -> None:
+    code = """
+import sys, torch
+from src.inference import load_model, stream
+model = load_model(sys.argv[1], experts="lut")
+steps = stream(model, torch.tensor([[1, 2, 3]]), max_new_tokens=20)
+print(len(next(steps)))
+"""
+    assert run_python(code, str(run)) == "1\n"
+
+
+def test_inference_brings_in_nothing_of_training_or_text() -> None:
+    unwanted = ("lightning", "matplotlib", "wandb", "omegaconf", "datasets", "tokenizers", "src.data")
+    code = f"import sys, src.inference; print([name for name in {unwanted} if name in sys.modules])"
+    assert run_python(code) == "[]\n"
 
 
 def test_samples_are_distributed_as_the_probabilities() -> None:

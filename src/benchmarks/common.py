@@ -53,7 +53,6 @@ class Timings:
     seconds: dict[str, list[float]]
 
     def median(self, name: str) -> float:
-        """Median seconds of a contender."""
         return statistics.median(self.seconds[name])
 
     def percentile(self, name: str, percent: float) -> float:
@@ -101,16 +100,13 @@ class Target:
 
     @property
     def holds(self) -> bool:
-        """Whether the figure is on the right side of its limit."""
         return self.found >= self.limit if self.at_least else self.found <= self.limit
 
     def line(self) -> str:
-        """Say it in one line."""
         sign = ">=" if self.at_least else "<="
         return f"{'holds' if self.holds else 'MISSED'}  {self.name}: {self.found:.3g} {sign} {self.limit:g}"
 
     def to_dict(self) -> dict[str, str | float | bool]:
-        """Return all figures by name."""
         return {"name": self.name, "found": self.found, "limit": self.limit, "holds": self.holds}
 
 
@@ -143,7 +139,7 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, str | int]
 
 
 def machine_line(machine: dict[str, str | int]) -> str:
-    """Say it in one line."""
+    """Return a machine's description in one line."""
     gibibytes = int(machine["memory_bytes"]) / 2**30
     return (
         f"{machine['processor']}, {machine['cores']} cores ({machine['threads']} threads), {gibibytes:.0f} GiB, "

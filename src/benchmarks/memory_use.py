@@ -57,10 +57,9 @@ def anonymous_bytes(run: Path, batch: int, held_out: Tensor) -> int:
 
 
 class PeakAnonymous:
-    """Samples the process's anonymous memory until stopped; the kernel keeps a peak of all memory only."""
+    """Samples the process's anonymous memory until stopped; the kernel records a peak only of all memory."""
 
     def __init__(self) -> None:
-        """Start sampling."""
         self.bytes, self._stop = 0, threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -70,7 +69,7 @@ class PeakAnonymous:
             self.bytes = max(self.bytes, _status_bytes("RssAnon"))
 
     def stop(self) -> int:
-        """Return the peak in bytes."""
+        """Stop and return the peak in bytes."""
         self._stop.set()
         self._thread.join()
         return self.bytes

@@ -51,12 +51,10 @@ class StepTimes:
 
     @property
     def compute(self) -> float:
-        """Seconds of the forward and backward passes."""
         return self.forward + self.backward
 
     @property
     def total(self) -> float:
-        """Seconds of the whole step."""
         return self.forward + self.backward + self.optimizer
 
 
@@ -210,7 +208,7 @@ def _summarize(contestant: Contestant, times: list[StepTimes], baseline: list[St
 
 
 def results_table(results: Sequence[StepResult], title: str, baseline: str) -> Table:
-    """Lay the results out for a terminal."""
+    """Return the results as a table."""
     table = Table(title=title, title_justify="left")
     table.caption = f"fwd, bwd, step: seconds forward, backward, of the optimizer; over {baseline}: fwd + bwd"
     for heading in ("", "fwd", "bwd", "step", "tokens/s", "MFU", "peak MiB", f"over {baseline}"):
@@ -231,7 +229,7 @@ def results_table(results: Sequence[StepResult], title: str, baseline: str) -> T
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """The batch and what must be said about it: every ratio depends on vocabulary, corpus and window."""
+    """The batch and where it comes from: every ratio depends on vocabulary, corpus and window."""
 
     windows: Tensor
     """(N, T) int64."""
@@ -240,11 +238,9 @@ class Text:
 
     @property
     def unique_ids(self) -> int:
-        """Distinct ids of all windows."""
         return self.windows.unique().numel()
 
     def describe(self) -> str:
-        """Say what the windows are."""
         count, length = self.windows.shape
         return (
             f"{count} windows of {length:,} tokens from {self.corpus}, vocabulary {self.vocabulary:,}: "

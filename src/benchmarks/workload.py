@@ -48,7 +48,7 @@ class TextIds:
         self._next = 0
 
     def window(self, num_tokens: int) -> Tensor:
-        """Return the next (num_tokens,) ids of held-out text as they stand, from the start again at its end."""
+        """Return the next (num_tokens,) ids of held-out text, in order; at its end start over."""
         if len(self.held_out) < num_tokens:
             raise DataError(f"the held-out text has {len(self.held_out)} tokens, {num_tokens} are needed; give more")
         if self._next + num_tokens > len(self.held_out):
@@ -96,13 +96,12 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
 
 
 class RandomRows:
-    """A source of rows that differ from id to id and layer to layer, at the speed of memory."""
+    """A source of rows for weights of an `identity`: they differ by id and layer and cost almost nothing."""
 
     rows_from = "random numbers"
     held_row_bytes = 0
 
     def __init__(self, config: ModelConfig, identity: Identity) -> None:
-        """Stand for the weights with that identity."""
         self.config, self.identity = config, identity
 
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:

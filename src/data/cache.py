@@ -137,7 +137,7 @@ def prepare_source(source: SourceConfig, config: DataConfig, tokenizer: Tokenize
     """Tokenize a source, or open its entry if the cache has it.
 
     Raises:
-        DataError: the source cannot be read, is over a budget, or its files change meanwhile.
+        DataError: the source cannot be read, is over a budget, or its files change while they are read.
     """
     files = source_files(source)
     key = entry_key(source, files, config, f"{fingerprint(tokenizer)} {config.shard_mb} {config.duplicate_memory_mb}")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 PIECE_CHARACTERS = 1 << 17
-"""Longer documents are tokenized in pieces, cut at line ends: the library needs over 100 bytes per token meanwhile."""
+"""Longer documents are tokenized in pieces, cut at line ends: the library needs over 100 bytes per token."""
 
 
 class Encoded(NamedTuple):

@@ -27,14 +27,13 @@ TABLE_NAME = "model.moe_table.weight"
 
 @dataclass(frozen=True)
 class Correspondence:
-    """One tensor of ours and the authors' tensors that hold the same numbers."""
+    """One of our tensors and the authors' tensors that hold the same numbers."""
 
     ours: str
     theirs: tuple[str, ...]
     rule: Literal["same", "concatenated", "stacked"] = "same"
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Make our tensor from theirs."""
         if self.rule == "concatenated":
             return torch.cat(list(parts))  # 3 x (D, D) -> (3*D, D)
         if self.rule == "stacked":
@@ -42,7 +41,7 @@ class Correspondence:
         return parts[0]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """Make their tensors from ours; the inverse of `join`, bit for bit."""
+        """Invert `join`, bit for bit."""
         if self.rule == "concatenated":
             return list(tensor.chunk(len(self.theirs)))  # (3*D, D) -> 3 x (D, D)
         if self.rule == "stacked":
@@ -51,7 +50,7 @@ class Correspondence:
 
 
 def correspondences(config: ModelConfig, *, with_experts: bool) -> list[Correspondence]:
-    """Return how each tensor of a model is made; `with_experts=False` leaves out what a table replaces."""
+    """Return the correspondences of a model; `with_experts=False` leaves out what a table replaces."""
     found = [
         Correspondence("embedding.weight", ("model.embed_tokens.weight",)),
         Correspondence("norm.weight", ("model.norm.weight",)),

@@ -51,13 +51,13 @@ def import_official(
 
     Args:
         checkpoint_dir: holds config.json and safetensors (whole or in shards) or pytorch_model.bin.
-        run_dir: must not exist yet.
-        top_k: experts per token of an MoE, which their config does not say.
+        run_dir: new directory; must not exist.
+        top_k: experts per token of an MoE, which their config does not contain.
         tokenizer: a tokenizer.json; by default the checkpoint's own, if it has one.
         progress: shows the table being written.
 
     Raises:
-        CheckpointError: the directory is not a whole checkpoint of theirs, or `run_dir` exists.
+        CheckpointError: the directory is not a complete checkpoint of theirs, or `run_dir` exists.
         DataError: the tokenizer cannot be read or has more ids than the model.
     """
     source, target = Path(checkpoint_dir), Path(run_dir)
@@ -85,9 +85,9 @@ def export_official(
     """Write a run as a Hugging Face directory that the authors' code loads.
 
     Args:
-        run_dir: its training form is written; without one, its backbone and its table.
-        checkpoint_dir: must not exist yet.
-        lut: name of the table inside the run, where that is what is written.
+        run_dir: its training form is written; if it has none, its backbone and its table.
+        checkpoint_dir: new directory; must not exist.
+        lut: name of the table inside the run, if the table is written.
         progress: shows the table being written.
 
     Raises:
@@ -114,7 +114,7 @@ def export_official(
 
 
 def require_new(path: Path) -> None:
-    """Raise CheckpointError when something is at `path` already."""
+    """Raise CheckpointError if `path` exists."""
     if path.exists():
         raise CheckpointError(f"{path}: exists already; choose another --output, or remove it")
 
@@ -175,7 +175,7 @@ def _load_tokenizer(given: Path | str | None, source: Path, config: ModelConfig)
 
 
 def _run_config(config: ModelConfig, run_dir: Path) -> dict[str, object]:
-    """Return the least that a run's config.yaml must say; everything else is the defaults'."""
+    """Return the keys that a run's config.yaml needs; all others keep their defaults."""
     return {
         "name": run_dir.name,
         "model": config.to_dict(),

@@ -16,7 +16,7 @@ from torch import Tensor
 from src.errors import CheckpointError
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-"""In the order in which they are preferred; each may instead come in shards, listed by NAME.index.json."""
+"""In order of preference; each may instead come in shards, listed by NAME.index.json."""
 
 
 class _TensorFile(Protocol):
@@ -42,15 +42,13 @@ class CheckpointTensors:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor by name."""
         return {name: opened.shapes[name] for name, opened in self._files.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """Read a whole tensor."""
         return self._files[name].tensor(name)
 
     def block(self, name: str, rows: slice, columns: slice) -> Tensor:
-        """Read a block of a matrix, and no more."""
+        """Read a block of a matrix and nothing else."""
         return self._files[name].block(name, rows, columns)
 
 
@@ -105,7 +103,7 @@ def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     names = set(weight_map.values()) if isinstance(weight_map, dict) else set[object]()
     if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
-        raise CheckpointError(f"{index}: its weight_map does not name files beside it; copy the checkpoint again")
+        raise CheckpointError(f"{index}: its weight_map must name files of its directory; copy the checkpoint again")
     paths = [index.parent / str(name) for name in sorted(names, key=str)]
     if missing := [path for path in paths if not path.is_file()]:
         raise CheckpointError(f"{missing[0]}: missing, but {index.name} lists it; copy the checkpoint again")

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from src.benchmarks.common import SHAPES, describe_machine, machine_line, model_config
+from src.benchmarks.memory_use import sampled_peak
 from src.cli import parser, run_verb
 from src.lut import build_lut
 from src.lut.codecs import CODECS
@@ -127,12 +127,13 @@ def measure_build(
     source: RowSource, config: ModelConfig, lut_dir: Path, *, dtype: str, compute_dtype: str
 ) -> BuildFigures:
     """Build the table in `lut_dir` and measure both limits beside it."""
-    build = plan(source, lut_dir, dtype=dtype)
+    build, resident_bytes = plan(source, lut_dir, dtype=dtype), lambda: psutil.Process().memory_info().rss
     num_tokens = min(build.chunk_tokens, turn_tokens(config.expert_intermediate_size, COMPUTE_DTYPES[compute_dtype]))
     probe = MatmulProbe(config, num_tokens, COMPUTE_DTYPES[compute_dtype])
     write_rates = [measure_writes(lut_dir.parent)]
     probe.sample_alone()
-    with _peak_rss() as growth:
+    before = resident_bytes()
+    with sampled_peak(resident_bytes, 0.02) as peak:
         start = time.perf_counter()
         build_lut(source, lut_dir, dtype=dtype, progress=probe.between_chunks)
         seconds = time.perf_counter() - start - probe.seconds
@@ -145,7 +146,7 @@ def measure_build(
         matmul_flops=probe.rate,
         write_bytes_per_second=sum(write_rates) / len(write_rates),
         needed_flops=config.vocab_size * config.num_layers * config.num_experts * expert_flops,
-        rss_growth_bytes=growth[0],
+        rss_growth_bytes=max(0, peak[0] - before),
     )
 
 
@@ -159,25 +160,6 @@ def measure_writes(directory: Path) -> float:
         file.flush()
         os.fsync(file.fileno())
         return _WRITE_BYTES / (time.perf_counter() - start)
-
-
-@contextmanager
-def _peak_rss() -> Generator[list[int]]:
-    """Yield a list whose one entry is, at the end, by how much resident memory grew at most."""
-    process, done, growth = psutil.Process(), threading.Event(), [0]
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            growth[0] = max(growth[0], process.memory_info().rss - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield growth
-    finally:
-        done.set()
-        watcher.join()
 
 
 def random_source(config: ModelConfig, run: RunDirectory, options: argparse.Namespace) -> RowSource:

@@ -12,7 +12,6 @@ import random
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from src.benchmarks.common import describe_machine, machine_line
+from src.benchmarks.memory_use import sampled_peak
 from src.benchmarks.workload import read_texts
 from src.cli import parser, run_verb
 from src.data.config import DataConfig, TokenizerConfig
@@ -93,14 +93,12 @@ def prepare(config: Path, overrides: Sequence[str]) -> tuple[float, float, float
     """Run the verb in a process of its own; return the seconds, processor seconds and peak resident MB of its tree."""
     command = [sys.executable, "-m", "src.prepare_data", "--config", str(config), *overrides]
     started, processor_started = time.perf_counter(), _children_seconds()
-    process, peak = subprocess.Popen(command), [0.0]
-    watcher = threading.Thread(target=_watch, args=(process, peak))
-    watcher.start()
-    if (code := process.wait()) != 0:
-        raise subprocess.CalledProcessError(code, command)
-    seconds = time.perf_counter() - started
-    watcher.join()
-    return seconds, _children_seconds() - processor_started, peak[0]
+    process = subprocess.Popen(command)
+    with sampled_peak(lambda: _resident_bytes(process.pid), _SAMPLE_INTERVAL_SECONDS) as peak:
+        if (code := process.wait()) != 0:
+            raise subprocess.CalledProcessError(code, command)
+        seconds = time.perf_counter() - started
+    return seconds, _children_seconds() - processor_started, peak[0] / 1e6
 
 
 def loader_milliseconds(config: DataConfig) -> float:
@@ -191,16 +189,13 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _watch(process: "subprocess.Popen[bytes]", peak: list[float]) -> None:
-    while process.poll() is None:
-        resident = 0
-        try:
-            for member in (root := psutil.Process(process.pid), *root.children(recursive=True)):
-                resident += member.memory_info().rss
-        except psutil.NoSuchProcess:  # it has just ended
-            continue
-        peak[0] = max(peak[0], resident / 1e6)
-        time.sleep(_SAMPLE_INTERVAL_SECONDS)
+def _resident_bytes(process_id: int) -> int:
+    """Return the sum over a process and its descendants; 0 once it has ended."""
+    try:
+        members = [(root := psutil.Process(process_id)), *root.children(recursive=True)]
+        return sum(member.memory_info().rss for member in members)
+    except psutil.NoSuchProcess:
+        return 0
 
 
 if __name__ == "__main__":

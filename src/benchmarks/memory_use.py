@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -56,23 +57,22 @@ def anonymous_bytes(run: Path, batch: int, held_out: Tensor) -> int:
     return int(done.stdout.split()[0])
 
 
-class PeakAnonymous:
-    """Samples the process's anonymous memory until stopped; the kernel records a peak only of all memory."""
+@contextmanager
+def sampled_peak(read: Callable[[], int], interval_seconds: float) -> Generator[list[int]]:
+    """Yield a list whose only entry is the largest value of `read` so far; a thread calls it again and again."""
+    peak, done = [0], threading.Event()
 
-    def __init__(self) -> None:
-        self.bytes, self._stop = 0, threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
+    def watch() -> None:
+        while not done.wait(interval_seconds):
+            peak[0] = max(peak[0], read())
 
-    def _sample(self) -> None:
-        while not self._stop.wait(_SAMPLE_SECONDS):
-            self.bytes = max(self.bytes, _status_bytes("RssAnon"))
-
-    def stop(self) -> int:
-        """Stop and return the peak in bytes."""
-        self._stop.set()
-        self._thread.join()
-        return self.bytes
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -80,10 +80,10 @@ def main(arguments: Sequence[str]) -> None:
     run, ids = arguments
     token_ids = torch.from_numpy(np.load(ids))
     with load_model(run) as model:
-        peak, start = PeakAnonymous(), time.perf_counter()
-        generate(model, token_ids, max_new_tokens=_STEPS)
-        seconds = time.perf_counter() - start
-        print(peak.stop(), seconds)
+        start = time.perf_counter()
+        with sampled_peak(lambda: _status_bytes("RssAnon"), _SAMPLE_SECONDS) as peak:  # the kernel records no such peak
+            generate(model, token_ids, max_new_tokens=_STEPS)
+        print(peak[0], time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from src.model.sharding import is_sharded, whole_weights
 from src.run_directory import identify_weights
 from src.system.console import progress_bar
 from src.training.lightning_module import LanguageModel
-from src.training.resume import holds_table
 
 
 class ReparameterizeCallback(lightning.Callback):
@@ -37,21 +36,20 @@ class ReparameterizeCallback(lightning.Callback):
         assert isinstance(pl_module, LanguageModel)
         run, model, rank = self.run.directory, pl_module.model, trainer.global_rank
         has_table = model.config.architecture == "mole"
-        weights = whole_weights(model, keep=rank == 0)
-        if rank == 0 and not (
-            run.backbone_path.is_file() and run.holds_weights(identify_weights(weights), with_experts=has_table)
-        ):
-            run.write_weights(weights)
+        weights, identity = whole_weights(model, keep=rank == 0), None
+        if rank == 0:
+            kept = run.backbone_path.is_file() and run.holds_weights(identify_weights(weights), with_experts=has_table)
+            identity = run.identity() if kept else run.write_weights(weights)
         del weights
-        trainer.strategy.barrier("weights written")
+        identity = trainer.strategy.broadcast(identity)  # sent once the weights are written
         if not has_table:
             return
         build_lut(
-            RunRows(run) if is_sharded(model) else ModelRows(model),
+            RunRows(run) if is_sharded(model) else ModelRows(model, identity=identity),
             run.lut_path(),
             dtype=self.dtype,
             chunk_tokens=self.chunk_tokens,
-            overwrite=not holds_table(run.lut_path(), run.identity().training_form, self.dtype),
+            overwrite=True,
             rank=rank,
             world_size=trainer.world_size,
             barrier=trainer.strategy.barrier,

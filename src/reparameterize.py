@@ -21,7 +21,7 @@ from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME
 from src.lut.plan import MEMORY_BYTES, plan, recorded_precision
 from src.lut.scan import read_token_counts
 from src.lut.sources import COMPUTE_DTYPES, RowSource, open_source
-from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
+from src.run_directory import RunDirectory, identify_weights
 from src.system.console import progress_bar, stderr_console
 from src.training.checkpoints import read_weights
 
@@ -38,9 +38,7 @@ def adopt_checkpoint(run: RunDirectory, checkpoint: str, *, overwrite: bool) -> 
         raise RunError(f"{path}: no such checkpoint; {_available(run)}")
     weights = read_weights(path)
     if run.backbone_path.is_file() and not overwrite:
-        experts = {name: weights[name] for name in weights if name.startswith(EXPERTS_PREFIX)}
-        found = identify({name: weights[name] for name in weights if name not in experts}, experts)
-        if found != run.identity():
+        if identify_weights(weights) != run.identity():
             raise RunError(
                 f"{run.backbone_path}: holds other weights than {path.name}; --overwrite replaces them and their tables"
             )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from src.errors import LutError
 from src.lut.layout import SHARD_BYTES, Shard
-from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, Manifest, read_manifest, write_row_errors
+from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, Manifest, write_row_errors
 from src.lut.plan import MEMORY_BYTES, PLAN_NAME, BuildPlan, plan
 from src.lut.shard_writer import (
     LOCK_NAME,
@@ -43,8 +43,9 @@ from src.system.files import atomic_path, sync_directory, write_text
 
 
 def is_built(plan: BuildPlan) -> bool:
-    """Whether the directory holds the finished table of this plan; LutFormatError when its manifest is damaged."""
-    return (plan.lut_dir / MANIFEST_NAME).is_file() and read_manifest(plan.lut_dir) == plan.manifest
+    """Whether the directory holds the finished table of this plan."""
+    path = plan.lut_dir / MANIFEST_NAME
+    return path.is_file() and path.read_bytes() == plan.manifest.text.encode()
 
 
 def clear(plan: BuildPlan, *, resume: bool, overwrite: bool) -> None:
@@ -98,7 +99,7 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
         LutError: the directory holds something else, another process is building in it, or the disk is too small.
     """
     finished = (plan.lut_dir / MANIFEST_NAME).exists()
-    if finished and resume and not overwrite and plan.is_recorded() and is_built(plan):
+    if finished and resume and plan.is_recorded() and is_built(plan):
         return  # interrupted after the manifest was written; `publish` removes what is left over
     if finished and not overwrite:
         raise LutError(f"{plan.lut_dir}: holds a finished table; choose another --lut name, or --overwrite it")
@@ -160,7 +161,7 @@ def publish(plan: BuildPlan) -> Manifest:
                 )
             _write_counts(plan)
             _write_row_errors(plan)
-            plan.manifest.write(plan.lut_dir)
+            write_text(plan.lut_dir / MANIFEST_NAME, plan.manifest.text)
         tidy(plan)
     return plan.manifest
 
@@ -186,8 +187,8 @@ def build_lut(
     """Build the lookup table of a model or a run directory, or another precision of a table; return its manifest.
 
     With `world_size` above 1 every rank calls it with the same arguments but its own `rank`: rank 0 prepares and
-    publishes, each rank writes its share of the shards, and all of them call `barrier` three times. A finished table
-    of the same build is returned as it is when `resume` is set and `overwrite` is not.
+    publishes, each rank writes its share of the shards, and all of them call `barrier` three times. With `resume` a
+    finished table of the same build is kept.
 
     Args:
         source: what the rows come from, as in `open_source`.
@@ -224,7 +225,7 @@ def build_lut(
         tokenizer=tokenizer,
         token_counts=token_counts,
     )
-    if resume and not overwrite and is_built(build) and not build.is_recorded():
+    if resume and is_built(build) and not build.is_recorded():
         return build.manifest
     if rank == 0:
         prepare(build, resume=resume, overwrite=overwrite)

@@ -147,9 +147,10 @@ class Manifest:
             shard_bytes=self.shard_bytes,
         )
 
-    def write(self, lut_dir: Path) -> None:
-        """Write it, sealed, whole or not at all."""
-        write_text(lut_dir / MANIFEST_NAME, sealed_text(asdict(self)))
+    @property
+    def text(self) -> str:
+        """The content of the file, sealed by its own SHA-256."""
+        return sealed_text(asdict(self))
 
 
 def shard_record(shard: Shard, layout: TableLayout) -> ShardRecord:

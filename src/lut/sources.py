@@ -26,7 +26,7 @@ from src.lut.scan import TableScan, check_shard, read_token_counts
 from src.model import ModelConfig, Transformer
 from src.model.experts import EmbeddingExperts, LayerExperts, ffn
 from src.model.products import stacked_product
-from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify
+from src.run_directory import EXPERTS_PREFIX, Identity, RunDirectory, identify_weights
 
 
 class TableSizes(Protocol):
@@ -145,16 +145,14 @@ class ModelRows:
 
     held_row_bytes = 0
 
-    def __init__(self, model: Transformer, compute_dtype: str = "float32") -> None:
-        """Take the model as it is now; its identity is computed from its weights."""
+    def __init__(self, model: Transformer, compute_dtype: str = "float32", *, identity: Identity | None = None) -> None:
+        """Take the model as it is now; without an `identity` its weights are hashed."""
         require_lookup_form(model.config)
         if not isinstance(model.experts, EmbeddingExperts):
             raise LutError("this model is already in its lookup form; build from its training form or from its table")
         self.config, self._embedding, self._experts = model.config, model.embedding.weight, model.experts
         self._dtype, self.rows_from = _compute_dtype(compute_dtype), f"experts in {compute_dtype}"
-        weights = model.state_dict()
-        experts = {name: tensor for name, tensor in weights.items() if name.startswith(EXPERTS_PREFIX)}
-        self.identity = identify({name: weights[name] for name in weights if name not in experts}, experts)
+        self.identity = identity or identify_weights(model.state_dict())
 
     @torch.no_grad()
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import lightning
@@ -14,7 +15,7 @@ from callbacks import ReparameterizeCallback, RunCallback
 from src.config import load_run_config
 from src.inference import load_model
 from src.lut import LutStore, read_manifest
-from src.run_directory import Identity, RunDirectory, identify
+from src.run_directory import Identity, RunDirectory, hash_weights, identify
 from src.train import RunResult, train
 from src.training.lightning_module import LanguageModel, StepOutput
 from tests.conftest import small_config
@@ -114,6 +115,24 @@ def test_evaluation_leaves_training_as_it_was(tmp_path: Path, small_overrides: S
         return RunDirectory(train(config).run_dir).identity()
 
     assert final_weights() == final_weights("evaluation.at_fit_end=false")
+
+
+def test_a_fit_hashes_its_weights_once(
+    tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[int] = []
+
+    def counted(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+        parts.append(len(list(weights)))
+        return hash_weights(weights)
+
+    monkeypatch.setattr("src.run_directory.hash_weights", counted)
+    config = small_config(
+        small_overrides, tmp_path, "trainer.precision=32-true", "trainer.max_steps=1", "evaluation.at_fit_end=false"
+    )
+    manifest = read_manifest(RunDirectory(train(config).run_dir).lut_path())
+    assert len(parts) == 2  # backbone and experts
+    assert (manifest.backbone, manifest.training_form) == astuple(RunDirectory(tmp_path / "quickstart").identity())
 
 
 class _Idle(LanguageModel):

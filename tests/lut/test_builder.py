@@ -54,9 +54,10 @@ def test_a_rank_that_cannot_prepare_ends_the_build_of_all(tmp_path: Path) -> Non
     assert contents(tmp_path / "lut") == before
 
 
-def test_a_finished_table_is_not_built_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_finished_table_is_not_built_again(overwrite: bool, tmp_path: Path) -> None:
     before, seen = build(tmp_path / "lut"), list[int]()
-    options = {"dtype": "float32", "shard_bytes": SHARD_BYTES}
+    options = {"dtype": "float32", "shard_bytes": SHARD_BYTES, "overwrite": overwrite}
     build_on_ranks(FixedRows(random_rows(), seen.append), tmp_path / "lut", 2, **options)
     assert contents(tmp_path / "lut") == before
     assert not seen

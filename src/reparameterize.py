@@ -128,7 +128,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=tuple(CODECS),
         help="precision: "
-        + "; ".join(f"{codec.name} ({codec.summary})" for codec in CODECS.values())
+        + "; ".join(f"{codec.name} ({codec.help})" for codec in CODECS.values())
         + f" (default: {DEFAULT_PRECISION}, or that of what is resumed)",
     )
     options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")

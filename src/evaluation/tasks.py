@@ -74,7 +74,7 @@ TASKS: dict[str, Task] = {}
 def register_task(task: Task) -> None:
     """Make `task` available by its name; ValueError where another one has it."""
     if task.name in TASKS:
-        raise ValueError(f"task {task.name}: the name is taken; choose another one")
+        raise ValueError(f"a task named {task.name!r} is registered already; choose another name")
     TASKS[task.name] = task
 
 

@@ -3,8 +3,8 @@
 A stored row belongs to one token id: for each layer and each expert the codes of one vector, followed in packed
 precisions by the vector's scales. So one token is one contiguous read, and any layer of it can be decoded alone.
 
-A codec carries all that is specific to a precision. To add one, subclass `Codec` and `register` an instance: its name
-then works in `--dtype`, in `lut.dtype` and in `verify`.
+A codec carries all that is specific to a precision. To add one, subclass `Codec` and pass an instance to
+`register_codec`: its name then works in `--dtype`, in `lut.dtype` and in `verify`.
 
 L layers, E experts, D hidden, N blocks of K values in a vector, W words in a vector.
 """
@@ -29,7 +29,7 @@ class Codec(ABC):
 
     name: str
     """What `--dtype`, `lut.dtype` and manifests call it."""
-    summary: str
+    help: str
     """A few words for `--help`."""
     loss_limit: float
     """Largest change of the held-out loss, in nats per token, that `verify` accepts."""
@@ -261,10 +261,10 @@ NF3 = normal_float(3)
 
 
 CODECS: dict[str, Codec] = {}
-"""The precisions that a table can have, by name; `register` adds to them."""
+"""The precisions that a table can have, by name; `register_codec` adds to them."""
 
 
-def register(codec: Codec) -> None:
+def register_codec(codec: Codec) -> None:
     """Make a codec available by its name; ValueError when the name is taken."""
     if codec.name in CODECS:
         raise ValueError(f"a codec named {codec.name!r} is registered already; choose another name")
@@ -284,29 +284,27 @@ def plain_codecs() -> dict[torch.dtype, Codec]:
     return {codec.dtype: codec for codec in CODECS.values() if codec.is_view}
 
 
-register(
-    FloatCodec(name="float32", summary="4 bytes a value", loss_limit=1e-5, dtype=torch.float32, safetensors_dtype="F32")
+register_codec(
+    FloatCodec(name="float32", help="4 bytes a value", loss_limit=1e-5, dtype=torch.float32, safetensors_dtype="F32")
 )
-register(
-    FloatCodec(
-        name="bfloat16", summary="2 bytes a value", loss_limit=1e-4, dtype=torch.bfloat16, safetensors_dtype="BF16"
-    )
+register_codec(
+    FloatCodec(name="bfloat16", help="2 bytes a value", loss_limit=1e-4, dtype=torch.bfloat16, safetensors_dtype="BF16")
 )
-register(
+register_codec(
     FloatCodec(
         name="float16",
-        summary="2 bytes a value, none above 65,504",
+        help="2 bytes a value, none above 65,504",
         loss_limit=1e-4,
         dtype=torch.float16,
         safetensors_dtype="F16",
     )
 )
-register(Int8Codec(name="int8", summary="1 byte a value", loss_limit=3e-4))
-register(NormalFloatCodec(name="nf4", summary="4 bits a value, even hidden sizes only", loss_limit=3e-3, levels=NF4))
-register(
+register_codec(Int8Codec(name="int8", help="1 byte a value", loss_limit=3e-4))
+register_codec(NormalFloatCodec(name="nf4", help="4 bits a value, even hidden sizes only", loss_limit=3e-3, levels=NF4))
+register_codec(
     NormalFloatCodec(
         name="nf3",
-        summary="3 bits a value, hidden sizes that are multiples of 128",
+        help="3 bits a value, hidden sizes that are multiples of 128",
         loss_limit=1.5e-2,
         levels=NF3,
         block_size=128,

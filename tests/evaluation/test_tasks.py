@@ -2,32 +2,27 @@
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from src import evaluate
-from src.config import load_config, load_run_config
+from src.config import load_run_config
 from src.errors import ConfigError, DataError
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.held_out import HeldOut, held_out_of_run
 from src.evaluation.likelihood import Likelihood, Request, TextModel
 from src.evaluation.tasks import (
-    TASKS,
-    GeneratedTask,
     TaskDocument,
     find_task,
     next_passage,
     read_rows,
-    register_task,
     repeated_word,
     score_documents,
 )
 from src.run_directory import RunDirectory
 from src.train import RunResult
-from tests.conftest import CONFIGS
 from tests.evaluation.published_rows import PUBLISHED, write_rows
 
 
@@ -93,37 +88,6 @@ def test_a_completion_is_right_when_it_is_the_greedy_one() -> None:
 def test_an_unknown_task_is_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown task 'next_pasage'; did you mean 'next_passage'\? Known: arc_"):
         EvaluationConfig(tasks=["next_pasage"])
-
-
-@pytest.fixture
-def toy() -> Iterator[None]:
-    def first_word(text: HeldOut, limit: int) -> list[TaskDocument]:
-        return [TaskDocument(text.text[:40], (" three", " four"), 0)] * min(limit, 3)
-
-    register_task(GeneratedTask("toy_words", "counts to three", first_word))
-    yield
-    del TASKS["toy_words"]
-
-
-@pytest.mark.usefixtures("toy")
-def test_a_task_defined_elsewhere_is_known_by_its_name(
-    trained: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert load_config(CONFIGS / "quickstart.yaml", ["evaluation.tasks=[toy_words]"]).evaluation.tasks == ["toy_words"]
-    with pytest.raises(ConfigError, match=r"evaluation.tasks: unknown task 'toy_word'; .* 'toy_words'\? .*toy_words"):
-        load_config(CONFIGS / "quickstart.yaml", ["evaluation.tasks=[toy_word]"])
-    with pytest.raises(SystemExit):
-        evaluate.main(["--help"])
-    assert "toy_words       counts to three" in capsys.readouterr().out
-    scores = tmp_path / "scores.json"
-    evaluate.main(
-        ["--run", str(trained.run_dir), "--tasks", "toy_words,toy_words", "--limit", "2", "--json", str(scores)]
-    )
-    tasks = json.loads(scores.read_text())["tasks"]
-    assert list(tasks) == ["toy_words"]
-    assert tasks["toy_words"]["documents"] == 2
-    with pytest.raises(ValueError, match="task toy_words: the name is taken"):
-        register_task(TASKS["toy_words"])
 
 
 @pytest.fixture

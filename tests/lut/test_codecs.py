@@ -1,24 +1,16 @@
 """Every precision against plain loops, the published code book, and the bounds that its levels promise."""
 
-import json
-import shutil
-from collections.abc import Generator
 from itertools import pairwise
-from pathlib import Path
 from statistics import NormalDist
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from src import generate, reparameterize, verify
-from src.config import LutConfig
-from src.errors import ConfigError, LutError
-from src.lut.codecs import CODECS, NF3, NF4, Codec, normal_float, register
+from src.errors import LutError
+from src.lut.codecs import CODECS, NF3, NF4, normal_float
 from src.lut.layout import TableLayout
-from src.train import RunResult
 from tests.lut import reference_codecs as reference
 
 PACKED = ("int8", "nf4", "nf3")
@@ -142,56 +134,3 @@ def test_sizes_are_exact(precision: str, share: float) -> None:
     assert layout("nf4").row_bytes == 12 * 4 * (768 // 2 + 2)
     assert layout("nf3").row_bytes == 12 * 4 * 768 * (48 + 2) // 128
     assert layout(precision).row_bytes / layout("float16").row_bytes == pytest.approx(share, abs=5e-5)
-
-
-class FixedPointCodec(Codec):
-    """A codec that the package does not know: 16 bits a value, in steps of 1/1024."""
-
-    def vector_bytes(self, hidden_size: int) -> int:
-        return 2 * hidden_size
-
-    def encode(self, vectors: Tensor) -> Tensor:
-        return (vectors * 1024).round().clamp(-32767, 32767).to(torch.int16).contiguous().view(torch.uint8)
-
-    def decode(self, codes: Tensor, hidden_size: int) -> Tensor:
-        return codes.contiguous().view(torch.int16).to(torch.float32) / 1024
-
-
-@pytest.fixture
-def fixed16() -> Generator[None]:
-    register(FixedPointCodec(name="fixed16", summary="2 bytes a value in steps of 1/1024", loss_limit=0.0123))
-    yield
-    del CODECS["fixed16"]
-
-
-@pytest.mark.usefixtures("fixed16")
-def test_a_registered_codec_is_one_of_the_precisions(
-    trained: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, proof = tmp_path / "run", tmp_path / "proof.json"
-    shutil.copytree(trained.run_dir, run)
-    reparameterize.main(["--run", str(run), "--dtype", "fixed16", "--lut", "lut-fixed16"])
-    assert "1,024 bytes in fixed16" in capsys.readouterr().err
-    verify.main(["--run", str(run), "--lut", "lut-fixed16", "--json", str(proof)])
-    checks = {check["name"]: check for check in json.loads(proof.read_text())}
-    for name in ("held-out loss, fixed16 table", "rows as fixed16, 1,024 bytes a token"):
-        assert checks[name]["holds"]
-        assert float(checks[name]["expected"].split()[-1]) == pytest.approx(0.0123, abs=0.003)  # as it is printed
-    capsys.readouterr()
-    generate.main(["--run", str(run), "--lut", "lut-fixed16", "--experts", "lut", "--prompt", "import os"])
-    assert capsys.readouterr().out.startswith("import os")
-
-
-@pytest.mark.usefixtures("fixed16")
-def test_help_and_errors_list_a_registered_codec(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        reparameterize.main(["--help"])
-    assert "fixed16 (2 bytes a value in steps of 1/1024)" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(SystemExit):
-        reparameterize.main(["--run", "x", "--dtype", "nf9"])
-    assert "fixed16" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"lut.dtype: 'nf9', but it must be one of float32, .*, nf3, fixed16"):
-        LutConfig(dtype="nf9")
-    LutConfig(dtype="fixed16")
-    with pytest.raises(ValueError, match="a codec named 'fixed16' is registered already"):
-        register(FixedPointCodec(name="fixed16", summary="again", loss_limit=1))

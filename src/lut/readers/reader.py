@@ -92,6 +92,8 @@ READERS: dict[str, ReaderKind] = {}
 
 def register_reader(name: str, help: str, open: Open) -> None:  # noqa: A002 (what they are)
     """Make a reader available under `name` to `LutStore.open`, to `--reader` and to `verify`."""
+    if name in READERS:
+        raise ValueError(f"a reader named {name!r} is registered already; choose another name")
     READERS[name] = ReaderKind(help, open)
 
 

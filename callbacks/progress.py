@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.accounting.flops import step_flops
 from src.system.hardware import matmul_rate, peak_memory_bytes, synchronize
-from src.training.lightning_module import LanguageModel
+from src.training.lightning_module import LanguageModel, StepOutput
 
 
 class StepProgressBar(TQDMProgressBar):
@@ -68,7 +68,9 @@ class ThroughputCallback(lightning.Callback):
         self._seconds += time.perf_counter() - self._started
         self._tokens += micro_batches * size * (length - 1)
         self._steps += 1
-        flops = int(step_flops(pl_module.model.config, batch[..., :-1]))
+        output: StepOutput = outputs
+        shape = (micro_batches, size, length - 1)
+        flops = int(step_flops(pl_module.model.config, shape, int(output["computed_ids"])))
         self._throughput.update(
             time=self._seconds, batches=self._steps, samples=self._steps, lengths=self._tokens, flops=flops
         )

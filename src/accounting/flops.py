@@ -5,6 +5,7 @@ V vocabulary, U unique ids.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
@@ -87,10 +88,20 @@ def estimated_unique_ids(micro_batch_tokens: int, vocab_size: int) -> int:
     return max(1, min(micro_batch_tokens, vocab_size, round(limited)))
 
 
-def step_flops(model: ModelConfig, token_ids: Tensor, *, head: bool = True) -> float:
-    """Return the operations of one training step on micro-batches (A, B, T), with experts as often as they run."""
-    per_token = training_flops(forward_flops(model, token_ids.shape[-1]), model)
-    if model.architecture == "mole" and model.expert_execution != "per_token":
-        parts = [token_ids] if model.expert_execution == "unique_per_step" else list(token_ids)
-        per_token = once_per_unique_id(per_token, sum(part.unique().numel() for part in parts), token_ids.numel())
-    return token_ids.numel() * (per_token.total - (0 if head else per_token.vocabulary_head))
+def step_flops(model: ModelConfig, shape: Sequence[int], computed_ids: int, *, head: bool = True) -> float:
+    """Return the operations of one training step on micro-batches of `shape` (A, B, T), with or without the `head`.
+
+    `computed_ids` counts the ids that embedding experts run on, over all micro-batches.
+    """
+    tokens, per_token = math.prod(shape), training_flops(forward_flops(model, shape[-1]), model)
+    if model.architecture == "mole":
+        per_token = once_per_unique_id(per_token, computed_ids, tokens)
+    return tokens * (per_token.total - (0 if head else per_token.vocabulary_head))
+
+
+def count_computed_ids(model: ModelConfig, token_ids: Tensor) -> int:
+    """Return how many ids embedding experts run on in a step on micro-batches (A, B, T)."""
+    if model.expert_execution == "per_token":
+        return token_ids.numel()
+    parts = [token_ids] if model.expert_execution == "unique_per_step" else list(token_ids)
+    return sum(part.unique().numel() for part in parts)

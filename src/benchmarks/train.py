@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from src.accounting.flops import step_flops
+from src.accounting.flops import count_computed_ids, step_flops
 from src.benchmarks.common import SIZES, Value, dense_config, describe_machine, machine_line, take_turns
 from src.benchmarks.memory_use import peak_bytes
 from src.cli import parser, run_verb
@@ -195,13 +195,14 @@ def _summarize(contestant: Contestant, times: list[StepTimes], baseline: list[St
     tokens = contestant.batch.numel()
     step = statistics.median(item.total for item in times)
     compute = statistics.median(item.compute for item in times)
+    config, computed_ids = contestant.config, count_computed_ids(contestant.config, contestant.batch)
     return StepResult(
         name=contestant.name,
         forward_seconds=statistics.median(item.forward for item in times),
         backward_seconds=statistics.median(item.backward for item in times),
         optimizer_seconds=statistics.median(item.optimizer for item in times),
         tokens_per_second=tokens / step,
-        model_flops_utilization=step_flops(contestant.config, contestant.batch, head=False) / compute / rate,
+        model_flops_utilization=step_flops(config, contestant.batch.shape, computed_ids, head=False) / compute / rate,
         peak_bytes=contestant.peak_bytes(),
         against_baseline=paired_ratio(times, baseline),
     )

@@ -25,6 +25,11 @@ class StepRows:
         self._live = [_wide(rows.layer_rows(layer)) for layer in range(model.config.num_layers)]  # L of (U, E, D)
         self._leaves = [rows.detach().requires_grad_() for rows in self._live]
 
+    @property
+    def num_ids(self) -> Tensor:
+        """Distinct ids of the step (a scalar)."""
+        return self._inverse.amax() + 1
+
     def micro_batch(self, index: int) -> ExpertRows:
         """Return the rows for micro-batch `index`: attached to the experts for the last one, a leaf for the others."""
         last = index + 1 == len(self._inverse)

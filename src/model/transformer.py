@@ -77,6 +77,8 @@ class TrunkOutput(NamedTuple):
     """(B, T, D), after the final norm."""
     router_logits: list[Tensor]
     """Per layer (B, T, E); empty in a dense model."""
+    inverse: Tensor | None
+    """(B, T) int64: which of the U ids with expert rows each position holds; None without such rows."""
 
 
 class Transformer(nn.Module):
@@ -179,7 +181,8 @@ class Transformer(nn.Module):
                 router_logits.append(logits)
         if cache is not None:
             cache.advance(token_ids.shape[1])
-        return TrunkOutput(self.norm(hidden_states), router_logits)
+        inverse = None if expert_rows is None else expert_rows.inverse
+        return TrunkOutput(self.norm(hidden_states), router_logits, inverse)
 
     def expert_rows(self, token_ids: Tensor) -> ExpertRows | None:
         """Return what `trunk` mixes at `token_ids` (B, T), or None in models without embedding experts.

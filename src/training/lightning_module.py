@@ -40,6 +40,8 @@ class StepOutput(TypedDict):
     """Global norm before clipping."""
     finite: bool
     """Whether all of it was finite on every rank; if not, no weight was changed."""
+    computed_ids: Tensor
+    """Number of ids that embedding experts were computed for, over all micro-batches of this rank (a scalar)."""
     signal: int
     """A stop signal that a rank received, the same on all of them; 0 if none."""
 
@@ -107,12 +109,21 @@ class LanguageModel(lightning.LightningModule):
         optimizer.step()
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self._log_step(losses.mean(), gradient_norm)
-        return {"losses": losses, "gradient_norm": gradient_norm, "finite": finite, "signal": signum}
+        return {
+            "losses": losses,
+            "gradient_norm": gradient_norm,
+            "finite": finite,
+            "computed_ids": self._computed_ids,
+            "signal": signum,
+        }
 
     def _backward(self, batch: Tensor) -> Tensor:
         """Accumulate the gradient of `batch` (A, B, T+1) and return the loss of each micro-batch (A,)."""
         losses: list[Tensor] = []
         shared = StepRows(self.model, batch[..., :-1]) if self._shares_rows else None
+        self._computed_ids = (
+            torch.zeros((), dtype=torch.int64, device=batch.device) if shared is None else shared.num_ids
+        )
         for index, windows in enumerate(batch):
             last = index + 1 == len(batch)
             with self._gradient_sync(last=last):
@@ -152,6 +163,8 @@ class LanguageModel(lightning.LightningModule):
         token_ids = windows[:, :-1]
         mask = self._document_mask(token_ids)
         trunk = self.model.trunk(token_ids, attention_mask=mask, expert_rows=expert_rows)
+        if trunk.inverse is not None and expert_rows is None:
+            self._computed_ids = self._computed_ids + trunk.inverse.amax() + 1
         loss = next_token_loss(trunk.hidden_states, self.model.head, windows[:, 1:])
         objective = loss
         if trunk.router_logits and self.objective.load_balance_weight:

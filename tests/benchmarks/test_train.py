@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.accounting.flops import step_flops
+from src.accounting.flops import count_computed_ids, step_flops
 from src.benchmarks import train
 from src.errors import UserError
 from src.model import ModelConfig
@@ -74,7 +74,7 @@ def test_executed_flops_count_experts_as_often_as_they_run() -> None:
     flops: dict[str, float] = {}
     for execution in ("per_token", "unique", "unique_per_step"):
         config = ModelConfig(**{**CONFIG.to_dict(), "expert_execution": execution})  # type: ignore[arg-type]
-        flops[execution] = step_flops(config, token_ids)
+        flops[execution] = step_flops(config, token_ids.shape, count_computed_ids(config, token_ids))
     once = 3 * 2 * 4 * 16 * 24 * 3  # forward and backward, layers, two products, widths, experts: of one id
     assert flops["per_token"] - flops["unique"] == pytest.approx(once * (16 - 5), rel=1e-6)
     assert flops["unique"] - flops["unique_per_step"] == pytest.approx(once * (5 - 4), rel=1e-6)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import lightning
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from callbacks import ReparameterizeCallback, RunCallback
+from src.accounting.flops import count_computed_ids
 from src.config import load_run_config
 from src.inference import load_model
 from src.lut import LutStore, read_manifest
@@ -19,6 +21,7 @@ from src.run_directory import Identity, RunDirectory, hash_weights, identify
 from src.train import RunResult, train
 from src.training.lightning_module import LanguageModel, StepOutput
 from tests.conftest import small_config
+from tests.training.test_lightning_module import ONLY_TRAIN
 
 
 def test_a_fit_leaves_weights_table_and_report(trained: RunResult) -> None:
@@ -139,7 +142,28 @@ class _Idle(LanguageModel):
     """Holds trained weights and trains no further."""
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> StepOutput:
-        return StepOutput(losses=torch.zeros(1), gradient_norm=torch.zeros(()), finite=True, signal=0)
+        return StepOutput(
+            losses=torch.zeros(1), gradient_norm=torch.zeros(()), finite=True, computed_ids=torch.zeros(()), signal=0
+        )
+
+
+class _Outputs(lightning.Callback):
+    """Compares what a step reports with the ids in its batch."""
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        assert int(outputs["computed_ids"]) == count_computed_ids(pl_module.model.config, batch[..., :-1])
+
+
+@pytest.mark.parametrize("execution", ["per_token", "unique", "unique_per_step"])
+def test_a_step_reports_how_many_ids_its_experts_ran_on(
+    execution: str, tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.train.RandomStateCallback", _Outputs)
+    options = (*ONLY_TRAIN, "trainer.max_steps=2", f"model.expert_execution={execution}")
+    train(small_config(small_overrides, tmp_path, *options))
 
 
 @pytest.mark.slow

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from callbacks.failures import is_lost_contact
 from src.errors import TrainingError
 from src.train import train
 from src.training.checkpoints import CheckpointFiles
@@ -107,6 +109,23 @@ def test_a_killed_rank_ends_the_run(killed: int, tmp_path: Path, small_overrides
     assert text.count("was killed") == 1, text
     assert str(victim.pid) in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:1"),
+            True,
+        ),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), True),
+        (torch.distributed.DistNetworkError("The client socket has timed out"), True),
+        (RuntimeError("the checkpoint was restored by a peer, but the connection to its store timed out"), False),
+        (ValueError("gloo/transport"), False),
+    ],
+)
+def test_only_errors_of_collectives_mean_lost_contact(error: Exception, lost: bool) -> None:
+    assert is_lost_contact(error) == lost
 
 
 def test_a_step_that_is_not_finite_names_the_rank_that_saw_it(

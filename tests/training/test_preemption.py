@@ -27,6 +27,7 @@ from tests.conftest import small_config
 from tests.distributed.processes import start
 from tests.training.test_lightning_module import ONLY_TRAIN
 from tests.training.test_resume import ACCUMULATING, logged, resume
+from tests.training.test_tracking import records
 
 CHUNKS = 8
 WITH_RESULTS = (
@@ -167,6 +168,17 @@ class Counted:
             return original(*arguments, **named)
 
         monkeypatch.setattr(target, counting)
+
+
+def test_a_preempted_run_did_not_fail_at_wandb(
+    tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(small_overrides, tmp_path, *ACCUMULATING, "trainer.max_steps=4", "wandb.mode=offline")
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        signal_at(patch, "src.training.lightning_module.LanguageModel.training_step", 2)
+        train(config)
+    (finished,) = (record["exit"] for record in records(tmp_path / "quickstart") if "exit" in record)
+    assert finished.get("exit_code", 0) == 0
 
 
 def test_a_table_of_other_weights_is_not_taken_for_the_runs_own(finished: Path, tmp_path: Path) -> None:

@@ -48,11 +48,10 @@ from src.system.hardware import keep_freed_memory, native_precision
 from src.system.private_api import run_hooks_without_steps
 from src.system.ranks import FAILED, ReportedFailureError, is_rank_zero, leave
 from src.system.signals import Preempted, StopSignals, exit_code, leave_on_stop_signals
-from src.training.checkpoints import StreamingCheckpointIO
 from src.training.config import TrainerConfig
 from src.training.lightning_module import LanguageModel
 from src.training.resume import Resumption, Wanted, compare_configs, start_from_run
-from src.training.strategy import ShardedStrategy
+from src.training.strategy import ShardedStrategy, StreamingCheckpointIO
 from src.training.tracking import build_loggers, close_loggers, code_version
 
 

@@ -1,12 +1,7 @@
-"""The checkpoints directory of a run: one entry per kept step, and links `last.ckpt` and `best.ckpt`.
+"""The checkpoints of a run on disk: which are kept, what they hold, and what to say when there is no room for one.
 
-Knows names and nothing of contents; an entry is a file, or a directory with one part per rank.
-
-Writes a checkpoint tensor by tensor to a file that appears whole or not at all.
-
-Lightning's own writer serialises everything into memory first, which doubles what a large model needs.
-
-The model's weights in a checkpoint, whole or in parts. Knows nothing of optimisers.
+The directory has one entry per kept step, a file or a directory with one part per rank, and the links `last.ckpt` and
+`best.ckpt`. Knows nothing of optimizers, and reads without Lightning.
 """
 
 import errno
@@ -14,20 +9,15 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
-from src.errors import TrainingError
-from src.system.files import atomic_path, sync_directory
+from src.system.files import sync_directory
 
 _ENTRY = re.compile(r"step-(\d+)\.ckpt")
 _UNFINISHED = ".*step-*.tmp"
@@ -35,33 +25,33 @@ _UNFINISHED = ".*step-*.tmp"
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """Where the checkpoints of a run lie."""
+    """The directory with the checkpoints of a run."""
 
     directory: Path
 
     def path(self, step: int) -> Path:
-        """The checkpoint after `step` optimiser steps."""
+        """Return the path of the checkpoint after `step` optimizer steps."""
         return self.directory / f"step-{step:08d}.ckpt"
 
     @staticmethod
     def step(path: Path) -> int:
-        """The number of optimiser steps that the checkpoint at `path` holds."""
+        """Return the number of optimizer steps before the checkpoint at `path`."""
         match = _ENTRY.fullmatch(path.name)
         assert match is not None
         return int(match[1])
 
     def steps(self) -> list[int]:
-        """Steps whose checkpoints are on disk, in rising order."""
+        """Return the steps whose checkpoints are on disk, in ascending order."""
         names = (path.name for path in self.directory.glob("step-*.ckpt"))
         return sorted(int(match[1]) for name in names if (match := _ENTRY.fullmatch(name)))
 
     def newest(self) -> Path | None:
-        """The checkpoint of the highest step; None when there is none."""
+        """Return the checkpoint of the highest step; None if there is none."""
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
     def unfinished_path(self, step: int) -> Path:
-        """Where a checkpoint grows that is renamed when it is whole; the same on every rank."""
+        """Return the path of a checkpoint while it is written, the same on every rank; it is then renamed."""
         return self.directory / f".step-{step:08d}.ckpt.tmp"
 
     def publish(self, step: int) -> None:
@@ -75,12 +65,12 @@ class CheckpointFiles:
             self.unfinished_path(step).replace(target)
 
     def remove_unfinished(self) -> None:
-        """Remove what writers left behind that were killed."""
+        """Remove unfinished checkpoints of killed writers."""
         for path in self.directory.glob(_UNFINISHED):
             _remove(path)
 
     def link(self, name: str, step: int) -> None:
-        """Let `name`.ckpt stand for the checkpoint of `step`, from one moment to the next."""
+        """Make `name`.ckpt a link to the checkpoint of `step`, atomically."""
         link = self.directory / f"{name}.ckpt"
         temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)
@@ -98,7 +88,7 @@ class CheckpointFiles:
 
 
 def best_steps(losses: Mapping[int, float], count: int) -> list[int]:
-    """Return the `count` steps of the lowest loss, lowest first, the earlier one where two are equal."""
+    """Return the `count` steps of the lowest loss, lowest first, of equal ones the earlier first."""
     return sorted(losses, key=lambda step: (losses[step], step))[:count]
 
 
@@ -107,32 +97,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-class StreamingCheckpointIO(CheckpointIO):
-    """`torch.save` into a temporary file beside the target, flushed to disk, then renamed over it."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint` to `path`; TrainingError when the disk is full, and what was there stays."""
-        target = Path(path)
-        try:
-            # With a path instead of an open file, the error of torch's writer would not tell a full disk from others.
-            with atomic_path(target) as temporary, temporary.open("wb") as handle:
-                torch.save(checkpoint, handle)
-        except (OSError, RuntimeError) as error:
-            if not is_full(error):
-                raise
-            raise TrainingError(full_disk_message(target, checkpoint)) from error
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Map the file at `path`: tensors are read when they are copied to where they belong."""
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove the file at `path`."""
-        Path(path).unlink(missing_ok=True)
 
 
 def tensor_bytes(value: Any) -> int:
@@ -152,7 +116,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def full_disk_message(target: Path, checkpoint: dict[str, Any]) -> str:
-    """Say what is whole and what to free, where there is no room for `checkpoint` at `target`."""
+    """Return the error message for a disk without room for `checkpoint` at `target`."""
     files = CheckpointFiles(target.parent)
     kept, free = files.steps(), shutil.disk_usage(target.parent).free
     last = f"the last good checkpoint is {files.path(kept[-1]).name}" if kept else "there is no earlier checkpoint"
@@ -160,13 +124,13 @@ def full_disk_message(target: Path, checkpoint: dict[str, Any]) -> str:
     removable = f"remove older checkpoints ({older}), or " if older else ""
     return (
         f"{target}: no space left to write this checkpoint of about {tensor_bytes(checkpoint):,} bytes, {free:,} are "
-        f"free; {last} and is whole; {removable}free that many bytes on this disk, lower checkpoint.keep_last or "
-        "checkpoint.keep_best, and go on with --resume"
+        f"free; {last} and is complete; {removable}free that many bytes on this disk, lower checkpoint.keep_last or "
+        "checkpoint.keep_best, and continue with --resume"
     )
 
 
 def read_callback_state(path: Path, callback: str) -> dict[str, Any]:
-    """Return what a callback, named by its class, kept in a checkpoint."""
+    """Return the state of a callback, named by its class, in a checkpoint."""
     file = path / "meta.pt" if path.is_dir() else path
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["callbacks"].get(callback, {})
 
@@ -177,7 +141,7 @@ _FILE_PREFIX, _PARTS_PREFIX = "model.", "state_dict.model."
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return a checkpoint's weights by their names in `Transformer`.
 
-    Those of a whole checkpoint are mapped, not read; parts of ranks are put together in memory.
+    A whole checkpoint is mapped, not read; the parts of ranks are joined in memory.
     """
     if path.is_dir():
         return _read_parts(path)
@@ -186,6 +150,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _read_parts(path: Path) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # takes as long to import as torch
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     described = FileSystemReader(path).read_metadata().state_dict_metadata
     parts: dict[str, Tensor] = {
         name: torch.empty(item.size, dtype=item.properties.dtype)
@@ -193,6 +161,6 @@ def _read_parts(path: Path) -> dict[str, Tensor]:
         if name.startswith(_PARTS_PREFIX) and isinstance(item, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is all it takes
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # not needed for one process
         load(parts, storage_reader=FileSystemReader(path), no_dist=True)
     return {name.removeprefix(_PARTS_PREFIX): tensor for name, tensor in parts.items()}

@@ -1,19 +1,22 @@
-"""FSDP2: every rank keeps a part of each parameter, its gradient and its optimizer state. Knows one model class.
+"""How Lightning's Trainer shards a model with FSDP2, and how it writes checkpoints.
 
-Gradients are reduced after each micro-batch, not once per step: keeping them whole until the end of the step would cost
-every rank what sharding saves.
+With FSDP2 every rank keeps a part of each parameter, its gradient and its optimizer state. Gradients are reduced after
+each micro-batch, not once per step: keeping them whole until the end of the step would cost what sharding saves.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
 from src.errors import TrainingError
+from src.system.files import atomic_path
 from src.system.private_api import use_all_devices
 from src.training.checkpoints import full_disk_message, is_full, tensor_bytes
 
@@ -72,3 +75,31 @@ def _named_optimizer_state(
         name_of.update(zip(saved["params"], group_names, strict=True))
         groups.append({**saved, "params": group_names})
     return {"state": {name_of[number]: value for number, value in state["state"].items()}, "param_groups": groups}
+
+
+class StreamingCheckpointIO(CheckpointIO):
+    """Writes a checkpoint tensor by tensor into a temporary file, flushes it to disk, and renames it to the target.
+
+    Lightning's own writer serializes everything into memory first.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`; TrainingError if the disk is full, and an earlier file stays."""
+        target = Path(path)
+        try:
+            # With a path instead of an open file, the error of torch's writer would not tell a full disk from others.
+            with atomic_path(target) as temporary, temporary.open("wb") as handle:
+                torch.save(checkpoint, handle)
+        except (OSError, RuntimeError) as error:
+            if not is_full(error):
+                raise
+            raise TrainingError(full_disk_message(target, checkpoint)) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Map the file at `path`: tensors are read when they are copied."""
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,12 +20,11 @@ def umask() -> Generator[int]:
 def test_permissions_are_those_of_any_new_file_without_a_change_of_the_umask(
     umask: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    changes: list[int] = []
-    change = os.umask
+    change = Mock(wraps=os.umask)
     with monkeypatch.context() as patch:  # the umask is the whole process's: another thread's new file would get it
-        patch.setattr(os, "umask", lambda mask: changes.append(mask) or change(mask))
+        patch.setattr(os, "umask", change)
         with atomic_path(tmp_path / "new") as temporary:
             temporary.unlink(missing_ok=True)
             temporary.touch(mode=0o600)  # as some writers create theirs
-    assert changes == []
+    change.assert_not_called()
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o666 & ~umask

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from src.system.random_state import capture_random_state, restore_random_state
-from src.training.checkpoints import StreamingCheckpointIO
+from src.training.strategy import StreamingCheckpointIO
 
 
 def draw() -> list[float]:

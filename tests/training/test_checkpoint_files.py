@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from src.errors import TrainingError
-from src.training.checkpoints import CheckpointFiles, StreamingCheckpointIO, best_steps, is_full, tensor_bytes
+from src.training.checkpoints import CheckpointFiles, best_steps, is_full, tensor_bytes
+from src.training.strategy import StreamingCheckpointIO
 from tests.conftest import CONFIGS
 
 MEBIBYTE = 2**20

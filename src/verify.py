@@ -19,7 +19,7 @@ FAILED = 1
 
 
 def print_checks(checks: Sequence[Check], title: str, console: Console) -> None:
-    """Print the chain as a table."""
+    """Print the checks as a table."""
     headings = ("", "check", "found", "expected")
     table = text_table(title, *headings, texts=headings)
     marks = {True: "[green]ok[/]", False: "[bold red]FAILS[/]", None: "[dim]-[/]"}
@@ -29,7 +29,7 @@ def print_checks(checks: Sequence[Check], title: str, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and prove; exit code 1 when a check fails."""
+    """Parse the command line and check; exit code 1 when a check fails."""
     options = parser("verify", __doc__ or "", "python -m src.verify --run runs/quickstart")
     options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
     options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")

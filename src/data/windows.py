@@ -68,7 +68,7 @@ def training_windows(
     return _cut(tokens, sequence_length, windows)
 
 
-def validation_windows(tokens: TokenSequence, sequence_length: int, limit: int) -> Tensor:
+def held_out_windows(tokens: TokenSequence, sequence_length: int, limit: int) -> Tensor:
     """Return at most `limit` windows (N, T+1) int64, evenly spaced over the split: always the same ones."""
     num_windows = (len(tokens) - 1) // sequence_length
     chosen = np.linspace(0, num_windows, num=min(limit, num_windows), endpoint=False).astype(np.int64)

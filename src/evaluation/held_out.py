@@ -20,7 +20,7 @@ from src.data.encoder import PIECE_CHARACTERS, cut_at_line_ends
 from src.data.files import source_files
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.tokenizer import byte_lengths, load_bound_tokenizer, separator_id
-from src.data.windows import validation_windows
+from src.data.windows import held_out_windows
 from src.errors import ConfigError, DataError, RunError
 from src.evaluation.perplexity import RowsOf, Score, Share, summarize, window_losses
 from src.model import Transformer
@@ -76,9 +76,9 @@ def corpus_windows(corpus: EvaluationCorpus, tokenizer: Tokenizer, sequence_leng
 
 
 def windows_by_source(corpus: PackedCorpus, sequence_length: int, limit: int) -> dict[str, Tensor]:
-    """Return held-out windows (N, T+1) of each source of a corpus that has several, where they fill a window.
+    """Return the held-out windows (N, T+1) of each source that fills one, if the corpus has several sources.
 
-    Sources of one name are told apart by a number.
+    Sources of one name are numbered.
     """
     windows: dict[str, Tensor] = {}
     for source in corpus.sources if len(corpus.sources) > 1 else ():
@@ -86,7 +86,7 @@ def windows_by_source(corpus: PackedCorpus, sequence_length: int, limit: int) ->
             name, number = Path(source.label).name, 1
             while (key := name if number == 1 else f"{name}-{number}") in windows:
                 number += 1
-            windows[key] = validation_windows(source.tokens("validation"), sequence_length, limit)
+            windows[key] = held_out_windows(source.tokens("validation"), sequence_length, limit)
     return windows
 
 
@@ -174,7 +174,7 @@ def held_out(
     """Cut the held-out windows of a prepared corpus, and of `corpora`, for a model of `vocab_size` ids."""
     tokenizer, sequence_length = corpus.tokenizer, config.sequence_length
     return HeldOut(
-        windows=validation_windows(corpus.tokens("validation"), sequence_length, config.validation_windows),
+        windows=held_out_windows(corpus.tokens("validation"), sequence_length, config.validation_windows),
         byte_lengths=byte_lengths(tokenizer, vocab_size),
         tokenizer=tokenizer,
         token_counts=corpus.token_counts(vocab_size),

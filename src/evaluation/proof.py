@@ -1,6 +1,6 @@
-"""The proof chain of a run: weights and table are what they claim, and every form gives the same answers.
+"""The checks of `verify`: weights and table are what their files claim, and both forms give the same answers.
 
-Everything is computed in float32. Where a run holds no training form, what is left is proved and the rest is named.
+Everything is computed in float32. Without a training form, the checks that need one are listed as not done.
 """
 
 from collections.abc import Iterator
@@ -37,13 +37,13 @@ GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_NEW_TOKENS = 32, 32, 64
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One link of the chain."""
+    """What was compared, and the result."""
 
     name: str
     found: str
     expected: str
     holds: bool | None
-    """None where there is nothing to hold: a figure for the reader, or a part that is not there to be checked."""
+    """None where there is no limit, or the run lacks what the check needs."""
     values: dict[str, Any]
     cost: PrecisionCost | None = None
     """What a precision costs, in the checks of precisions."""
@@ -54,7 +54,7 @@ class Check:
 
 
 def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress) -> Iterator[Check]:
-    """Yield the checks of a run and its table called `lut`, as they are done.
+    """Check a run and its table called `lut`, and yield each check when it is done.
 
     Raises:
         UserError: there is no table, or it cannot be opened at all.
@@ -81,7 +81,7 @@ def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress) -> 
 
 
 def check_identity(run: RunDirectory, lut: str) -> Check:
-    """Recompute the hashes of the weights, and compare with what their files and the manifest claim."""
+    """Compare the hashes of the weights with those in their files' metadata and in the manifest."""
     manifest, claimed = read_manifest(run.lut_path(lut)), run.identity()
     backbone = read_tensors(run.backbone_path)
     experts = read_tensors(run.experts_path) if run.experts_path.is_file() else None
@@ -138,7 +138,7 @@ def check_reader(
 
 
 def check_greedy(reference: InferenceModel, lookup: InferenceModel, text: HeldOut) -> Check:
-    """Compare greedy continuations; they may part only where two logits are nearly equal."""
+    """Compare greedy continuations; they may differ only after two nearly equal logits."""
     room = reference.config.max_sequence_length
     prompt_tokens = max(1, min(GREEDY_PROMPT_TOKENS, text.windows.shape[1] - 1, room // 2))
     new_tokens = min(GREEDY_NEW_TOKENS, room - prompt_tokens)
@@ -158,7 +158,7 @@ def check_greedy(reference: InferenceModel, lookup: InferenceModel, text: HeldOu
 def check_losses(
     reference: InferenceModel | None, lookup: InferenceModel, text: HeldOut, progress: Progress
 ) -> Iterator[Check]:
-    """Held-out loss of the table against the training form, and of the controls against the table."""
+    """Compare the table's held-out loss with the training form's, and with that of rows made wrong on purpose."""
 
     def loss(name: str, model: InferenceModel, rows_of: RowsOf | None = None) -> float:
         with progress(f"scoring: {name}", len(text.windows)) as advance:
@@ -189,7 +189,7 @@ def check_losses(
 
 
 def check_precisions(exact: InferenceModel, text: HeldOut, progress: Progress) -> Iterator[Check]:
-    """Distance of every precision from float32 rows; recoded on the way, as a table of it would store them."""
+    """Compare float32 rows with the same rows in every precision, encoded and decoded as a table stores them."""
     for cost in precision_costs(exact, text, _compared(text), progress):
         limit = CODECS[cost.precision].loss_limit
         yield Check(

@@ -13,7 +13,7 @@ from src.data.config import DataConfig
 from src.data.datamodule import StepSampler, StepWindows
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.shards import TokenSequence
-from src.data.windows import Mixture, permute, training_windows, validation_windows
+from src.data.windows import Mixture, held_out_windows, permute, training_windows
 from src.errors import DataError
 from tests.data.corpora import stdlib_config
 
@@ -105,9 +105,9 @@ def test_a_position_is_one_integer(corpus: PackedCorpus, config: DataConfig) -> 
     assert not torch.equal(dataset[5], StepWindows(corpus, replace(config, seed=1), 0, 1)[5])
 
 
-def test_validation_windows_are_spread_and_fixed(corpus: PackedCorpus) -> None:
+def test_held_out_windows_are_spread_and_fixed(corpus: PackedCorpus) -> None:
     tokens = corpus.tokens("validation")
-    few, many = validation_windows(tokens, 32, 4), validation_windows(tokens, 32, 10**6)
+    few, many = held_out_windows(tokens, 32, 4), held_out_windows(tokens, 32, 10**6)
     assert len(few) == 4
     assert len(many) == (len(tokens) - 1) // 32
     assert torch.equal(few[0], many[0])

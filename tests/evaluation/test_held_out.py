@@ -15,7 +15,7 @@ from src.inference import load_model
 from src.lut import read_manifest
 from src.lut.scan import read_token_counts
 from src.run_directory import RunDirectory
-from src.train import RunResult, train
+from src.train import RunResult, resumed_config, train
 from tests.conftest import SMALL, STDLIB, small_config
 from tests.data.corpora import json_lines
 
@@ -111,6 +111,17 @@ def test_text_and_tables_need_no_corpus(
     counts = read_token_counts(run.lut_path(), read_manifest(run.lut_path()))
     assert counts is not None
     assert torch.equal(torch.from_numpy(counts), text_of(moved).token_counts)
+
+
+def test_a_resumed_run_keeps_the_held_out_text_that_it_is_scored_on(trained: RunResult, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(trained.run_dir, run.path)
+    run.held_out_path.unlink()  # as in runs of version 0.1
+    more = ("trainer.max_steps=121", "trainer.max_time=null", "data.validation_windows=8")
+    train(resumed_config(run, None, more), run)
+    before, after = text_of(RunDirectory(trained.run_dir)), text_of(run)
+    assert (len(before.windows), len(after.windows)) == (64, 8)
+    assert run.record()["evaluation"]["lookup_form"]["texts"]["held_out"]["windows"] == 8
 
 
 def test_a_run_without_its_held_out_text_reads_the_corpus_again_and_says_so(trained: RunResult, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 B batch, T tokens, D hidden, E experts, K experts mixed per token (E when all are active).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -24,22 +25,27 @@ class Router(nn.Module):
     """A linear router without bias: softmax over all experts, or over the `top_k` largest logits."""
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int | None) -> None:
-        """Create `weight` (E, D)."""
         super().__init__()
         self.top_k = top_k
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))  # (E, D)
 
     def forward(self, hidden_states: Tensor) -> Routing:
-        """Route (B, T, D) hidden states, already normed, in at least float32 unless autocast says otherwise.
+        """Route (B, T, D) hidden states, already normed, in at least float32, also under autocast.
 
-        It decides, so it should not round; and a CPU needs several times as long for so small a bfloat16 product.
+        Routing is sensitive to rounding, and small bfloat16 products are slower on CPUs anyway.
         """
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))  # (B, T, E)
+        with _without_autocast(hidden_states.device.type):
+            logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))  # (B, T, E)
         if self.top_k is None:
             return Routing(logits, router_probs(logits), None)
         chosen, experts = logits.topk(self.top_k, dim=-1)  # (B, T, K)
         return Routing(logits, router_probs(chosen), experts)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    is_active = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_active else nullcontext()  # entering it costs microseconds
 
 
 def router_probs(logits: Tensor) -> Tensor:

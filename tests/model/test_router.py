@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.model.router import Router, load_balance_loss, router_entropy, router_probs, z_loss
 
@@ -37,6 +37,18 @@ def test_full_activation_is_a_softmax_over_all() -> None:
 def test_probabilities_are_at_least_float32() -> None:
     assert router_probs(torch.zeros(1, 2, dtype=torch.bfloat16)).dtype == torch.float32
     assert router_probs(torch.zeros(1, 2, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_not_rounded_under_autocast(hidden_dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    router = Router(64, 8, top_k=2)
+    nn.init.normal_(router.weight)
+    hidden_states = torch.randn(2, 5, 64).to(hidden_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = router(hidden_states).logits
+    assert found.dtype == torch.float32
+    assert torch.equal(found, nn.functional.linear(hidden_states.float(), router.weight))
 
 
 @pytest.mark.parametrize(

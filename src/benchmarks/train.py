@@ -187,7 +187,7 @@ def paired_ratio(numerator: Sequence[StepTimes], denominator: Sequence[StepTimes
 def summarize(
     contestants: Sequence[Contestant], times: dict[str, list[StepTimes]], rate: float, baseline: str
 ) -> list[StepResult]:
-    """Turn times into medians and paired ratios; measures peak memory, one more step each."""
+    """Turn times into medians and paired ratios; measures peak memory with one more step each."""
     return [_summarize(contestant, times[contestant.name], times[baseline], rate) for contestant in contestants]
 
 

@@ -4,7 +4,6 @@ Duplicates are found by 64 bits of each document's hash: among 100 million diffe
 are taken for duplicates is 1 in 3,700. Knows no tokens.
 """
 
-import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -132,21 +131,20 @@ class BatchPlanner:
         require_within_budgets(self._done + self._tally, self._config, self._source.label, at_end=False)
 
     def _add(self, document: Document, batch: Batch) -> None:
-        raw = document.text.encode()
-        digest = hashlib.sha256(raw)
+        content_hash, num_bytes = document.content_hash, len(document.text.encode())
         self._end = document.end
         self._tally.records += document.num_records
-        value = int.from_bytes(digest.digest()[:8], "big")
+        value = int(content_hash[:16], 16)
         if not self._seen.add(value):
             self._tally.duplicates += 1
             return
         self._tally.unremembered += self._seen.is_full
         self._hashes.append(value)
-        held_out = is_held_out(digest.hexdigest(), self._config.validation_fraction, self._config.seed)
+        held_out = is_held_out(content_hash, self._config.validation_fraction, self._config.seed)
         side = self._tally.validation if held_out else self._tally.train
         side.documents += 1
-        side.bytes += len(raw)
-        self._shard_bytes += len(raw)
+        side.bytes += num_bytes
+        self._shard_bytes += num_bytes
         batch.texts.append(document.text)
         batch.held_out.append(held_out)
 

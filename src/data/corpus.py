@@ -39,7 +39,7 @@ class Document:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of the text."""
+        """SHA-256 of the text, in hexadecimal digits."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 

@@ -7,7 +7,7 @@ import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,20 +19,12 @@ SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 """In order of preference; each may instead come in shards, listed by NAME.index.json."""
 
 
-class _TensorFile(Protocol):
-    shapes: dict[str, tuple[int, ...]]
-
-    def tensor(self, name: str) -> Tensor: ...
-
-    def block(self, name: str, rows: slice, columns: slice) -> Tensor: ...
-
-
 class CheckpointTensors:
     """The tensors of one checkpoint directory."""
 
     def __init__(self, directory: Path) -> None:
         """Find and open the files; raises CheckpointError naming one that is missing or unreadable."""
-        self._files: dict[str, _TensorFile] = {}
+        self._files: dict[str, _SafetensorsFile | _PickleFile] = {}
         for path in _weight_files(directory):
             opened = _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
             for name in opened.shapes:

@@ -22,8 +22,8 @@ from src.errors import ConfigError, LutError
 from src.lut.codecs import CODECS
 from src.lut.layout import TableLayout
 from src.model import ModelConfig, Transformer
-from src.model.parts import parameter_part
 from src.model.sharding import shard_dimension, shard_groups
+from src.model.transformer import parameter_part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from src.errors import LutError
@@ -199,6 +198,8 @@ def precision_costs(
 
 def plot_costs(costs: list[PrecisionCost], title: str, path: Path) -> None:
     """Draw held-out loss against bytes per token into a PNG."""
+    from matplotlib.figure import Figure  # takes a second to import, which most verbs do without
+
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.plot([cost.bytes_per_token for cost in costs], [cost.loss for cost in costs], "o", color="tab:blue")

@@ -7,7 +7,7 @@ B batch, T new tokens, S cached + new tokens, D hidden, E experts, L layers, V v
 """
 
 import math
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -221,3 +221,11 @@ class Transformer(nn.Module):
         # A padding query sees nothing; let it see itself, or its softmax is NaN and poisons the values it writes.
         visible = visible | torch.eye(num_total, dtype=torch.bool, device=device)[num_cached:]
         return positions.unsqueeze(1), visible
+
+
+def parameter_part(name: str) -> Literal["backbone", "embedding", "experts"]:
+    """Return the part of the model that the parameter with this dotted name belongs to."""
+    components = name.split(".")
+    if "experts" in components or "hidden_experts" in components:  # of MoLE, outside the blocks; of MoE, inside them
+        return "experts"
+    return "embedding" if "embedding" in components else "backbone"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from src.model.parts import parameter_part
+from src.model.transformer import parameter_part
 from src.training.config import Multipliers, OptimizerConfig
 
 

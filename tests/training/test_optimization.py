@@ -7,7 +7,7 @@ import torch
 
 from src.errors import ConfigError
 from src.model import ModelConfig, Transformer
-from src.model.parts import parameter_part
+from src.model.transformer import parameter_part
 from src.training.config import Multipliers, OptimizerConfig
 from src.training.optimization import build_optimizer, build_schedule, learning_rate_factor
 

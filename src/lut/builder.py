@@ -1,11 +1,8 @@
 """Builds a table: plan, prepare, write shards (by as many ranks as there are), publish.
 
-Nothing is readable before `publish` writes the manifest. An interrupted build goes on at the chunk where it stopped
+Nothing is readable before `publish` writes the manifest. An interrupted build continues at the chunk where it stopped
 and ends with the same bytes. Memory holds two chunks, never a table: one is written while the next is computed.
-
-The directory of a table while it is built: what is in it, and what has to go.
-
-What a build will take, found out without writing anything: size, memory, and time from a small trial.
+`estimate` predicts size, memory and time from a small trial, without writing anything.
 """
 
 import shutil
@@ -63,7 +60,7 @@ def clear(plan: BuildPlan, *, resume: bool, overwrite: bool) -> None:
 
 
 def tidy(plan: BuildPlan) -> None:
-    """Remove what only a build needs, and what a killed one left; the plan is last, for it says that this is due."""
+    """Remove what only a build needs, and what a killed one left; the plan last, since it marks this as unfinished."""
     for shard in plan.shards:
         journal_path(plan, shard).unlink(missing_ok=True)
     for stray in (*plan.lut_dir.glob(".*.tmp"), *plan.lut_dir.glob("rows-*.partial")):
@@ -264,9 +261,9 @@ class Estimate:
     """Size of all shards."""
     num_shards: int
     free_bytes: int
-    """Free space where the table would lie."""
+    """Free space on the table's disk."""
     memory_bytes: int
-    """Buffers of one rank, beside the weights that its source reads."""
+    """Buffers of one rank; weights that its source reads come on top."""
     seconds: float
     """Time to compute and encode every row with one rank; a disk that is slower than that takes longer."""
 

@@ -19,8 +19,8 @@ WINDOW = 64
 class RowCache:
     """At most `num_slots` rows; safe to share between threads, empty again in a forked child.
 
-    A row's rank is when it was last asked for, counted in rows, plus `num_slots` times the logarithm of how often
-    training saw its id: frequent ids survive a longer silence. On prose this beats both a fixed set and pure recency.
+    A row's rank is when it was last requested, counted in rows, plus `num_slots` times the logarithm of how often
+    training saw its id: frequent ids stay longer. On prose this beats both a fixed set and pure recency.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class RowCache:
         reset_after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """Empty the cache: in the other process a thread may have been in the middle of a change."""
+        """Empty the cache: in the parent a thread may have been in the middle of a change."""
         self._lock, self._clock, self._hand = threading.Lock(), 0, 0
         self._slot_of.fill(-1)
         self._id_in.fill(-1)
@@ -59,7 +59,7 @@ class RowCache:
         """Keep the rows at `positions` of `rows` (U, row_bytes), those of `token_ids` (U,), and evict others."""
         with self._lock:
             wanted, first = np.unique(token_ids[positions], return_index=True)
-            new = self._slot_of[wanted] < 0  # another thread may have brought some meanwhile
+            new = self._slot_of[wanted] < 0  # another thread may have added some meanwhile
             wanted, sources = wanted[new][: self.num_slots], positions[first[new]][: self.num_slots]
             slots = self._victims(len(wanted))
             evicted = self._id_in[slots]

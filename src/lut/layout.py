@@ -1,10 +1,8 @@
-"""Where every byte of a table lies. Pure arithmetic: no tensors, no files.
+"""Where every byte of a table is. Pure arithmetic: no tensors, no files.
 
 A table is a list of safetensors shards. Each holds `rows`, the token rows in order of id, and `checksums`, one
 CRC-32 per row. The plan depends on the vocabulary, the row size and the shard size alone, so any number of writers
-and any interruption yields the same bytes.
-
-Checksums of rows: how a table shows that each of them is what was written, and whose.
+and any interruption yields the same bytes. A checksum covers a row and its token id.
 """
 
 import hashlib
@@ -21,7 +19,7 @@ from src.lut.codecs import Codec, find_codec
 
 SHARD_BYTES = 512 * 2**20
 ALIGNMENT = 4096
-"""Rows begin on a multiple of this in every shard, as unbuffered reads want."""
+"""Rows begin on a multiple of this in every shard, as unbuffered reads require."""
 CHECKSUM_BYTES = 4
 
 
@@ -49,7 +47,7 @@ class TableLayout:
 
     @cached_property
     def layer_bytes(self) -> int:
-        """Bytes of one token's row that belong to one layer; layers lie one after another."""
+        """Bytes of one token's row that belong to one layer; layers are stored one after another."""
         return self.num_experts * self.vector_bytes
 
     @cached_property
@@ -128,7 +126,7 @@ def row_checksums(first_token: int, rows: NDArray[np.uint8]) -> NDArray[np.uint3
 
 
 def row_checksum(token_id: int, row: NDArray[np.uint8]) -> int:
-    """CRC-32 of one row and the id it belongs to, so that two exchanged rows are noticed too."""
+    """CRC-32 of one row and the id it belongs to, so that swapped rows are detected too."""
     return crc32(row.data, crc32(token_id.to_bytes(8, "little")))
 
 

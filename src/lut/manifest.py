@@ -1,15 +1,9 @@
-"""`manifest.json`: what a table holds and which weights it came from. Written last; without it there is no table.
+"""The JSON documents of a table: `manifest.json` and `row_errors.json`, written once and strictly validated on read.
 
-Its text is a function of its values, and is sealed by its own SHA-256: any byte that was changed is noticed.
-
-JSON documents that are sealed by their own SHA-256: written, read, and read with distrust.
-
-Knows nothing of what a document says.
-
-How far the stored rows lie from the rows that were to be stored, layer by layer.
-
-The sums are kept chunk by chunk in an order that the plan alone decides, so that ranks and interruptions change
-nothing; what is published beside the manifest has six digits.
+The manifest says what a table holds and which weights it came from; without it there is no table. The text of a
+document is a function of its values and holds its own SHA-256, so any changed byte is detected. `row_errors.json` says
+how far stored rows are from computed rows, by layer. Its sums are added in an order that the plan alone decides, so
+that ranks and interruptions change nothing.
 
 L layers, E experts, D hidden, U tokens.
 """
@@ -34,14 +28,14 @@ MAX_BYTES = 64 * 2**20
 
 
 def sealed_text(values: Mapping[str, object]) -> str:
-    """Return the one text that a document of these values has, with the SHA-256 of its canonical form inside."""
+    """Return the text of a document with these values, which includes the SHA-256 of its canonical form."""
     body = {key: value for key, value in values.items() if key != "sha256"}
     seal = sha256(json.dumps(body, sort_keys=True).encode())
     return json.dumps({**body, "sha256": seal}, indent=1) + "\n"
 
 
 def read_document(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Return a JSON object and the bytes it was read from; LutFormatError names the file when it is anything else."""
+    """Return a JSON object and the bytes it was read from; LutFormatError names the file otherwise."""
     if (size := path.stat().st_size) > MAX_BYTES:
         raise LutFormatError(f"{path}: {size:,} bytes, but it never has more than {MAX_BYTES:,}; rebuild the table")
     written = path.read_bytes()
@@ -59,7 +53,7 @@ def require_seal(document: Mapping[str, object], written: bytes, path: Path) -> 
     try:
         expected = sealed_text(document).encode()
     except RecursionError as error:
-        raise LutFormatError(f"{path}: is nested too deeply to be a document of ours; rebuild the table") from error
+        raise LutFormatError(f"{path}: is nested too deeply to be a manifest; rebuild the table") from error
     if written != expected:
         raise LutFormatError(f"{path}: its text does not match its own sha256, so it was edited; rebuild the table")
 
@@ -96,7 +90,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 COUNTS_NAME = "token_counts.safetensors"
 MAX_SIZE = 2**31
-"""No size of a table reaches this; larger numbers in a manifest are damage."""
+"""Sizes in a manifest are smaller than this; larger numbers mean damage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +182,7 @@ def read_manifest(lut_dir: Path) -> Manifest:
 
 
 def _parse(document: Mapping[str, Any], path: Path) -> Manifest:
-    """Read every field with its type; a sealed manifest can still be somebody else's idea of one."""
+    """Read every field with its type; a matching checksum does not prove that the fields are valid."""
     known = {*Manifest.__dataclass_fields__, "sha256"}
     if found := sorted(known.symmetric_difference(document)):
         raise LutFormatError(f"{path}: field {found[0][:40]!r} is missing or unknown; rebuild the table")
@@ -237,7 +231,7 @@ def _require_shards_of_sizes(manifest: Manifest, path: Path) -> None:
     except LutError as error:  # a hidden size that the precision cannot pack
         raise LutFormatError(f"{path}: {error}") from error
     fits = manifest.row_bytes == row_bytes
-    # Count before listing: sizes that are damage would make a list without end.
+    # Check the count first: corrupt sizes could make `plan_shards` allocate without bound.
     fits = fits and len(manifest.shards) == -(-layout.vocab_size // tokens_per_shard(layout))
     if not fits or manifest.shards != tuple(shard_record(shard, layout) for shard in plan_shards(layout)):
         raise LutFormatError(f"{path}: its shards do not follow from its sizes; rebuild the table")
@@ -267,7 +261,7 @@ class RowErrors:
 
 
 def measure(wanted: Tensor, stored: Tensor) -> Tensor:
-    """Return the sums (3,) float64 of one layer: wanted (U, E, D) float32, stored in what the codec decodes to."""
+    """Return the sums (3,) float64 of one layer: wanted (U, E, D) float32, stored in the codec's dtype."""
     error = stored.to(wanted.dtype) - wanted
     squared_error = error.square().sum(dtype=torch.float64)
     return torch.stack([error.abs().amax().double(), squared_error, wanted.square().sum(dtype=torch.float64)])

@@ -70,7 +70,7 @@ class BuildPlan:
 
     @property
     def buffer_bytes(self) -> int:
-        """Memory that one writer needs beside its source's weights."""
+        """Memory that one writer needs in addition to its source's weights."""
         return self.chunk_tokens * _bytes_per_token(self.layout, self.source)
 
     def is_recorded(self) -> bool:

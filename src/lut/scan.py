@@ -1,10 +1,8 @@
-"""Reads a table from its first row to its last, in runs of rows that are checked: for whoever needs all of it.
+"""Sequential reads of whole tables in runs of checked rows, and the checks made when a table is opened.
 
 Knows nothing of random access, caches or threads; `LutStore` does.
 
 U token ids in a run.
-
-What is checked and read when a table is opened: sizes, headers, checksums, token counts.
 """
 
 import os
@@ -33,7 +31,7 @@ class TableScan:
     """Rows of consecutive ids, straight from the shards; the caller has read the manifest."""
 
     def __init__(self, lut_dir: Path, layout: TableLayout) -> None:
-        """Remember where rows lie; files are opened when they are read."""
+        """Compute where rows are; files are opened when they are read."""
         self._lut_dir, self.layout = lut_dir, layout
         self._shards = plan_shards(layout)
 

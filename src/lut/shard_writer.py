@@ -1,12 +1,9 @@
-"""Writes one shard: rows grow in a `.partial` file, a journal beside it says how many of them are safely on disk.
+"""Writes one shard: rows are appended to a `.partial` file, and a journal counts those that are synced to disk.
 
-The journal also keeps the sums of `row_errors`, and stays until the table is published.
+The journal also keeps the sums of `row_errors.json`, and stays until the table is published. A chunk is written while
+the next is computed. Locks keep two builders out of one directory; the kernel releases them when a process ends.
 
 U token ids in a chunk, L layers, E experts, D hidden.
-
-One job at a time behind the caller's back: a chunk is written while the next is computed.
-
-Locks that keep two builders out of one directory. The kernel lets go when a process ends, however it ends.
 """
 
 import errno
@@ -34,7 +31,7 @@ from src.system.files import sync_directory, write_text
 
 
 class Background:
-    """Does one job at a time in a thread, while the caller prepares the next; reports what each returns."""
+    """Runs one job at a time in a thread while the caller prepares the next, and reports what each returns."""
 
     def __init__(self, report: Advance) -> None:
         """Call `report`, in the caller's thread, with what each job returned."""
@@ -42,22 +39,21 @@ class Background:
         self._job: Future[int] | None = None
 
     def submit(self, job: Callable[[], int]) -> None:
-        """Wait for the job before, then start this one; raises what the one before raised."""
+        """Wait for the previous job, then start this one; raises what the previous one raised."""
         self.wait()
         self._job = self._executor.submit(job)
 
     def wait(self) -> None:
-        """Wait for the job that is under way, if any."""
+        """Wait for the running job, if any."""
         if self._job is not None:
             job, self._job = self._job, None
             self._report(job.result())
 
     def __enter__(self) -> "Background":
-        """Return the object itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the last job end, whatever happened."""
+        """Let the last job finish, also after an error."""
         self._executor.shutdown()
 
 
@@ -90,7 +86,7 @@ def lock_file(path: Path, *, shared: bool = False) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # it was renamed or removed between `open` and `flock`: what we locked is no longer it
+        os.close(descriptor)  # the file was renamed or removed between `open` and `flock`; lock its successor
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
@@ -116,7 +112,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Journal:
-    """What of a shard is on disk."""
+    """How much of a shard is on disk."""
 
     num_tokens: int
     sums: list[LayerSums]
@@ -127,7 +123,7 @@ class Journal:
 
     @classmethod
     def read(cls, path: Path, num_layers: int) -> "Journal":
-        """Read the journal at `path`; one that is missing or damaged says that nothing is written."""
+        """Read the journal at `path`; a missing or damaged one counts as empty."""
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             journal = cls(int(document["num_tokens"]), [LayerSums(*map(float, sums)) for sums in document["sums"]])
@@ -137,17 +133,17 @@ class Journal:
 
     @classmethod
     def empty(cls, num_layers: int) -> "Journal":
-        """Return the journal of a shard of which nothing is written."""
+        """Return the journal of a shard without rows."""
         return cls(0, [LayerSums(0.0, 0.0, 0.0)] * num_layers)
 
 
 def journal_path(plan: BuildPlan, shard: Shard) -> Path:
-    """Where a shard's journal lies."""
+    """Path of a shard's journal."""
     return (plan.lut_dir / shard.file_name).with_suffix(".progress")
 
 
 def is_finished(plan: BuildPlan, shard: Shard) -> bool:
-    """Whether the whole shard is on disk, and what was measured while it was written."""
+    """Whether the whole shard is on disk."""
     journal = Journal.read(journal_path(plan, shard), plan.layout.num_layers)
     return (plan.lut_dir / shard.file_name).exists() and journal.num_tokens == shard.num_tokens
 
@@ -156,7 +152,7 @@ class ShardFile:
     """An unfinished shard, locked; `written` rows of it are on disk."""
 
     def __init__(self, plan: BuildPlan, shard: Shard) -> None:
-        """Open the shard and find out where an earlier writer stopped; LutError when another one is at it."""
+        """Open the shard and find out where an earlier writer stopped; LutError if another process is writing it."""
         self._plan, self._shard = plan, shard
         self._final = plan.lut_dir / shard.file_name
         self._partial, self._journal_path = self._final.with_suffix(".partial"), journal_path(plan, shard)
@@ -207,7 +203,7 @@ class ShardFile:
             os.close(self._descriptor)
 
     def _resume(self) -> Journal:
-        """Return the journal if the file can hold what it counts; otherwise begin anew."""
+        """Return the journal if the file can hold what it counts; otherwise start over."""
         journal = Journal.read(self._journal_path, self._plan.layout.num_layers)
         if self._holds(journal.num_tokens):
             return journal
@@ -215,7 +211,7 @@ class ShardFile:
         return Journal.empty(self._plan.layout.num_layers)
 
     def _holds(self, num_tokens: int) -> bool:
-        """Whether the file can hold what the journal counts: the last of its checksums lies inside the file."""
+        """Whether the file can hold what the journal counts: the last of its checksums is within the file."""
         shard, layout = self._shard, self._plan.layout
         needed = shard.checksums_offset(layout) + num_tokens * CHECKSUM_BYTES if num_tokens else 0
         return 0 <= num_tokens <= shard.num_tokens and os.fstat(self._descriptor).st_size >= needed

@@ -1,12 +1,6 @@
-"""What tables are built from: a model in memory, a run directory, or (`table_rows`) another table.
+"""What tables are built from: a model in memory, a run directory, or another table, to change its precision.
 
-U token ids, L layers, E experts, D hidden, F intermediate.
-
-What a table builder asks of whatever gives it rows.
-
-E experts, D hidden.
-
-An existing table as the source of another: how a table changes its precision without the training form.
+U token ids, L layers, E experts, D hidden, F intermediate, V vocabulary.
 """
 
 from collections.abc import Generator, Iterable
@@ -30,7 +24,7 @@ from src.run_directory import EXPERTS_PREFIX, Identity, RunDirectory, identify_w
 
 
 class TableSizes(Protocol):
-    """The sizes that a table takes over from its source."""
+    """The sizes that a table has in common with its source."""
 
     @property
     def vocab_size(self) -> int:
@@ -54,7 +48,7 @@ class TableSizes(Protocol):
 
 
 class TableIdentity(Protocol):
-    """The weights that rows stand for; None where they are not known."""
+    """The weights that rows were computed from; None where they are not known."""
 
     @property
     def backbone(self) -> str | None:
@@ -68,7 +62,7 @@ class TableIdentity(Protocol):
 
 
 class RowSource(Protocol):
-    """Gives expert rows. A builder asks for the layers of a run of ids in order, then for the next run of ids."""
+    """Gives expert rows. A builder requests all layers of a run of ids in order, then the next run."""
 
     @property
     def config(self) -> TableSizes:
@@ -77,17 +71,17 @@ class RowSource(Protocol):
 
     @property
     def identity(self) -> TableIdentity:
-        """The weights that the rows stand for."""
+        """The weights that the rows were computed from."""
         ...
 
     @property
     def rows_from(self) -> str:
-        """What makes the rows, in words, for the manifest; an interrupted build goes on with the same alone."""
+        """What computes the rows, for the manifest; an interrupted build can only be resumed with the same value."""
         ...
 
     @property
     def held_row_bytes(self) -> int:
-        """Bytes that the source keeps in memory for each id of the run that was asked for last."""
+        """Bytes that the source keeps in memory for each id of the run requested last."""
         ...
 
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
@@ -116,7 +110,7 @@ class TableRows:
         """Decode one layer of consecutive rows (num_tokens, E, D); the run's bytes are read and checked once."""
         layout = self.config
         if self._run != (first_token, num_tokens):
-            self._rows = torch.empty(0, dtype=torch.uint8)  # let go of the last run before the next is read
+            self._rows = torch.empty(0, dtype=torch.uint8)  # free the last run before the next is read
             self._rows, self._run = (
                 torch.from_numpy(self._scan.read(first_token, num_tokens)),
                 (first_token, num_tokens),
@@ -127,7 +121,7 @@ class TableRows:
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ACTIVATION_BYTES = 32 * 2**20
-"""What the activations of one expert may take; more tokens are computed in turns."""
+"""What the activations of one expert may take; more tokens are computed in parts."""
 
 
 def require_lookup_form(config: ModelConfig) -> None:
@@ -141,7 +135,7 @@ def require_lookup_form(config: ModelConfig) -> None:
 
 
 class ModelRows:
-    """Rows of a model in memory, on whatever device it lies."""
+    """Rows of a model in memory, on its device."""
 
     held_row_bytes = 0
 
@@ -205,7 +199,7 @@ def open_source(
 
     Args:
         source: a path is a table when it holds a manifest, a run directory otherwise.
-        compute_dtype: what experts compute in, a name of `COMPUTE_DTYPES`; a table's rows are taken as they are.
+        compute_dtype: what experts compute in, a name of `COMPUTE_DTYPES`; does not apply to a table.
     """
     if isinstance(source, Transformer):
         return ModelRows(source, compute_dtype)
@@ -229,7 +223,7 @@ def _compute_dtype(name: str) -> torch.dtype:
 
 
 def _normed(embeddings: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Norm (U, D) embeddings in float32, whatever they are stored in."""
+    """Norm (U, D) embeddings of any dtype in float32."""
     return F.rms_norm(embeddings.float(), weight.shape, weight.float(), eps)
 
 
@@ -246,7 +240,7 @@ def _run_experts(inputs: Tensor, weights: Iterable[tuple[Tensor, Tensor]], num_e
 
 @contextmanager
 def _full_precision(device: torch.device) -> Generator[None]:
-    """Forbid TF32 and autocast for the block: a table is written once and read for ever."""
+    """Forbid TF32 and autocast for the block: the table is read many times, so build it at full precision."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""`LutStore`: a table on disk, opened, checked, and asked for rows by token id.
+"""`LutStore`: a table on disk, opened and checked, that returns rows by token id.
 
 Rows are requested as soon as their ids are known and waited for as late as possible. Knows nothing of models.
 
@@ -32,7 +32,7 @@ class ReadStats:
 
     requests: int = 0
     rows: int = 0
-    """Rows asked for."""
+    """Rows requested."""
     bytes: int = 0
     """Bytes of rows that the reader fetched; those from the row cache or a resident table are not among them."""
     cache_hits: int = 0

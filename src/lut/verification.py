@@ -1,8 +1,7 @@
 """Proves that a table on disk is what was written: every byte of every file, against what the manifest says.
 
-Reading a row checks that row; this checks them all, and names everything that is wrong instead of the first thing.
-
-What a token's rows look like, and which tokens' rows lie nearest: one pass over the table, in bounded memory.
+Reading a row checks that row; this checks them all, and lists every problem instead of the first. `find_neighbors`
+looks for the tokens with the most similar rows. Both make one pass over the table, in bounded memory.
 
 V vocabulary, U tokens of a run, L layers, E experts, D hidden, K neighbors.
 """
@@ -36,7 +35,7 @@ _RUN_BYTES = 4 * 2**20
 def verify_table(lut_dir: Path, progress: Advance = no_advance) -> list[str]:
     """Read a whole table and return its problems, each naming the file and, for a row, the token id; [] when sound.
 
-    A table whose manifest cannot be trusted has that one problem, for nothing says what else to expect.
+    A table whose manifest cannot be trusted has that one problem, since nothing else can be checked against it.
     """
     try:
         manifest = read_manifest(lut_dir)
@@ -63,7 +62,7 @@ def _companion_problems(lut_dir: Path, manifest: Manifest) -> Iterator[str]:
         expected.add(COUNTS_NAME)
     for path in sorted(lut_dir.iterdir()):
         if path.name not in expected:
-            yield f"{path}: is no part of this table; remove it, or find out what left it there"
+            yield f"{path}: is not part of this table; remove it, or find out what wrote it"
 
 
 def _shard_problems(
@@ -106,7 +105,7 @@ def find_neighbors(
     """Compare a token's row with every other, layer by layer and expert by expert.
 
     Raises:
-        IndexError: the id lies outside [0, V).
+        IndexError: the id is outside [0, V).
         LutError: the table cannot be opened, or a row is damaged.
     """
     vocab_size, row_bytes = read_manifest(lut_dir).vocab_size, read_manifest(lut_dir).row_bytes

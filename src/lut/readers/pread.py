@@ -30,7 +30,7 @@ class PreadReader(Reader):
         self._files, self._pool = ShardFiles(lut_dir, layout), WorkerPool(DEPTH)
         self._row_bytes = layout.row_bytes
         self._window = max(8, IN_FLIGHT_BYTES // layout.row_bytes)
-        if hasattr(os, "posix_fadvise"):  # reading ahead would fetch rows that nobody wants
+        if hasattr(os, "posix_fadvise"):  # read-ahead would fetch unwanted rows
             for descriptor in self._files.descriptors:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self._nowait = _nowait_flag(self._files.descriptors[0])

@@ -184,7 +184,7 @@ def _reset_owners() -> None:
         owner.reset_after_fork()
 
 
-os.register_at_fork(after_in_child=_reset_owners)  # once, for it cannot be undone
+os.register_at_fork(after_in_child=_reset_owners)  # once, since it cannot be undone
 
 Item = TypeVar("Item")
 
@@ -219,7 +219,7 @@ class WorkerPool:
                 return
             take()
             for helper in helpers:
-                if not helper.cancel():  # it runs, or did
+                if not helper.cancel():  # running or done
                     helper.result()
 
         return finish

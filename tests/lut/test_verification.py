@@ -92,7 +92,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (exchange_shards, "rows-00000.safetensors: its header is damaged or of another shard"),
     (exchange_rows, "the row of token id 0 is damaged.*"),
     (edit_manifest, "its text does not match its own sha256, so it was edited"),
-    (lambda table: (table / "rows-00009.safetensors").write_bytes(b"x"), "rows-00009.safetensors: is no part of"),
+    (lambda table: (table / "rows-00009.safetensors").write_bytes(b"x"), "rows-00009.safetensors: is not part of"),
     (lambda table: flip(table / "token_counts.safetensors", 90), "token_counts.safetensors: .*not what the"),
     (lambda table: flip(table / "row_errors.json", 40), "row_errors.json: "),
     (lambda table: (table / "row_errors.json").unlink(), "row_errors.json: missing"),

@@ -154,6 +154,8 @@ class LutStore:
         self._checksums = read_checksums(lut_dir, manifest) if verify_rows else None
         self.reader: Reader | ResidentTable = READERS[reader].open(lut_dir, self.layout, torch.device(device))
         self._cache: RowCache | None = None
+        self.device = torch.device("cpu") if not isinstance(self.reader, ResidentTable) else self.reader.table.device
+        """Where rows arrive."""
         try:
             if not isinstance(self.reader, ResidentTable):
                 self._cache = self._seeded_cache(self.reader, cache_mb)
@@ -194,11 +196,6 @@ class LutStore:
         for record in manifest.shards:
             check_shard(Path(lut_dir), record)
         return cls(Path(lut_dir), manifest, reader=reader, cache_mb=cache_mb, verify_rows=verify_rows, device=device)
-
-    @property
-    def device(self) -> torch.device:
-        """Where rows arrive: the CPU, unless the table is resident elsewhere."""
-        return self.reader.table.device if isinstance(self.reader, ResidentTable) else torch.device("cpu")
 
     @property
     def stats(self) -> ReadStats:

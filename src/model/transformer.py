@@ -187,7 +187,8 @@ class Transformer(nn.Module):
     def expert_rows(self, token_ids: Tensor) -> ExpertRows | None:
         """Return what `trunk` mixes at `token_ids` (B, T), or None in models without embedding experts.
 
-        Rows of a table are requested here, so call it as soon as the ids are known.
+        Rows of a table are requested here, so call it as soon as the ids are known. Parameters of a sharded model are
+        whole only after a `trunk`.
         """
         if self.experts is None:
             return None

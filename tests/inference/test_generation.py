@@ -1,5 +1,6 @@
 """Generation: the same text from every form, reader, cache, chunk and batch; sampling as it says."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,10 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
 
+from src.evaluation.perplexity import Share
+from src.evaluation.routing_view import view_routing
 from src.inference import InferenceModel, generate, left_pad, load_model, stream
 from src.inference.generation import Sampler, Sampling, truncated_probs
 from src.lut.readers import READERS
+from src.model.sharding import shard_model
 from tests.inference.runs import prompts, write_run
 
 ROOT = str(Path(__file__).parents[2])
@@ -145,6 +150,20 @@ def test_two_streams_on_one_model_do_not_disturb_each_other(model: InferenceMode
     for index, token_ids in enumerate((one, other)):
         expected = generate(model, token_ids, max_new_tokens=12)[0, 8:]
         assert torch.equal(torch.cat([pair[index] for pair in together]), expected)
+
+
+def test_a_sharded_model_shows_its_routing_and_generates(trained_form: InferenceModel, tmp_path: Path) -> None:
+    token_ids = prompts(2, 6)
+    expected = generate(trained_form, token_ids, max_new_tokens=5)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        model = copy.deepcopy(trained_form)
+        shard_model(model, init_device_mesh("cpu", (1,)))
+        view = view_routing(model, token_ids, batch_size=2, share=Share())
+        assert view is not None and view.contributions is not None
+        assert torch.equal(generate(model, token_ids, max_new_tokens=5), expected)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def run_python(code: str, *arguments: str) -> str:

@@ -83,7 +83,7 @@ class Contenders:
 
 
 def _share_backbone(dense: InferenceModel, models: Sequence[InferenceModel]) -> None:
-    """Let every model use the same weights in memory, or the last one's would lie in the processor's cache."""
+    """Let every model use the same weights in memory, or the last one's would be in the processor's cache."""
     weights = dense.state_dict(keep_vars=True)
     for model in models:
         model.load_state_dict(weights, strict=False, assign=True)

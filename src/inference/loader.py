@@ -1,4 +1,4 @@
-"""Loads a run for inference, in either form. The lookup form never touches an expert weight."""
+"""Loads a run for inference, in either form. The lookup form never reads an expert weight."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ ExpertForm = Literal["auto", "lut", "ffn"]
 
 
 class InferenceModel(Transformer):
-    """A `Transformer` in eval mode that lets go of its table when closed."""
+    """A `Transformer` in eval mode that closes its table when it is closed."""
 
     def close(self) -> None:
         """Close the table, if this is the lookup form."""
@@ -32,13 +32,11 @@ class InferenceModel(Transformer):
             self.experts.close()
 
     def __enter__(self) -> "InferenceModel":
-        """Return the model itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the table."""
         self.close()
 
 

@@ -1,10 +1,8 @@
-"""Causal multi-head attention with rotary embedding over the whole head, without biases; its norm is the block's.
+"""Causal multi-head attention with rotary embedding, its cache of keys and values, and the masks of attention.
+
+The rotary embedding covers the whole head and there are no biases. The norm in front belongs to the block.
 
 B batch, T new tokens, S cached + new tokens, D hidden, H heads, K head dimension.
-
-Which positions of a packed window belong to the same document. Knows nothing of models.
-
-B batch, T tokens.
 """
 
 import torch
@@ -21,9 +19,9 @@ FLOAT_COPY_BYTES = 8 * 2**20
 class KeyValueCache:
     """Keys and values of the tokens seen so far, allocated once for `max_tokens`.
 
-    It holds (L, B, H, max_tokens, K) twice and grows by what each forward pass writes; `length` counts tokens.
-    `scratch` is float32 memory for what `_attend_one` casts up, used again by every step: fresh memory would cost a
-    page fault per 4 KiB. It is empty where nothing is cast up.
+    It holds (L, B, H, max_tokens, K) twice; each forward pass appends to it, and `length` counts tokens. `scratch` is
+    float32 memory for what `_attend_one` casts up. Every step reuses it, because fresh memory would cost a page fault
+    per 4 KiB. It is empty where nothing is cast up.
     """
 
     def __init__(
@@ -75,7 +73,6 @@ class Attention(nn.Module):
     """Multi-head self-attention; query, key and value share one projection."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Create the projections of one layer."""
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
@@ -131,7 +128,7 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, 
 
 
 def causal_mask(num_new: int, num_total: int, device: torch.device) -> Tensor:
-    """Return (1, 1, T, S) booleans: the T newest of S tokens each see themselves and what came before."""
+    """Return (1, 1, T, S) booleans: each of the T newest of S tokens sees itself and all earlier ones."""
     visible = torch.ones(num_new, num_total, dtype=torch.bool, device=device).tril(num_total - num_new)
     return visible.view(1, 1, num_new, num_total)
 
@@ -148,7 +145,7 @@ def segment_ids(token_ids: Tensor, separator_id: int) -> Tensor:
 def document_mask(token_ids: Tensor, separator_id: int) -> Tensor:
     """Return booleans (B, T, T): True where the first position may attend to the second, being of one document.
 
-    It is symmetric: combine it with a causal mask. Rotary positions need no reset, for only their differences count.
+    It is symmetric: combine it with a causal mask. Rotary positions need no reset, since only differences matter.
     """
     segments = segment_ids(token_ids, separator_id)
     return segments.unsqueeze(-1) == segments.unsqueeze(-2)

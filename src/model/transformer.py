@@ -24,7 +24,6 @@ class Block(nn.Module):
     """Pre-norm attention, then the sum of shared expert and routed mixture; one norm feeds FFN and router."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Create the resident part of one layer: everything but experts that read embeddings."""
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
@@ -102,10 +101,10 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def compile_layers(self) -> None:
-        """Compile blocks and experts in place; what finds distinct ids stays outside, since it breaks graphs.
+        """Compile blocks and experts in place. Finding distinct ids stays outside, because `unique` breaks graphs.
 
-        The number of distinct ids changes every step: the second number seen makes it dynamic, and later ones reuse
-        that graph.
+        The number of distinct ids changes every step: the second number makes that dimension dynamic, and later ones
+        reuse the graph.
         """
         for block in self.blocks:
             if (experts := cast(Block, block).hidden_experts) is not None:

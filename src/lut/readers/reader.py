@@ -202,7 +202,7 @@ class WorkerPool:
         self._lock, self._executor = threading.Lock(), None
 
     def start(self, perform: Callable[[Item], None], items: Sequence[Item]) -> Finish:
-        """Perform `items` in parallel; whoever calls the function returned helps with what is left."""
+        """Perform `items` in parallel; the function returned helps with what is left, then waits."""
         process, left = os.getpid(), iter(items)  # `next` on this iterator is atomic
 
         def take() -> None:

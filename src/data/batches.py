@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from src.data.config import DataConfig, SourceConfig
 from src.data.corpus import START, Document, Position, Skipped, is_held_out, read_source
-from src.data.shards import ShardRecord, Tally, require_within_budgets, shard_hashes, total
+from src.data.shards import FinishedShard, Tally, require_within_budgets, shard_hashes, total
 
 _BATCH_CHARACTERS = 1 << 20
 _LOAD = 0.6
@@ -96,7 +96,7 @@ class BatchPlanner:
         source: SourceConfig,
         files: Sequence[Path],
         config: DataConfig,
-        finished: Sequence[ShardRecord],
+        finished: Sequence[FinishedShard],
         directory: Path,
     ) -> None:
         self._source, self._files, self._config = source, list(files), config

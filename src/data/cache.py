@@ -30,7 +30,7 @@ from src.data.files import inputs_of, source_files
 from src.data.records import hub_rows
 from src.data.shards import (
     SPLITS,
-    ShardRecord,
+    FinishedShard,
     ShardWriter,
     Tally,
     TokenSequence,
@@ -41,7 +41,7 @@ from src.data.shards import (
 )
 from src.data.tokenizer import fingerprint, require_same, separator_id, vocabulary_size
 from src.errors import DataError
-from src.system.console import Reading, Report
+from src.system.console import Reading, ShowReading
 from src.system.files import sync_directory, write_text
 
 
@@ -51,8 +51,8 @@ def prepare_shards(
     files: Sequence[Path],
     tokenizer: Tokenizer,
     config: DataConfig,
-    report: Report,
-) -> list[ShardRecord]:
+    report: ShowReading,
+) -> list[FinishedShard]:
     """Write the shards of `source` that `directory` lacks, and return the records of all shards.
 
     Raises:
@@ -93,7 +93,7 @@ def _write_shards(
 class _SourceProgress:
     """Reports a position in a source, in bytes of its files or rows of a hub dataset."""
 
-    def __init__(self, source: SourceConfig, files: Sequence[Path], report: Report) -> None:
+    def __init__(self, source: SourceConfig, files: Sequence[Path], report: ShowReading) -> None:
         self._label, self._report = source.label, report
         sizes = [0] if source.hub is not None else [path.stat().st_size for path in files]
         self._before = list(accumulate(sizes, initial=0))
@@ -133,7 +133,9 @@ class PreparedSource:
         return np.load(self.path / "counts.npy")
 
 
-def prepare_source(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, report: Report) -> PreparedSource:
+def prepare_source(
+    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, report: ShowReading
+) -> PreparedSource:
     """Tokenize a source, or open its entry if the cache has it.
 
     Raises:
@@ -173,7 +175,7 @@ def exclusive(path: Path) -> Generator[None]:
         yield
 
 
-def _write_index(directory: Path, records: Sequence[ShardRecord], tokenizer: Tokenizer) -> None:
+def _write_index(directory: Path, records: Sequence[FinishedShard], tokenizer: Tokenizer) -> None:
     shard_tokens = [{split: getattr(record.tally, split).tokens for split in SPLITS} for record in records]
     identity = [fingerprint(tokenizer), token_dtype(tokenizer), *(record.sha256 for record in records)]
     index = {

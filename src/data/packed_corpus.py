@@ -23,14 +23,14 @@ from src.data.files import source_files
 from src.data.shards import SplitCount, TokenSequence
 from src.data.tokenizer import fingerprint, load_hub_tokenizer, load_tokenizer, require_room, train_bpe
 from src.errors import DataError
-from src.system.console import Reading, Report, no_report
+from src.system.console import Reading, ShowReading, show_nothing
 from src.system.files import write_text
 
 _SMALL = 4
 """How much a compressed file may expand; a source smaller than its budget divided by this is read whole."""
 
 
-def choose_tokenizer(config: DataConfig, report: Report) -> Tokenizer:
+def choose_tokenizer(config: DataConfig, report: ShowReading) -> Tokenizer:
     """Return the tokenizer that `config.tokenizer` names, trained if it names none.
 
     Raises:
@@ -145,7 +145,7 @@ def prepare_corpus(
     tokenizer: Tokenizer | None = None,
     *,
     vocab_size: int | None = None,
-    report: Report = no_report,
+    report: ShowReading = show_nothing,
 ) -> PackedCorpus:
     """Read, split, tokenize and cache the corpus of `config`, or open the parts that are cached.
 

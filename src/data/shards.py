@@ -120,7 +120,7 @@ _OPEN_SHARDS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardRecord:
+class FinishedShard:
     """What `00003.json` says."""
 
     tally: Tally
@@ -172,18 +172,18 @@ class ShardWriter:
             handle.close()
         tally.train.tokens, tally.validation.tokens = self._tokens["train"], self._tokens["validation"]
         digests = {split: digest.hexdigest() for split, digest in self._digests.items()}
-        record = ShardRecord(tally=tally, sha256=digests, end=end, is_last=is_last)
+        record = FinishedShard(tally=tally, sha256=digests, end=end, is_last=is_last)
         write_text(self._path(".json"), json.dumps(asdict(record), indent=1))
 
     def _path(self, suffix: str) -> Path:
         return self._stem.with_name(self._stem.name + suffix)
 
 
-def finished_shards(directory: Path) -> list[ShardRecord]:
+def finished_shards(directory: Path) -> list[FinishedShard]:
     """Return the records of the whole shards, up to the first that is not."""
-    records: list[ShardRecord] = []
+    records: list[FinishedShard] = []
     while (path := directory / f"{len(records):05d}.json").is_file():
-        records.append(ShardRecord.read(path))
+        records.append(FinishedShard.read(path))
     return records
 
 

@@ -29,7 +29,7 @@ from src.interop.names import (
     to_official,
 )
 from src.interop.reader import CheckpointTensors, read_json
-from src.interop.table import TableRows, export_table, import_table
+from src.interop.table import OfficialRows, export_table, import_table
 from src.lut.manifest import MANIFEST_NAME
 from src.model import ModelConfig
 from src.run_directory import RunDirectory
@@ -76,7 +76,7 @@ def import_official(
         identity = run.write_weights(_read_weights(checkpoint, config, with_experts=not with_table, where=source))
         if with_table:
             known = None if vocabulary is None else fingerprint(vocabulary)
-            import_table(TableRows(config, identity, checkpoint), run.lut_path(), known, source, progress)
+            import_table(OfficialRows(config, identity, checkpoint), run.lut_path(), known, source, progress)
 
 
 def export_official(

@@ -25,7 +25,7 @@ CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass
-class TableRows:
+class OfficialRows:
     """A row source for the table builder that reads `moe_table` instead of computing."""
 
     config: ModelConfig
@@ -42,7 +42,7 @@ class TableRows:
         return block.unflatten(1, (self.config.num_experts, self.config.hidden_size))
 
 
-def import_table(rows: TableRows, lut_dir: Path, tokenizer: str | None, where: Path, progress: Progress) -> None:
+def import_table(rows: OfficialRows, lut_dir: Path, tokenizer: str | None, where: Path, progress: Progress) -> None:
     """Write the table in the precision that it has; `tokenizer` is the fingerprint of its vocabulary."""
     dtype, codecs = rows.checkpoint.block(TABLE_NAME, slice(0, 1), slice(0, 1)).dtype, plain_codecs()
     if dtype not in codecs:

@@ -32,7 +32,7 @@ class Reading(NamedTuple):
     """bytes (as stored: for compressed files fewer than of text), rows or steps."""
 
 
-Report = Callable[[Reading], None]
+ShowReading = Callable[[Reading], None]
 """Called while sources are read, side by side."""
 
 
@@ -45,7 +45,7 @@ def no_progress(_description: str, _total: int) -> AbstractContextManager[Advanc
     return nullcontext(no_advance)
 
 
-def no_report(_reading: Reading) -> None:
+def show_nothing(_reading: Reading) -> None:
     """Show nothing."""
 
 
@@ -95,7 +95,7 @@ def progress_bar(description: str, total: int) -> Generator[Advance]:
 
 
 @contextmanager
-def progress_report(console: "Console") -> Generator[Report]:
+def progress_report(console: "Console") -> Generator[ShowReading]:
     """Show one bar per source on `console`, with rate and time left."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 

@@ -192,8 +192,7 @@ def build_lut(
         lut_dir: the table's directory.
         dtype: a precision of `src.lut.codecs`.
         compute_dtype: what experts compute in, as in `open_source`.
-        chunk_tokens: rows computed and written at a time; by default as many as `memory_bytes` allows. An unfinished
-            build that is resumed keeps its own.
+        chunk_tokens: rows computed at a time; None takes what `memory_bytes` allows. A resumed build keeps its own.
         memory_bytes: what one rank's buffers may take.
         shard_bytes: what the rows of a shard fit in.
         resume: continue an unfinished build of the same table; otherwise start over.
@@ -209,8 +208,6 @@ def build_lut(
         ValueError: `world_size` is above 1 and there is no barrier.
         LutError: there is no lookup form, the directory holds another table, or the disk is full.
     """
-    if world_size > 1 and barrier is no_barrier:
-        raise ValueError(f"world_size is {world_size}, but barrier is missing; pass torch.distributed.barrier")
     build = plan(
         open_source(source, compute_dtype),
         Path(lut_dir),
@@ -222,8 +219,22 @@ def build_lut(
         tokenizer=tokenizer,
         token_counts=token_counts,
     )
-    if resume and is_built(build) and not build.is_recorded():
-        return build.manifest
+    if not (resume and is_built(build)) or build.is_recorded():
+        _build(build, resume, overwrite, rank, world_size, barrier, progress)
+    return build.manifest
+
+
+def _build(
+    build: BuildPlan,
+    resume: bool,
+    overwrite: bool,
+    rank: int,
+    world_size: int,
+    barrier: Callable[[], object],
+    progress: Progress,
+) -> None:
+    if world_size > 1 and barrier is no_barrier:
+        raise ValueError(f"world_size is {world_size}, but barrier is missing; pass torch.distributed.barrier")
     if rank == 0:
         prepare(build, resume=resume, overwrite=overwrite)
     barrier()
@@ -232,7 +243,6 @@ def build_lut(
     if rank == 0:
         publish(build)
     barrier()
-    return build.manifest
 
 
 def _write_counts(plan: BuildPlan) -> None:

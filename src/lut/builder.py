@@ -18,12 +18,11 @@ from torch import Tensor
 
 from src.errors import LutError
 from src.lut.layout import SHARD_BYTES, Shard
-from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, Manifest, write_row_errors
+from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, OLD_ERRORS_NAME, Manifest
 from src.lut.plan import MEMORY_BYTES, PLAN_NAME, BuildPlan, plan
 from src.lut.shard_writer import (
     LOCK_NAME,
     Background,
-    Journal,
     ShardFile,
     building,
     disk_errors,
@@ -65,7 +64,7 @@ def tidy(plan: BuildPlan) -> None:
         journal_path(plan, shard).unlink(missing_ok=True)
     for stray in (*plan.lut_dir.glob(".*.tmp"), *plan.lut_dir.glob("rows-*.partial")):
         stray.unlink(missing_ok=True)
-    for name in (PLAN_NAME, LOCK_NAME):
+    for name in (OLD_ERRORS_NAME, PLAN_NAME, LOCK_NAME):
         (plan.lut_dir / name).unlink(missing_ok=True)
 
 
@@ -148,7 +147,7 @@ def _write_shard(plan: BuildPlan, shard: Shard, opened: ExitStack, disk: Backgro
 
 
 def publish(plan: BuildPlan) -> Manifest:
-    """Write row errors and, last, the manifest; from here on the table can be opened."""
+    """Write the manifest, so that the table can be opened, and remove what only its build needed."""
     with disk_errors(plan.lut_dir), building(plan.lut_dir, shared=False):
         if not is_built(plan):
             missing = [shard.file_name for shard in plan.shards if not is_finished(plan, shard)]
@@ -157,7 +156,6 @@ def publish(plan: BuildPlan) -> Manifest:
                     f"{plan.lut_dir}: {missing[0]} is not written yet ({len(missing)} missing); resume the build"
                 )
             _write_counts(plan)
-            _write_row_errors(plan)
             write_text(plan.lut_dir / MANIFEST_NAME, plan.manifest.text)
         tidy(plan)
     return plan.manifest
@@ -251,13 +249,6 @@ def _write_counts(plan: BuildPlan) -> None:
             temporary.write_bytes(plan.counts_file())
     else:
         (plan.lut_dir / COUNTS_NAME).unlink(missing_ok=True)
-
-
-def _write_row_errors(plan: BuildPlan) -> None:
-    layout = plan.layout
-    sums = [Journal.read(journal_path(plan, shard), layout.num_layers).sums for shard in plan.shards]
-    layer_values = layout.vocab_size * layout.num_experts * layout.hidden_size
-    write_row_errors(plan.lut_dir, sums, layer_values, plan.source.rows_from)
 
 
 _TRIAL_TOKENS = 256

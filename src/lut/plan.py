@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.errors import LutError
 from src.lut.layout import SHARD_BYTES, Shard, TableLayout, plan_shards, sha256, tokens_per_shard
-from src.lut.manifest import FORMAT_VERSION, Manifest, shard_record
+from src.lut.manifest import FORMAT_VERSION, Manifest
 from src.lut.sources import RowSource, TableRows
 
 T = TypeVar("T")
@@ -38,11 +38,8 @@ class BuildPlan:
     @property
     def manifest(self) -> Manifest:
         """The manifest that `publish` will write; it follows from the plan alone."""
-        return Manifest(
-            format_version=FORMAT_VERSION,
-            **asdict(self.layout),
-            row_bytes=self.layout.row_bytes,
-            shards=tuple(shard_record(shard, self.layout) for shard in self.shards),
+        return Manifest.of(
+            self.layout,
             rows_from=self.source.rows_from,
             training_form=self.source.identity.training_form,
             backbone=self.source.identity.backbone,

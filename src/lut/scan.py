@@ -24,7 +24,7 @@ from src.lut.layout import (
     sha256,
     tokens_per_shard,
 )
-from src.lut.manifest import COUNTS_NAME, Manifest, ShardRecord
+from src.lut.manifest import COUNTS_NAME, Manifest, TableShard
 
 
 class TableScan:
@@ -79,7 +79,7 @@ def _read_all(descriptor: int, target: memoryview, offset: int, path: Path) -> N
         rest, offset = rest[count:], offset + count
 
 
-def check_shard(lut_dir: Path, record: ShardRecord) -> None:
+def check_shard(lut_dir: Path, record: TableShard) -> None:
     """Raise LutFormatError when a shard is missing, resized, or has another header than the manifest says."""
     path = lut_dir / record.file
     if not path.is_file():

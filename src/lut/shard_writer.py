@@ -1,7 +1,7 @@
 """Writes one shard: rows are appended to a `.partial` file, and a journal counts those that are synced to disk.
 
-The journal also keeps the sums of `row_errors.json`, and stays until the table is published. A chunk is written while
-the next is computed. Locks keep two builders out of one directory; the kernel releases them when a process ends.
+The journal stays until the table is published. A chunk is written while the next is computed. Locks keep two builders
+out of one directory; the kernel releases them when a process ends.
 
 U token ids in a chunk, L layers, E experts, D hidden.
 """
@@ -24,7 +24,6 @@ from torch import Tensor
 from src.errors import LutError
 from src.lut.codecs import Codec
 from src.lut.layout import CHECKSUM_BYTES, Shard, row_checksums
-from src.lut.manifest import LayerSums, add, combine, measure
 from src.lut.plan import BuildPlan
 from src.system.console import Advance
 from src.system.files import sync_directory, write_text
@@ -97,7 +96,7 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 _BLOCK_BYTES = 4 * 2**20
-"""Rows encoded and compared at a time on a CPU, so that they stay in its cache."""
+"""Rows encoded and checked at a time on a CPU, so that they stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -107,34 +106,6 @@ class Chunk:
     first_token: int
     rows: NDArray[np.uint8]
     """(U, row_bytes)."""
-    sums: list[LayerSums]
-
-
-@dataclass(frozen=True)
-class Journal:
-    """How much of a shard is on disk."""
-
-    num_tokens: int
-    sums: list[LayerSums]
-
-    def write(self, path: Path) -> None:
-        """Replace the journal at `path`, whole or not at all."""
-        write_text(path, json.dumps({"num_tokens": self.num_tokens, "sums": self.sums}))
-
-    @classmethod
-    def read(cls, path: Path, num_layers: int) -> "Journal":
-        """Read the journal at `path`; a missing or damaged one counts as empty."""
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            journal = cls(int(document["num_tokens"]), [LayerSums(*map(float, sums)) for sums in document["sums"]])
-        except (OSError, ValueError, TypeError, KeyError):
-            return cls.empty(num_layers)
-        return journal if len(journal.sums) == num_layers else cls.empty(num_layers)
-
-    @classmethod
-    def empty(cls, num_layers: int) -> "Journal":
-        """Return the journal of a shard without rows."""
-        return cls(0, [LayerSums(0.0, 0.0, 0.0)] * num_layers)
 
 
 def journal_path(plan: BuildPlan, shard: Shard) -> Path:
@@ -142,10 +113,17 @@ def journal_path(plan: BuildPlan, shard: Shard) -> Path:
     return (plan.lut_dir / shard.file_name).with_suffix(".progress")
 
 
+def read_journal(path: Path) -> int:
+    """Return how many rows are on disk; 0 if the journal is missing or damaged."""
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["num_tokens"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
+
+
 def is_finished(plan: BuildPlan, shard: Shard) -> bool:
     """Whether the whole shard is on disk."""
-    journal = Journal.read(journal_path(plan, shard), plan.layout.num_layers)
-    return (plan.lut_dir / shard.file_name).exists() and journal.num_tokens == shard.num_tokens
+    return (plan.lut_dir / shard.file_name).exists() and read_journal(journal_path(plan, shard)) == shard.num_tokens
 
 
 class ShardFile:
@@ -160,16 +138,11 @@ class ShardFile:
             self._descriptor = lock_file(self._partial)
             self._open = True
             try:
-                self._journal = self._resume()
+                self.written = self._resume()
                 _write_all(self._descriptor, memoryview(shard.header(plan.layout)), 0)
             except BaseException:
                 self.close()
                 raise
-
-    @property
-    def written(self) -> int:
-        """Rows that are on disk."""
-        return self._journal.num_tokens
 
     def store(self, chunk: Chunk) -> int:
         """Write the next rows, then the journal that counts them; return how many."""
@@ -182,9 +155,8 @@ class ShardFile:
                 self._descriptor, memoryview(checksums), shard.checksums_offset(layout) + offset * CHECKSUM_BYTES
             )
             os.fsync(self._descriptor)  # before the journal counts it
-            sums = [add(total, more) for total, more in zip(self._journal.sums, chunk.sums, strict=True)]
-            self._journal = Journal(offset + len(chunk.rows), sums)
-            self._journal.write(self._journal_path)
+            self.written = offset + len(chunk.rows)
+            write_text(self._journal_path, json.dumps({"num_tokens": self.written}))
             if self.written == shard.num_tokens:
                 self.finish()
         return len(chunk.rows)
@@ -202,13 +174,12 @@ class ShardFile:
             self._open = False
             os.close(self._descriptor)
 
-    def _resume(self) -> Journal:
-        """Return the journal if the file can hold what it counts; otherwise start over."""
-        journal = Journal.read(self._journal_path, self._plan.layout.num_layers)
-        if self._holds(journal.num_tokens):
-            return journal
+    def _resume(self) -> int:
+        """Return the rows that the journal counts if the file can hold them; otherwise start over."""
+        if self._holds(num_tokens := read_journal(self._journal_path)):
+            return num_tokens
         os.ftruncate(self._descriptor, 0)
-        return Journal.empty(self._plan.layout.num_layers)
+        return 0
 
     def _holds(self, num_tokens: int) -> bool:
         """Whether the file can hold what the journal counts: the last of its checksums is within the file."""
@@ -221,40 +192,35 @@ def encode_chunk(plan: BuildPlan, first_token: int, num_tokens: int) -> Chunk:
     """Compute and encode the rows of consecutive ids; LutError names the layer that cannot be stored."""
     layout = plan.layout
     encoded: Tensor | None = None
-    measured: list[Tensor] = []
+    finite: list[Tensor] = []
     for layer in range(layout.num_layers):
         rows = plan.source.layer_rows(layer, first_token, num_tokens)  # (U, E, D)
         if encoded is None:
             shape = (num_tokens, layout.num_layers, layout.num_experts, layout.vector_bytes)
             encoded = torch.empty(shape, dtype=torch.uint8, device=rows.device)
         try:
-            measured.append(encode_layer(layout.codec, rows, encoded[:, layer]))
+            finite.append(encode_layer(layout.codec, rows, encoded[:, layer]))
         except LutError as error:
             raise LutError(f"layer {layer}, ids from {first_token}: {error}") from error
     assert encoded is not None
-    sums = [LayerSums(*layer) for layer in torch.stack(measured).tolist()]  # the only wait for a device
-    _require_finite(plan, sums, first_token)
-    return Chunk(first_token, encoded.view(num_tokens, layout.row_bytes).cpu().numpy(), sums)
+    if not all(found := torch.stack(finite).tolist()):  # the only wait for a device
+        raise LutError(
+            f"layer {found.index(False)}, ids from {first_token}: a row holds NaN, infinity, or more than "
+            f"{layout.precision} can; check the weights, or choose another --dtype"
+        )
+    return Chunk(first_token, encoded.view(num_tokens, layout.row_bytes).cpu().numpy())
 
 
-def encode_layer(used: Codec, rows: Tensor, target: Tensor) -> Tensor:
-    """Encode rows (U, E, D) into target (U, E, vector_bytes), read them back, and return what `measure` sums."""
+def encode_layer(codec: Codec, rows: Tensor, target: Tensor) -> Tensor:
+    """Encode rows (U, E, D) into target (U, E, vector_bytes); return whether all stored values are finite, a scalar."""
     on_cpu = rows.device.type == "cpu"
     block_tokens = max(1, _BLOCK_BYTES // rows[0].nbytes) if on_cpu else len(rows)
-    measured: list[Tensor] = []
+    finite: list[Tensor] = []
     for block, codes in zip(rows.split(block_tokens), target.split(block_tokens), strict=True):
-        codes.copy_(used.encode(block))
-        measured.append(measure(block, used.decode(codes, rows.shape[-1])))
-    return combine(measured)
-
-
-def _require_finite(plan: BuildPlan, sums: list[LayerSums], first_token: int) -> None:
-    for layer, layer_sums in enumerate(sums):
-        if not all(np.isfinite(layer_sums)):
-            raise LutError(
-                f"layer {layer}, ids from {first_token}: a row holds NaN, infinity, or more than "
-                f"{plan.layout.precision} can; check the weights, or choose another --dtype"
-            )
+        codes.copy_(codec.encode(block))
+        stored = codec.decode(codes, rows.shape[-1]) if codec.is_view else block
+        finite.append(stored.isfinite().all())
+    return torch.stack(finite).all()
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -6,7 +6,7 @@ looks for the tokens with the most similar rows. Both make one pass over the tab
 V vocabulary, U tokens of a run, L layers, E experts, D hidden, K neighbors.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +16,7 @@ from torch.nn import functional as F
 
 from src.errors import LutError
 from src.lut.layout import Shard, plan_shards
-from src.lut.manifest import (
-    COUNTS_NAME,
-    ERRORS_NAME,
-    MANIFEST_NAME,
-    Manifest,
-    ShardRecord,
-    read_manifest,
-    read_row_errors,
-)
+from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, OLD_ERRORS_NAME, Manifest, TableShard, read_manifest
 from src.lut.scan import TableScan, check_shard, read_token_counts
 from src.lut.sources import TableRows
 from src.system.console import Advance, no_advance
@@ -48,16 +40,11 @@ def verify_table(lut_dir: Path, progress: Advance = no_advance) -> list[str]:
 
 
 def _companion_problems(lut_dir: Path, manifest: Manifest) -> Iterator[str]:
-    checks: tuple[Callable[[], object], ...] = (
-        lambda: read_token_counts(lut_dir, manifest),
-        lambda: read_row_errors(lut_dir),
-    )
-    for check in checks:
-        try:
-            check()
-        except LutError as error:
-            yield str(error)
-    expected = {MANIFEST_NAME, ERRORS_NAME, *(record.file for record in manifest.shards)}
+    try:
+        read_token_counts(lut_dir, manifest)
+    except LutError as error:
+        yield str(error)
+    expected = {MANIFEST_NAME, OLD_ERRORS_NAME, *(record.file for record in manifest.shards)}
     if manifest.token_counts_sha256 is not None:
         expected.add(COUNTS_NAME)
     for path in sorted(lut_dir.iterdir()):
@@ -66,7 +53,7 @@ def _companion_problems(lut_dir: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _shard_problems(
-    lut_dir: Path, manifest: Manifest, record: ShardRecord, shard: Shard, progress: Advance
+    lut_dir: Path, manifest: Manifest, record: TableShard, shard: Shard, progress: Advance
 ) -> Iterator[str]:
     try:
         check_shard(lut_dir, record)

@@ -26,7 +26,6 @@ def test_the_bytes_of_a_table_of_three_tokens(tmp_path: Path) -> None:
     build_lut(FixedRows(rows), tmp_path, dtype="bfloat16", shard_bytes=16)
     assert {path.name for path in tmp_path.iterdir()} == {
         "manifest.json",
-        "row_errors.json",
         "rows-00000.safetensors",
         "rows-00001.safetensors",
     }

@@ -45,7 +45,7 @@ OTHERS = ("direct", "memmap")
 """Readers that the measured one is compared with."""
 SLOW = ("memmap", "memmap copy")
 SLOW_LIMIT = 256
-"""Cold memory maps are asked for so many rows at most: at 2,048 a round would take a quarter of a minute."""
+"""Most rows requested from cold memory maps: at 2,048 a round would take 15 seconds."""
 REPEATS = {1: 20, 8: 5}
 """Requests per round; a round's figure is their median."""
 Cells = dict[tuple[str, int], Timings]

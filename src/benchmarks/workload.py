@@ -1,8 +1,7 @@
 """What benchmarks work on: real text as ids, runs and tables of random numbers, and the state of the page cache.
 
-Which rows a request wants, and which it wants again, decides what a cache is worth, so ids come from real text. What
-takes time does not depend on what was learned, so weights are random. The page cache is set before a measurement and
-never on its clock.
+Ids come from real text, since repeated requests decide what a cache is worth. Weights are random, since time does not
+depend on them. The page cache is set before a measurement, off its clock.
 
 B batch, D hidden, E experts, V vocabulary.
 """

@@ -33,7 +33,7 @@ class Sampling:
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}, but it must be at least 1; leave it out to draw among all ids")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, but it must lie in (0, 1]; leave it out to draw among all ids")
+            raise ValueError(f"top_p is {self.top_p}, but it must be in (0, 1]; leave it out to draw among all ids")
 
 
 class Sampler:

@@ -51,7 +51,7 @@ class ModelConfig:
     expert_execution: Literal["unique", "per_token", "unique_per_step"] = "unique"
     """How often embedding experts run in training; the gradients are the same. `unique`: once per distinct token id of
     a micro-batch. `per_token`: at every position, the paper's form. `unique_per_step`: once per distinct id of all
-    micro-batches of an optimiser step, whose rows are kept for it."""
+    micro-batches of an optimizer step, whose rows are kept for it."""
     gradient_checkpointing: bool = False
     """Recompute blocks and experts in the backward pass instead of storing their activations."""
 
@@ -74,7 +74,7 @@ class ModelConfig:
             raise ConfigError("model.intermediate_size: 0 and no experts leave blocks without an FFN; set one of them")
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(
-                f"model.top_k: {self.top_k}, but it must lie in 1..num_experts ({self.num_experts}); null activates all"
+                f"model.top_k: {self.top_k}, but it must be in 1..num_experts ({self.num_experts}); null activates all"
             )
 
     @property

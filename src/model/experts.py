@@ -176,7 +176,7 @@ class HiddenExperts(StackedExperts):
         self._grouped: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = _run_grouped
 
     def keep_groups_eager(self) -> None:
-        """Keep the loop over groups out of compiled graphs: sizes change every step, each would be compiled anew."""
+        """Keep the loop over groups out of compiled graphs, which its changing sizes would recompile every step."""
         eager: Any = torch.compiler.disable(_run_grouped)  # not a decorator: that imports the compiler, in seconds
         self._grouped = eager
 

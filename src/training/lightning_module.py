@@ -1,6 +1,6 @@
-"""Training of one model under Lightning: steps, accumulation, logging. Its mathematics lives in `src.model`.
+"""Training of one model under Lightning: steps, accumulation, logging. The mathematics is in `src.model`.
 
-Optimisation is manual and one batch is one optimiser step's whole accumulation window. So a position in the data
+Optimization is manual, and one batch is the whole accumulation window of one optimizer step. So a position in the data
 is one integer, no checkpoint can fall inside an accumulation, and work may be shared over the window.
 
 A micro-batches, B batch, T tokens, V vocabulary.
@@ -32,7 +32,7 @@ from src.training.routing_metrics import RoutingMetrics
 
 
 class StepOutput(TypedDict):
-    """What `training_step` tells callbacks."""
+    """What `training_step` returns for callbacks."""
 
     losses: Tensor
     """(A,) this rank's loss per micro-batch."""
@@ -47,7 +47,7 @@ class StepOutput(TypedDict):
 
 
 class LanguageModel(lightning.LightningModule):
-    """A `Transformer` with its objective, optimiser and metrics."""
+    """A `Transformer` with its objective, optimizer and metrics."""
 
     byte_lengths: Tensor
 
@@ -94,9 +94,9 @@ class LanguageModel(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "name": "train/learning_rate"}}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> StepOutput:  # type: ignore[override]
-        """Take one optimiser step on all micro-batches of `batch` (A, B, T+1).
+        """Take one optimizer step on all micro-batches of `batch` (A, B, T+1).
 
-        Where a loss or a gradient is not finite the step counts, and the schedule goes on, but no weight changes.
+        If a loss or a gradient is not finite, the step counts and the schedule advances, but no weight changes.
         """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -185,7 +185,7 @@ class LanguageModel(lightning.LightningModule):
         return None if self.document_separator is None else document_mask(token_ids, self.document_separator)
 
     def _log_step(self, loss: Tensor, gradient_norm: Tensor) -> None:
-        if self._logs_this_step:  # not `sync_dist`, which Lightning wants to be the same at every step
+        if self._logs_this_step:  # not `sync_dist`, which must have the same value at every step
             loss = self.trainer.strategy.reduce(loss.clone(), reduce_op="mean")
         self.log("train/loss", loss, prog_bar=True)
         if not self._logs_this_step:

@@ -69,9 +69,7 @@ def test_config_mistakes(name: str, change: dict[str, object], message: str, tmp
 
 def test_top_k_beyond_the_experts(tmp_path: Path) -> None:
     message = import_error(copy_golden("moe_top2", tmp_path / "official"), tmp_path, top_k=11)
-    assert (
-        message == "official/config.json: model.top_k: 11, but it must lie in 1..num_experts (10); null activates all"
-    )
+    assert message == "official/config.json: model.top_k: 11, but it must be in 1..num_experts (10); null activates all"
 
 
 def drop(name: str) -> Callable[[Tensors], None]:

@@ -40,9 +40,9 @@ from tests.model.models import CONFIGS, DENSE, MOE, MOLE
             {"intermediate_size": 0},
             "model.intermediate_size: 0 and no experts leave blocks without an FFN; set one of them",
         ),
-        (MOE, {"top_k": 5}, "model.top_k: 5, but it must lie in 1..num_experts (4); null activates all"),
-        (MOE, {"top_k": 0}, "model.top_k: 0, but it must lie in 1..num_experts (4); null activates all"),
-        (DENSE, {"top_k": 1}, "model.top_k: 1, but it must lie in 1..num_experts (0); null activates all"),
+        (MOE, {"top_k": 5}, "model.top_k: 5, but it must be in 1..num_experts (4); null activates all"),
+        (MOE, {"top_k": 0}, "model.top_k: 0, but it must be in 1..num_experts (4); null activates all"),
+        (DENSE, {"top_k": 1}, "model.top_k: 1, but it must be in 1..num_experts (0); null activates all"),
     ],
 )
 def test_mistakes(config: ModelConfig, change: dict[str, Any], message: str) -> None:

@@ -2,10 +2,8 @@
 
 Random weights are written as a run directory and built from there, or kept in memory with `--from model`.
 
-One table build with its limits measured beside it.
-
 The rate of the same matrix products is sampled before, between chunks and after, so that a machine whose speed drifts
-treats both alike; the best of the three counts, since between chunks the disk's thread works beside them.
+treats both alike; the best of the three counts, since between chunks the disk's thread also uses the processor.
 """
 
 import argparse
@@ -126,7 +124,7 @@ class MatmulProbe:
 def measure_build(
     source: RowSource, config: ModelConfig, lut_dir: Path, *, dtype: str, compute_dtype: str
 ) -> BuildFigures:
-    """Build the table in `lut_dir` and measure both limits beside it."""
+    """Build the table in `lut_dir` and measure both limits."""
     build, resident_bytes = plan(source, lut_dir, dtype=dtype), lambda: psutil.Process().memory_info().rss
     num_tokens = min(build.chunk_tokens, turn_tokens(config.expert_intermediate_size, COMPUTE_DTYPES[compute_dtype]))
     probe = MatmulProbe(config, num_tokens, COMPUTE_DTYPES[compute_dtype])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from src.benchmarks.common import model_config
-from src.benchmarks.memory_use import PeakAnonymous, anonymous_bytes
+from src.benchmarks.memory_use import anonymous_bytes, sampled_peak
 from src.benchmarks.workload import write_runs
 from src.inference.disk_experts import DiskExperts
 from src.lut import LutStore
@@ -20,15 +20,19 @@ from tests.lut.tables import write_table
 MEBIBYTE = 2**20
 
 
+def anonymous() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon:")))
+
+
 def test_the_sampler_sees_memory_that_is_given_back() -> None:
-    peak = PeakAnonymous()
-    while not (before := peak.bytes):
-        time.sleep(0.001)
-    given_back = aligned_bytes(64 * MEBIBYTE)  # a mapping of its own, whatever the allocator keeps
-    given_back.fill(1)
-    time.sleep(0.1)
-    del given_back
-    assert peak.stop() - before >= 60 * MEBIBYTE
+    before = anonymous()
+    with sampled_peak(anonymous, 0.002) as peak:
+        given_back = aligned_bytes(64 * MEBIBYTE)  # a mapping of its own, whatever the allocator keeps
+        given_back.fill(1)
+        time.sleep(0.1)
+        del given_back
+    assert peak[0] - before >= 60 * MEBIBYTE
 
 
 def test_decoding_touches_no_fresh_memory(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.errors import LutError
-from src.lut.manifest import MANIFEST_NAME, read_manifest
+from src.lut.layout import TableLayout
+from src.lut.manifest import MANIFEST_NAME, Manifest, read_manifest
 from src.lut.scan import TableScan, check_shard, read_token_counts
 from src.model import ModelConfig, Transformer
 from src.model.experts import EmbeddingExperts, LayerExperts, ffn
@@ -23,55 +24,17 @@ from src.model.products import stacked_product
 from src.run_directory import EXPERTS_PREFIX, Identity, RunDirectory, identify_weights
 
 
-class TableSizes(Protocol):
-    """The sizes that a table has in common with its source."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        ...
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        ...
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        ...
-
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        ...
-
-
-class TableIdentity(Protocol):
-    """The weights that rows were computed from; None where they are not known."""
-
-    @property
-    def backbone(self) -> str | None:
-        """SHA-256 of the backbone."""
-        ...
-
-    @property
-    def training_form(self) -> str | None:
-        """SHA-256 of backbone and experts."""
-        ...
-
-
 class RowSource(Protocol):
     """Gives expert rows. A builder requests all layers of a run of ids in order, then the next run."""
 
     @property
-    def config(self) -> TableSizes:
+    def config(self) -> ModelConfig | TableLayout:
         """The table's sizes."""
         ...
 
     @property
-    def identity(self) -> TableIdentity:
-        """The weights that the rows were computed from."""
+    def identity(self) -> Identity | Manifest:
+        """The weights that the rows were computed from; a manifest may not know them."""
         ...
 
     @property

@@ -29,7 +29,7 @@ DEFAULT_PRECISION = "bfloat16"
 
 
 def adopt_checkpoint(run: RunDirectory, checkpoint: str, *, overwrite: bool) -> None:
-    """Write a Lightning checkpoint's weights as the run's training form: how an interrupted fit is put to use.
+    """Write a Lightning checkpoint's weights as the run's training form, which an interrupted fit does not have.
 
     RunError when the checkpoint does not exist, or the run already holds other weights and `overwrite` is off.
     """

@@ -237,6 +237,8 @@ def test_a_table_that_training_left_unfinished_is_finished_as_it_was_begun(
     reparameterize.main(["--run", str(run), "--resume", "--memory-mb", "1"])
     for path in sorted((trained.run_dir / "lut").iterdir()):
         assert (run / "lut" / path.name).read_bytes() == path.read_bytes(), path.name
+    monkeypatch.setattr("src.lut.builder.prepare", _interrupted)
+    reparameterize.main(["--run", str(run), "--resume"])  # finds nothing to do
 
 
 def _interrupted(*_: object) -> None:

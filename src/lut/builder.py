@@ -88,7 +88,7 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
 
     Args:
         plan: what will be built.
-        resume: go on with an unfinished build of the same plan; otherwise begin anew.
+        resume: continue an unfinished build of the same plan; otherwise start over.
         overwrite: replace a finished table, or an unfinished one of another plan.
 
     Raises:

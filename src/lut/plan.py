@@ -1,6 +1,7 @@
 """What a build will do, decided before it touches the disk: everything that its writers must agree on."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from src.errors import LutError
 from src.lut.layout import SHARD_BYTES, Shard, TableLayout, plan_shards, sha256, tokens_per_shard
-from src.lut.manifest import FORMAT_VERSION, Manifest
+from src.lut.manifest import FORMAT_VERSION, Manifest, read_manifest
 from src.lut.sources import RowSource, TableRows
 
 T = TypeVar("T")
@@ -20,12 +21,12 @@ MEMORY_BYTES = 512 * 2**20
 """What a builder's buffers take by default; weights that its source reads come on top."""
 _FLOAT_BYTES = 4
 _LAYER_COPIES = 3
-"""Rows of one layer as they are computed, encoded and compared."""
+"""Rows of one layer as they are computed, encoded and checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPlan:
-    """A build, decided."""
+    """What a build will do."""
 
     source: RowSource
     lut_dir: Path
@@ -138,7 +139,9 @@ def plan(
 
 
 def recorded_precision(lut_dir: Path) -> str | None:
-    """Return the precision of the unfinished table in a directory; None if there is none."""
+    """Return the precision of the table in a directory, finished or not; None if there is none."""
+    with suppress(LutError):
+        return read_manifest(lut_dir).precision
     return _recorded(lut_dir, "precision", str)
 
 

@@ -53,7 +53,7 @@ class RowSource(Protocol):
 
 
 class TableRows:
-    """Decoded rows of a table; identities, tokenizer and token counts are carried over from it."""
+    """Decoded rows of a table; identities, tokenizer and token counts are those of that table."""
 
     def __init__(self, lut_dir: Path) -> None:
         """Open the table; LutError when it is not whole."""

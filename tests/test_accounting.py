@@ -319,7 +319,10 @@ def test_dry_run_reads_no_corpus_and_prints_and_writes_the_same_figures(
 def test_the_dry_run_counts_in_the_precision_that_training_would_use(
     native: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "native_precision", lambda _: native)
+    def precision_of(_accelerator: str) -> str:
+        return native
+
+    monkeypatch.setattr(train, "native_precision", precision_of)
     written = [tmp_path / "auto.json", tmp_path / "native.json"]
     for path, precision in zip(written, ("auto", native), strict=True):
         options = ["--dry-run", "--json", str(path), f"trainer.precision={precision}"]

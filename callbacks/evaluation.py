@@ -48,7 +48,7 @@ class EvaluationCallback(lightning.Callback):
             suite: the texts and tasks.
             tokens_per_step: for the number of trained tokens.
             console: where the report is printed.
-            is_written: whether this fit writes weights and table, so that what lies in the run is of this model.
+            is_written: whether this fit writes weights and table, so that the files in the run are those of this model.
             publish_table: also send the lookup table to trackers that keep files.
         """
         self.run, self.config, self.suite, self.is_written = run, config, suite, is_written

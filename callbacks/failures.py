@@ -14,7 +14,7 @@ from src.errors import TrainingError
 from src.run_directory import RunDirectory
 from src.system.private_api import ranks_are_scripts, started_ranks
 from src.system.ranks import ParentWatch, describe_failure, describe_lost, report_once
-from src.system.signals import Preempted, StopSignals
+from src.system.signals import StopSignals
 from src.training.checkpoints import CheckpointFiles
 from src.training.lightning_module import LanguageModel, StepOutput
 
@@ -60,6 +60,7 @@ class RankFailureCallback(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Replace Lightning's handler of SIGTERM, which starts a collective operation inside the handler."""
+        self.signals.children = started_ranks(trainer)
         self.signals.listen()
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -71,10 +72,10 @@ class RankFailureCallback(lightning.Callback):
     ) -> None:
         """Report the cause unless another rank did, and end the ranks that this process started."""
         children = started_ranks(trainer)
-        if isinstance(exception, Preempted):
+        if self.signals.received:  # an error may be the consequence of how others ended
             self._stop_watching()
-            _stop(children)
-        if isinstance(exception, Preempted | KeyboardInterrupt) or not ranks_are_scripts(trainer):
+            _wait(children)
+        if self.signals.received or isinstance(exception, KeyboardInterrupt) or not ranks_are_scripts(trainer):
             return
         report_once(self.run.directory.path / RECORD, self._reason(exception, trainer.global_rank, children))
         self.reported = True
@@ -107,10 +108,8 @@ def is_lost_contact(exception: BaseException) -> bool:
     )
 
 
-def _stop(children: list[Popen[bytes]]) -> None:
-    """Signal other ranks and wait for them, as one that outlives its parent would report it as lost."""
-    for child in children:
-        child.send_signal(signal.SIGTERM)
+def _wait(children: list[Popen[bytes]]) -> None:
+    """Wait a moment for ranks that were told to stop, as one that outlives its parent would report it as lost."""
     until = time.monotonic() + _LEARN_SECONDS
     for child in children:
         with suppress(TimeoutExpired):

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import logging
 import platform
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -232,6 +231,9 @@ def _train(config: RunConfig, start: Resumption | None, signals: StopSignals) ->
         failed = False
         raise
     except BaseException as error:
+        if signals.received:  # a consequence of how other ranks ended
+            failed = False
+            raise Preempted(signals.received) from error
         signals.restore()  # nothing that follows needs to be protected from them
         if failure.reported:
             raise ReportedFailureError from error
@@ -384,7 +386,7 @@ def _train_as_process(config: RunConfig, resume: RunDirectory | None) -> None:
         train(config, resume)
     except Preempted as stop:
         _tell(str(stop))
-        sys.exit(exit_code(stop.signum))
+        leave(exit_code(stop.signum))  # everything is closed, and taking down the interpreter takes seconds
     except ReportedFailureError:
         leave(FAILED)
 

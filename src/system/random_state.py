@@ -1,4 +1,4 @@
-"""The state of every random generator of this process, as plain values that a checkpoint can hold."""
+"""The state of all random generators of this process, as plain values that a checkpoint can hold."""
 
 import random
 from typing import Any

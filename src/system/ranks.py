@@ -1,7 +1,7 @@
-"""Ranks as processes: who speaks, and that none outlives another. Knows nothing of what they compute.
+"""Per-rank process handling: which rank logs, and shutting ranks down together. Knows nothing of what they compute.
 
-Each rank is its own process, so one that fails must tell the reader why, exactly once, and take the others with it:
-a rank in a collective waits for a lost one for ever, or fails for a reason that is not the reason.
+A rank in a collective operation waits for a lost one without end, or fails with an error that is not the cause. So a
+rank that fails prints the cause, exactly once, and ends the others.
 """
 
 import os
@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
 
@@ -20,11 +21,11 @@ _WATCH_SECONDS = 1.0
 
 
 class ReportedFailureError(Exception):
-    """The run failed, and the reader has been told why."""
+    """The run failed, and the cause has been printed."""
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that speaks for its run, by what launchers put into the environment."""
+    """Whether this process is rank 0 of its run, by the environment variables that launchers set."""
     environment = os.environ
     if "RANK" in environment:  # torchrun
         return environment["RANK"] == "0"
@@ -36,30 +37,30 @@ def is_rank_zero() -> bool:
 
 
 def report_once(record: Path, text: str) -> bool:
-    """Print `text` to stderr unless another rank has said why the run fails; return whether it was printed.
+    """Print `text` to stderr unless another rank has reported the failure; return whether it was printed.
 
-    `record` is created by the first to come, so whoever fails only because of another finds it there.
+    The first rank to fail creates `record`, so a rank that fails as a consequence finds it.
     """
     try:
         with record.open("x", encoding="utf-8") as handle:
             handle.write(text + "\n")
     except FileExistsError:
         return False
-    except OSError:  # a full or lost disk must not hide the reason
+    except OSError:  # a full or lost disk must not hide the cause
         pass
     print(text, file=sys.stderr, flush=True)
     return True
 
 
 def describe_failure(error: BaseException, rank: int) -> str:
-    """Return what a reader needs: the message of a user's mistake, the traceback of anything else."""
+    """Return the message of a user's mistake, or the traceback of any other error."""
     if isinstance(error, UserError):
         return f"error: {error}"
     return f"rank {rank} failed:\n{''.join(traceback.format_exception(error)).rstrip()}"
 
 
 def describe_lost(children: Sequence[Popen[bytes]]) -> str | None:
-    """Say which of the processes that rank 0 started was killed; None when none was."""
+    """Describe which of the processes that rank 0 started was killed; None if none was."""
     for rank, child in enumerate(children, start=1):
         if (code := child.poll()) is not None and code < 0:
             return f"rank {rank} (process {child.pid}) was killed by {signal.Signals(-code).name}; out of memory?"
@@ -67,14 +68,15 @@ def describe_lost(children: Sequence[Popen[bytes]]) -> str | None:
 
 
 def leave(exit_code: int) -> None:
-    """End this process without the clean-up that waits for other ranks."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End this process without the cleanup that waits for other ranks."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, RuntimeError):  # a signal handler may run in the middle of a write
+            stream.flush()
     os._exit(exit_code)
 
 
 class ParentWatch(threading.Thread):
-    """Ends this process when the one that started it is gone, whatever it is waiting for."""
+    """Ends this process when its parent process is gone, even while it waits for other ranks."""
 
     def __init__(self, record: Path) -> None:
         """Watch the present parent; `record` as in `report_once`."""
@@ -82,7 +84,6 @@ class ParentWatch(threading.Thread):
         self._parent, self._record, self._done = os.getppid(), record, threading.Event()
 
     def run(self) -> None:
-        """Look once a second, until there is nothing left to wait for."""
         while not self.lost():
             if self._done.wait(_WATCH_SECONDS):
                 return
@@ -90,13 +91,11 @@ class ParentWatch(threading.Thread):
         leave(FAILED)
 
     def stop(self) -> None:
-        """Let the parent end first."""
+        """Stop watching, so that the parent may end first."""
         self._done.set()
 
     def lost(self) -> bool:
-        """Whether the parent is gone."""
         return os.getppid() != self._parent
 
     def reason(self) -> str:
-        """Say who is gone."""
         return f"the process that started this rank (process {self._parent}) was killed; out of memory?"

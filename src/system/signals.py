@@ -1,20 +1,22 @@
 """SIGTERM and SIGUSR1 as an exception, raised at once or, while steps are held together, between two of them.
 
 Python runs signal handlers in the main thread, between two bytecodes, so C code that takes long delays the exception.
-A thread that the kernel's signal reaches first therefore ends the process if the exception has not done so in time.
+A second thread, which the signal wakes even then, therefore ends the process if the exception has not done so in time.
 Knows nothing of training.
 """
 
 import os
 import signal
 import threading
+from collections.abc import Sequence
+from subprocess import Popen
 from types import FrameType
 from typing import Any, NoReturn
 
 from src.system.ranks import is_rank_zero, leave
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-UNWIND_SECONDS = 8.0
+UNWIND_SECONDS = 7.0
 """Time that `finally` clauses and context managers get to clean up before the process ends anyway."""
 RANK_UNWIND_SECONDS = 1.0
 """The same on ranks above 0, which leave nothing behind."""
@@ -49,11 +51,13 @@ def exit_code(signum: int) -> int:
 class StopSignals:
     """Raises `Preempted` in the main thread for the first stop signal, once `listen` was called.
 
-    Between `hold` and `release` a signal is only remembered, in `received`; whoever holds then calls `stop`.
+    Between `hold` and `release` a signal is only remembered, in `received`; the holder then calls `stop`.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self.children: Sequence[Popen[bytes]] = ()
+        """Ranks that this process started, which a signal ends too."""
         self._held = False
         self._process = 0
         self._earlier: dict[int, Any] = {}
@@ -124,6 +128,8 @@ class StopSignals:
     def _end_in_time(self, signum: int) -> None:
         if self._deadline is None:
             seconds = UNWIND_SECONDS if is_rank_zero() else RANK_UNWIND_SECONDS
-            self._deadline = threading.Timer(seconds, leave, [exit_code(signum)])
+            self._deadline = threading.Timer(seconds, os._exit, [exit_code(signum)])
             self._deadline.daemon = True
             self._deadline.start()
+            for child in self.children:  # this thread may wait for them in a collective operation
+                child.send_signal(signal.SIGTERM)

@@ -5,6 +5,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -45,10 +46,19 @@ def fail_in_build() -> None:
     builder.write_shards = fail
 
 
+def wait_in_build() -> None:
+    def waiting(*_: object, **__: object) -> None:
+        print("waiting", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+    builder.write_shards = waiting
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "step": fail_in_step,
     "evaluation": fail_in_evaluation,
     "build": fail_in_build,
+    "wait": wait_in_build,
 }
 
 

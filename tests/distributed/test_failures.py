@@ -111,6 +111,26 @@ def test_a_killed_rank_ends_the_run(killed: int, tmp_path: Path, small_overrides
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
+def test_a_signal_ends_ranks_of_which_one_waits_for_the_other(tmp_path: Path, small_overrides: Sequence[str]) -> None:
+    options = ("trainer.strategy=ddp", "trainer.max_steps=5", "evaluation.at_fit_end=false")
+    run = Run([*small_overrides, *options], tmp_path, "wait:1")
+    first = run.ranks()[0]
+    until = time.monotonic() + LIMIT_SECONDS
+    while "waiting" not in run.log.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    time.sleep(1)  # for the first rank to wait in a barrier
+    first.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert run.wait() == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 10
+    text = run.log.read_text()
+    assert text.count("SIGTERM: stopped") == 1, text
+    assert "failed" not in text
+    assert "killed" not in text
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [

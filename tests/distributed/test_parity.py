@@ -58,7 +58,7 @@ def test_two_ranks_reproduce_one_process(architecture: str, tmp_path: Path, smal
 
 
 class KeepGradients(lightning.Callback):
-    """Writes what the optimiser just used, from the first rank."""
+    """Writes what the optimizer just used, from the first rank."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,7 +69,7 @@ class KeepGradients(lightning.Callback):
 
 
 def one_step(execution: Execution, devices: int, path: Path) -> None:
-    """Take one optimiser step on 8 windows, as 8 / `devices` micro-batches of one on each rank, in float64."""
+    """Take one optimizer step on 8 windows, as 8 / `devices` micro-batches of one on each rank, in float64."""
     torch.manual_seed(0)
     model = replace(CONFIG, expert_execution=execution, init_std=0.2)
     optimizer = OptimizerConfig(gradient_clip_norm=0)

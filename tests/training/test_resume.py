@@ -1,4 +1,4 @@
-"""A run that goes on: from its checkpoint on the same numbers, or a refusal that says why."""
+"""A resumed run: the same numbers from its checkpoint on, or a refusal that says why."""
 
 import csv
 import random

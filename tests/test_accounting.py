@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -304,7 +305,7 @@ def bytes_kept(model: Transformer, num_ids: int, precision: str) -> int:
 def test_dry_run_reads_no_corpus_and_prints_and_writes_the_same_figures(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "prepare_corpus", None)
+    monkeypatch.setattr("src.fit.prepare_corpus", None)
     written = tmp_path / "costs.json"
     train.main(["--config", str(PAPER / f"{name}.yaml"), "--dry-run", "--json", str(written)])
     shown, figures = capsys.readouterr().out, json.loads(written.read_text())
@@ -319,10 +320,7 @@ def test_dry_run_reads_no_corpus_and_prints_and_writes_the_same_figures(
 def test_the_dry_run_counts_in_the_precision_that_training_would_use(
     native: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def precision_of(_accelerator: str) -> str:
-        return native
-
-    monkeypatch.setattr(train, "native_precision", precision_of)
+    monkeypatch.setattr("src.training.config.native_precision", Mock(return_value=native))
     written = [tmp_path / "auto.json", tmp_path / "native.json"]
     for path, precision in zip(written, ("auto", native), strict=True):
         options = ["--dry-run", "--json", str(path), f"trainer.precision={precision}"]

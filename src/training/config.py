@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from src.errors import ConfigError, check_range
+from src.system.hardware import native_precision
 
 Schedule = Literal["cosine", "wsd", "constant"]
 
@@ -127,6 +128,11 @@ class TrainerConfig:
         check_range(self, "trainer.", ("limit_val_batches",), at_least=0)
         if self.max_time is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", self.max_time):
             raise ConfigError(f'trainer.max_time: {self.max_time!r}, but it must be DD:HH:MM:SS, such as "00:00:04:00"')
+
+    @property
+    def resolved_precision(self) -> Literal["32-true", "bf16-mixed", "bf16-true", "64-true"]:
+        """`precision`, with `auto` resolved for this machine."""
+        return native_precision(self.accelerator) if self.precision == "auto" else self.precision
 
     @property
     def stated_devices(self) -> int:

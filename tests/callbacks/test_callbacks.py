@@ -67,7 +67,7 @@ class _Raises(lightning.Callback):
 def test_a_fit_that_does_not_end_well_leaves_no_table(
     error: BaseException, tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.train.ThroughputCallback", lambda: _Raises(error))
+    monkeypatch.setattr("src.fit.ThroughputCallback", lambda: _Raises(error))
     config = small_config(small_overrides, tmp_path, "trainer.precision=32-true", "trainer.max_steps=8")
     with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
         train(config)
@@ -161,7 +161,7 @@ class _Outputs(lightning.Callback):
 def test_a_step_reports_how_many_ids_its_experts_ran_on(
     execution: str, tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.train.RandomStateCallback", _Outputs)
+    monkeypatch.setattr("src.fit.RandomStateCallback", _Outputs)
     options = (*ONLY_TRAIN, "trainer.max_steps=2", f"model.expert_execution={execution}")
     train(small_config(small_overrides, tmp_path, *options))
 

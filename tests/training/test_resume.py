@@ -145,7 +145,7 @@ def test_a_run_that_cannot_be_resumed_says_why_before_it_prepares_the_corpus(
     report.write_text(recorded.replace('"fingerprint": "', '"fingerprint": "0'))
     assert "was trained on corpus 0" in refusal(copy, "trainer.max_steps=8")
     report.write_text(recorded)
-    monkeypatch.setattr("src.train.prepare_corpus", never)
+    monkeypatch.setattr("src.fit.prepare_corpus", never)
     parts = copy / "checkpoints" / "step-00000005.ckpt"  # as fsdp2 writes them with checkpoint.sharded
     parts.mkdir()
     assert "one part per device, which trainer.strategy auto cannot load" in refusal(copy, "trainer.max_steps=8")

@@ -1,0 +1,250 @@
+"""One fit: corpus, model, Lightning's Trainer with its callbacks, and the directory of the run.
+
+Imports Lightning, which takes seconds; `src.train` imports this module only to train.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
+
+from callbacks import (
+    BestWeightsCallback,
+    CheckpointCallback,
+    DashboardCallback,
+    EvaluationCallback,
+    NonFiniteCallback,
+    RandomStateCallback,
+    RankFailureCallback,
+    ReparameterizeCallback,
+    RunCallback,
+    StepProgressBar,
+    ThroughputCallback,
+    TimeLimit,
+)
+from src.config import RunConfig
+from src.data.datamodule import PackedDataModule
+from src.data.packed_corpus import PackedCorpus, prepare_corpus
+from src.data.tokenizer import fingerprint
+from src.evaluation.held_out import HeldOut, held_out
+from src.evaluation.report import Report
+from src.evaluation.suite import Suite, prepare_suite
+from src.run_directory import RunDirectory
+from src.system.console import print_note, progress_report, stderr_console
+from src.system.files import write_text
+from src.system.private_api import run_hooks_without_steps
+from src.system.ranks import ReportedFailureError, is_rank_zero
+from src.system.signals import Preempted, StopSignals
+from src.training.lightning_module import LanguageModel
+from src.training.resume import Resumption, start_from_run
+from src.training.strategy import ShardedStrategy, StreamingCheckpointIO
+from src.training.tracking import build_loggers, close_loggers, code_version
+
+
+def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tuple[Path, Report | None]:
+    """Train and write everything, from the beginning or from `start`; return the run's path and what was measured.
+
+    Raises as `src.train.train` does.
+    """
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    with progress_report(stderr_console()) as progress:
+        corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=progress)
+    if start is not None:
+        start.require_corpus(corpus.fingerprint)
+    text = held_out(corpus, config.data, config.model.vocab_size, config.evaluation.corpora)
+    suite = prepare_suite(text, config.evaluation)
+    for note in suite.notes:
+        print_note(note)
+    module = build_module(config, text, signals)
+    if config.init_from is not None and start is None:
+        start_from_run(module.model, RunDirectory(Path(config.init_from)), corpus.tokenizer)
+    run = RunCallback(create_run(config, corpus) if start is None else continue_run(config, start.run))
+    if is_rank_zero():
+        text.write(run.directory)
+    failure = RankFailureCallback(run, signals)
+    left = config if start is None or start.missing is None else _only_missing(config, start.missing)
+    callbacks = [
+        run,
+        failure,
+        *progress_callbacks(left, run),
+        *result_callbacks(left, run, corpus, suite, signals),
+    ]
+    loggers = build_loggers(config.wandb, config.to_dict(), run.directory, 0 if start is None else start.step)
+    failed = True
+    try:
+        trainer = build_trainer(config, callbacks, loggers)
+        checkpoint = None if start is None else start.checkpoint
+        trainer.fit(module, PackedDataModule(corpus, config.data, text.windows), ckpt_path=checkpoint)
+        failed = False
+    except Preempted:
+        failed = False
+        raise
+    except BaseException as error:
+        if signals.received:  # a consequence of how other ranks ended
+            failed = False
+            raise Preempted(signals.received) from error
+        signals.restore()  # nothing that follows needs to be protected from them
+        if failure.reported:
+            raise ReportedFailureError from error
+        raise
+    finally:
+        close_loggers(loggers, failed=failed)
+    report = next(item.report for item in callbacks if isinstance(item, EvaluationCallback))
+    return run.directory.path, report
+
+
+def build_module(config: RunConfig, text: HeldOut, signals: StopSignals) -> LanguageModel:
+    """Create the model with its objective and optimizer."""
+    module = LanguageModel(
+        config.model,
+        config.objective,
+        config.optimizer,
+        text.byte_lengths,
+        document_separator=text.document_separator,
+    )
+    module.signals = signals
+    if config.trainer.compile:
+        module.model.compile_layers()
+    return module
+
+
+def build_trainer(
+    run_config: RunConfig, callbacks: list[lightning.Callback], loggers: list[Logger]
+) -> lightning.Trainer:
+    """Translate the config into Lightning's Trainer."""
+    config = run_config.trainer
+    # Gradients are views of DDP's buckets, not copies, also where Lightning chooses DDP by itself.
+    StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True)
+    trainer = lightning.Trainer(
+        accelerator=_accelerator(config.accelerator),
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=_strategy(run_config),
+        precision=config.resolved_precision,
+        max_steps=config.max_steps,
+        max_epochs=-1,
+        val_check_interval=config.val_check_interval,
+        check_val_every_n_epoch=None,
+        limit_val_batches=config.limit_val_batches,
+        num_sanity_val_steps=config.num_sanity_val_steps,
+        log_every_n_steps=config.log_every_n_steps,
+        deterministic=config.deterministic,
+        fast_dev_run=config.fast_dev_run,
+        enable_progress_bar=config.enable_progress_bar,
+        enable_model_summary=False,
+        enable_checkpointing=not config.fast_dev_run,
+        use_distributed_sampler=False,  # `StepWindows` already gives each rank its own
+        callbacks=callbacks,
+        plugins=[StreamingCheckpointIO()],
+        logger=loggers,
+    )
+    run_hooks_without_steps(trainer)
+    return trainer
+
+
+def _accelerator(name: str) -> str:
+    """Resolve `auto`, which in Lightning also means accelerators that lack the float64 of our metrics."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _strategy(config: RunConfig) -> str | Strategy:
+    if config.trainer.strategy == "fsdp2":
+        return ShardedStrategy(sharded_checkpoints=config.checkpoint.sharded)
+    return config.trainer.strategy
+
+
+def progress_callbacks(config: RunConfig, run: RunCallback) -> list[lightning.Callback]:
+    """Return the callbacks that watch a fit and act on its steps."""
+    callbacks: list[lightning.Callback] = [
+        RandomStateCallback(),
+        ThroughputCallback(),
+        LearningRateMonitor(logging_interval="step"),
+        NonFiniteCallback(run, skip=config.trainer.non_finite == "skip"),
+    ]
+    if config.checkpoint.ema_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=config.checkpoint.ema_decay, use_buffers=False))
+    if config.trainer.enable_progress_bar:
+        callbacks.append(StepProgressBar(refresh_rate=5))
+    if config.trainer.max_time is not None:
+        callbacks.append(TimeLimit(config.trainer.max_time))
+    return callbacks
+
+
+def result_callbacks(
+    config: RunConfig, run: RunCallback, corpus: PackedCorpus, suite: Suite, signals: StopSignals
+) -> list[lightning.Callback]:
+    """Return the callbacks that write checkpoints, then weights and table, then the evaluation that reads those."""
+    callbacks: list[lightning.Callback] = []
+    if not config.trainer.fast_dev_run:
+        callbacks.append(checkpoints := CheckpointCallback(run, config.checkpoint, signals))  # acts after all others
+        if config.checkpoint.final_weights == "best":
+            callbacks.append(BestWeightsCallback(checkpoints))
+    if config.lut.at_fit_end:
+        callbacks.append(
+            ReparameterizeCallback(
+                run,
+                dtype=config.lut.dtype,
+                chunk_tokens=config.lut.chunk_tokens,
+                tokenizer=fingerprint(corpus.tokenizer),
+                token_counts=corpus.token_counts(config.model.vocab_size),
+            )
+        )
+    if config.evaluation.dashboard:
+        callbacks.append(DashboardCallback(run, config.evaluation, suite.text))
+    callbacks.append(
+        EvaluationCallback(
+            run,
+            config.evaluation,
+            suite=suite,
+            tokens_per_step=config.data.global_batch_size * config.data.sequence_length,
+            console=stderr_console(),
+            is_written=config.lut.at_fit_end,
+            publish_table=config.wandb.log_table,
+        )
+    )
+    return callbacks
+
+
+def continue_run(config: RunConfig, run: RunDirectory) -> RunDirectory:
+    """Record the config that a run continues with; on rank 0 only."""
+    if is_rank_zero():
+        run.write_config(config.to_dict())
+    return run
+
+
+def create_run(config: RunConfig, corpus: PackedCorpus) -> RunDirectory:
+    """Claim a new run directory, numbered if the name is taken, and write config and tokenizer; on rank 0 only."""
+    root = Path(config.output_dir)
+    if not is_rank_zero():
+        return RunDirectory(root / config.name)  # `RunCallback` learns the claimed one from rank 0
+    root.mkdir(parents=True, exist_ok=True)
+    number, path = 1, root / config.name
+    while True:
+        try:
+            path.mkdir()
+            break
+        except FileExistsError:
+            number += 1
+            path = root / f"{config.name}-{number}"
+    run = RunDirectory(path)
+    run.write_config(config.to_dict())
+    write_text(run.tokenizer_path, corpus.tokenizer.to_str(pretty=True))
+    run.update_record({"corpus": corpus.facts(), "code": code_version(), "software": software_versions()})
+    return run
+
+
+def software_versions() -> dict[str, str]:
+    """Return what the numbers of a run may depend on."""
+    packages = ("mole", "torch", "lightning", "tokenizers")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _only_missing(config: RunConfig, missing: Sequence[str]) -> RunConfig:
+    return replace(config, evaluation=replace(config.evaluation, at_fit_end="evaluation" in missing))

@@ -60,14 +60,14 @@ class LanguageModel(lightning.LightningModule):
         *,
         document_separator: int | None = None,
     ) -> None:
-        """Create the model.
+        """Create model and metrics.
 
         Args:
             model: its shape.
-            objective: what is minimised.
-            optimizer: how.
-            byte_lengths: (V,) int64, the UTF-8 bytes that each id stands for.
-            document_separator: the id that ends a document, where attention must not cross documents; None lets it.
+            objective: terms added to the loss.
+            optimizer: its settings.
+            byte_lengths: (V,) int64, the number of UTF-8 bytes of each id's text.
+            document_separator: the id that ends a document, if attention must not cross documents.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -82,13 +82,13 @@ class LanguageModel(lightning.LightningModule):
         self.validation_routing = self.routing.clone()
 
     def configure_model(self) -> None:
-        """Shard the model where the strategy has a device mesh."""
+        """Shard the model if the strategy has a device mesh."""
         mesh = self.device_mesh
         if mesh is not None:
             shard_model(self.model, mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW and its schedule over `trainer.max_steps`."""
+        """Return AdamW and its schedule over `trainer.max_steps`."""
         optimizer = build_optimizer(self.model.named_parameters(), self.optimizer_config)
         schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "name": "train/learning_rate"}}
@@ -105,7 +105,7 @@ class LanguageModel(lightning.LightningModule):
         gradient_norm = whole(clip_gradients(self.model.parameters(), self.optimizer_config.gradient_clip_norm))
         finite, signum = self._agree(losses, gradient_norm)
         if not finite:
-            optimizer.zero_grad()  # AdamW leaves alone what has no gradient
+            optimizer.zero_grad()  # AdamW skips parameters without a gradient
         optimizer.step()
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self._log_step(losses.mean(), gradient_norm)
@@ -129,13 +129,13 @@ class LanguageModel(lightning.LightningModule):
             with self._gradient_sync(last=last):
                 loss, objective = self._losses(windows, shared.micro_batch(index) if shared is not None else None)
                 if last and shared is not None:
-                    objective = objective + len(batch) * shared.carried()  # whose share is already its whole
+                    objective = objective + len(batch) * shared.carried()  # which is not a mean over micro-batches
                 self.manual_backward(objective / len(batch))
             losses.append(loss.detach())
         return torch.stack(losses)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Score one batch of held-out windows (B, T+1), without those that are only there to keep ranks in step."""
+        """Score one batch of held-out windows (B, T+1), without the padding that gives all ranks as many."""
         real = batch[:, 0] != NO_WINDOW  # (B,)
         token_ids, targets = batch[:, :-1].clamp(min=0), batch[real, 1:]
         trunk = self.model.trunk(token_ids, attention_mask=self._document_mask(token_ids))
@@ -172,16 +172,14 @@ class LanguageModel(lightning.LightningModule):
             balance = torch.stack([load_balance_loss(logits, top_k) for logits in trunk.router_logits]).mean()
             objective = objective + self.objective.load_balance_weight * balance
         if trunk.router_logits and self.objective.z_loss_weight:
-            objective = (
-                objective
-                + self.objective.z_loss_weight * torch.stack([z_loss(logits) for logits in trunk.router_logits]).mean()
-            )
+            drift = torch.stack([z_loss(logits) for logits in trunk.router_logits]).mean()
+            objective = objective + self.objective.z_loss_weight * drift
         if trunk.router_logits and self._logs_this_step:
             self.routing.update(trunk.router_logits)
         return loss, objective
 
     def _document_mask(self, token_ids: Tensor) -> Tensor | None:
-        """Return which positions of (B, T) may attend to which (B, T, T), where documents are kept apart."""
+        """Return which positions of (B, T) may attend to which (B, T, T), if documents are kept apart."""
         return None if self.document_separator is None else document_mask(token_ids, self.document_separator)
 
     def _log_step(self, loss: Tensor, gradient_norm: Tensor) -> None:
@@ -222,9 +220,9 @@ class LanguageModel(lightning.LightningModule):
 
 
 def _exact_mean() -> MeanMetric:
-    """A mean whose sum does not depend on how many ranks share it: float32 would round millions of summands.
+    """Return a mean in float64: rounded sums of millions of float32 values would depend on the number of ranks.
 
-    One value that is not a number makes it none: leaving it out would make a broken model look fine.
+    NaN propagates to the mean; dropping it would hide a diverged model.
     """
     metric = MeanMetric(nan_strategy="disable")
     metric.set_dtype(torch.float64)

@@ -1,27 +1,31 @@
 """The config of a run: every component's section, read from YAML. The only module that knows OmegaConf.
 
-Defaults in code < `base:` file < file < `key=value`. The result consists of plain frozen dataclasses.
+Defaults in code < `base:` file < file < `key=value`. The result consists of plain frozen dataclasses. What a value
+means is decided by the type of its key, not by how it looks: a key of type text keeps what was typed.
 """
 
 import ast
 import difflib
 import inspect
+import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+import yaml
+from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
 from src.data.config import DataConfig
 from src.errors import ConfigError, check_range
 from src.evaluation.config import EvaluationConfig
 from src.lut.codecs import CODECS
 from src.model.config import ModelConfig
-from src.run_directory import RunDirectory
+from src.run_directory import SCHEMA_VERSION, RunDirectory
 from src.training.config import (
     CheckpointConfig,
     ObjectiveConfig,
@@ -122,8 +126,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_run_config(run: RunDirectory, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the resolved config of a run directory, and `key=value` overrides."""
-    values = OmegaConf.create(cast(dict[str, Any], run.config_values()))
-    layers = [(str(run.config_path), values), *(_override_layer(override) for override in overrides)]
+    run.config_values()  # names what is wrong with the file
+    layers = [*_read_layers(run.config_path, ()), *(_override_layer(override) for override in overrides)]
     return _compose(layers, run.config_path)
 
 
@@ -132,12 +136,17 @@ def describe(config: RunConfig) -> str:
     return "\n".join(_describe(config, indent=0))
 
 
-def _compose(layers: Sequence[tuple[str, DictConfig]], path: Path) -> RunConfig:
+_Layer = tuple[str, dict[str, Any]]
+"""Where values are from, and the values."""
+_TYPED = "!typed"
+"""Tag of a node that holds a value as it was typed on the command line."""
+
+
+def _compose(layers: Sequence[_Layer], path: Path) -> RunConfig:
     merged = OmegaConf.structured(RunConfig)
     for where, values in layers:
         try:
-            _require_known_keys(values, where)
-            merged = OmegaConf.merge(merged, values)
+            merged = OmegaConf.merge(merged, OmegaConf.create(values))
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(error, where)) from error
     try:
@@ -150,45 +159,167 @@ def _compose(layers: Sequence[tuple[str, DictConfig]], path: Path) -> RunConfig:
         raise ConfigError(_explain(error, str(path))) from error
 
 
-def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
+def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[_Layer]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file; see configs/ for the existing ones")
     if path.resolve() in chain:
         raise ConfigError(f"{path}: its base files form a cycle; remove one `base:`")
     try:
-        values = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
+        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, DictConfig):
+    if not isinstance(node, MappingNode):
         raise ConfigError(f"{path}: holds no `key: value` pairs at its top level; see configs/quickstart.yaml")
-    base = values.pop("base", None)
+    about = {key.value: value for key, value in node.value if key.value in ("base", "schema_version")}
+    node.value = [(key, value) for key, value in node.value if key.value not in about]
+    values = _section(node, RunConfig, "", str(path))
+    if (version := about.get("schema_version")) is not None:  # a run's own config, whose values are final
+        if version.value != str(SCHEMA_VERSION):
+            raise ConfigError(f"{path}: schema_version {version.value}, but this version reads {SCHEMA_VERSION}")
+        values = _literal(values)
+    base = _value(about["base"], str | None, "base", str(path)) if "base" in about else None
     inherited = _read_layers(path.parent / base, (*chain, path.resolve())) if base is not None else []
     return [*inherited, (str(path), values)]
 
 
-def _override_layer(override: str) -> tuple[str, DictConfig]:
-    key, equals, _ = override.partition("=")
+def _override_layer(override: str) -> _Layer:
+    key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{override!r}: not an override; write key=value, such as trainer.max_steps=100")
+    node: Node = ScalarNode(_TYPED, text)
+    for name in reversed(key.strip().split(".")):
+        node = MappingNode("", [(ScalarNode("", name), node)])
+    return "command line", _section(node, RunConfig, "", "command line")
+
+
+def _section(node: Node, section: type, prefix: str, where: str) -> dict[str, Any]:
+    """Return the values of a section by the types of its keys; those with an interpolation are still text."""
+    if not isinstance(node, MappingNode):
+        raise ConfigError(
+            f"{where}: {prefix[:-1]}: found {_found(node)}, but it is a section; set its keys, such as "
+            f"{prefix}KEY=VALUE"
+        )
+    hints, values = get_type_hints(section), dict[str, Any]()
+    for key, value in node.value:
+        name = str(key.value)
+        if name not in hints:
+            nearest = _nearest(section, prefix, name)
+            raise ConfigError(f"{where}: unknown key {prefix + name!r}; did you mean {nearest!r}?")
+        if name in values:
+            raise ConfigError(f"{where}: {prefix}{name}: given twice; remove one")
+        values[name] = _value(value, hints[name], prefix + name, where)
+    return values
+
+
+def _value(node: Node, hint: Any, key: str, where: str) -> Any:
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kind = kinds[0]
+    if node.tag == _TYPED:
+        node = _typed(str(node.value), kind)
+    if is_dataclass(kind):
+        return _section(node, cast(type, kind), f"{key}.", where)
+    if get_origin(kind) is list:
+        if _refers_to_list(node):
+            return node.value
+        items = node.value if isinstance(node, SequenceNode) else [node]
+        return [_value(item, get_args(kind)[0], f"{key}[{index}]", where) for index, item in enumerate(items)]
+    wrong = f"{where}: {key}: {_found(node)}, but it must be {_expected(hint)}"
+    if not isinstance(node, ScalarNode):
+        raise ConfigError(wrong)
+    if NoneType in kinds and node.style is None and node.value in (("null",) if kind is str else _NULLS):
+        return None
+    if "${" in node.value:
+        return node.value
     try:
-        return "command line", OmegaConf.from_dotlist([override])
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"command line: {override!r} cannot be read: {' '.join(str(error).split())}") from error
+        return _scalar(node.value, kind, may_be_empty=key == "evaluation.sample_prompt")
+    except (ValueError, KeyError) as error:
+        raise ConfigError(wrong) from error
 
 
-def _require_known_keys(values: DictConfig, where: str) -> None:
-    known = set(_keys(RunConfig))
-    sections = {key.rpartition(".")[0] for key in known}
-    for key, value in _given_keys(cast(dict[str, Any], OmegaConf.to_container(values))):
-        if key in sections and not isinstance(value, Mapping):
-            raise ConfigError(
-                f"{where}: {key}: found {value!r}, but it is a section; set its keys, such as {key}.KEY=VALUE"
-            )
-        if key not in known:
-            leaf = key.rpartition(".")[2]
-            by_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
-            nearest = by_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0)
-            raise ConfigError(f"{where}: unknown key {key!r}; did you mean {nearest[0]!r}?")
+def _typed(text: str, kind: Any) -> Node:
+    """Return what a value typed on the command line is: quoted text, a list or a section in YAML, else plain text."""
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError):
+        node = None
+    elements = get_args(kind) if get_origin(kind) is list else ()
+    is_section = is_dataclass(kind) or any(map(is_dataclass, elements))
+    match node:
+        case ScalarNode(style="'" | '"'):
+            return node
+        case SequenceNode() if elements:
+            return node
+        case MappingNode() if is_section:
+            return node
+        case _:
+            return ScalarNode("", text)
+
+
+def _scalar(text: str, kind: Any, *, may_be_empty: bool) -> object:
+    """Read a value of type `kind`; ValueError or KeyError if it is none."""
+    if get_origin(kind) is Literal and text in get_args(kind):
+        return text
+    if kind is str and (text or may_be_empty) and "\0" not in text and text != "???":  # OmegaConf's missing value
+        return text.encode().decode()  # a UnicodeError is a ValueError: text from outside may be no UTF-8
+    if kind is bool:
+        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}[text.lower()]
+    if kind is int and abs(number := int(text)) < 2**63:
+        return number
+    if kind is float:
+        return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
+    raise ValueError(text)
+
+
+_NULLS = ("null", "Null", "NULL", "~")
+_KINDS = {str: "text", bool: "true or false", int: "a whole number of at most 63 bits", float: "a number"}
+
+
+def _expected(hint: Any) -> str:
+    if isinstance(hint, UnionType):
+        return f"{_expected(get_args(hint)[0])}, or null"
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    return _KINDS.get(hint, "a list")
+
+
+def _found(node: Node) -> str:
+    if isinstance(node, ScalarNode):
+        return _shorten(node.value)
+    return "a list" if isinstance(node, SequenceNode) else "keys with values"
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _refers_to_list(node: Node) -> bool:
+    """Whether a node is an interpolation of another key that holds a list."""
+    match = re.fullmatch(r"\$\{([\w.]+)\}", str(node.value))
+    return match is not None and get_origin(_hint(match[1])) is list
+
+
+def _hint(key: str) -> Any:
+    """Return the type of a dotted key, None where there is no such key."""
+    hint: Any = RunConfig
+    for name in re.findall(r"\w+", key):
+        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else next(iter(get_args(hint)), None)
+    return hint
+
+
+def _literal(value: Any) -> Any:
+    """Escape what would be an interpolation."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _nearest(section: type, prefix: str, name: str) -> str:
+    known = [*_keys(RunConfig), *_keys(section, prefix)]
+    by_leaf = [key for key in known if key.rpartition(".")[2] == name]
+    return (by_leaf or difflib.get_close_matches(prefix + name, known, n=1, cutoff=0))[0]
 
 
 def _keys(section: type, prefix: str = "") -> Iterator[str]:
@@ -199,19 +330,16 @@ def _keys(section: type, prefix: str = "") -> Iterator[str]:
             yield from _keys(hints[item.name], f"{prefix}{item.name}.")
 
 
-def _given_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        yield f"{prefix}{key}", value
-        if isinstance(value, Mapping):
-            yield from _given_keys(value, f"{prefix}{key}.")
-
-
 def _explain(error: OmegaConfBaseException, where: str) -> str:
-    return f"{where}: {error.full_key}: {str(error).splitlines()[0]}"
+    """Say which interpolation failed, or gave a value that its key cannot have."""
+    if error.value is None or "${" in str(error.value):
+        return f"{where}: {error.full_key}: {str(error).splitlines()[0]}"
+    expected = _expected(_hint(error.full_key or ""))
+    return f"{where}: {error.full_key}: {_shorten(error.value)}, but it must be {expected}"
 
 
 def _describe(section: Any, indent: int) -> Iterator[str]:
-    pad, meanings = " " * indent, _field_docs(type(section))
+    pad, meanings, values = " " * indent, _field_docs(type(section)), asdict(section)
     for item in fields(section):
         value = getattr(section, item.name)
         if is_dataclass(value):
@@ -221,7 +349,8 @@ def _describe(section: Any, indent: int) -> Iterator[str]:
             yield from textwrap.wrap(
                 meanings[item.name], width=100, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# "
             )
-            yield pad + OmegaConf.to_yaml({item.name: value}, resolve=True).strip().replace("\n", f"\n{pad}")
+            text = yaml.safe_dump({item.name: values[item.name]}, sort_keys=False, allow_unicode=True)
+            yield pad + text.strip().replace("\n", f"\n{pad}")
 
 
 def _field_docs(section: type) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Configs: composition, and one clear line for every mistake."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,15 +36,15 @@ def test_later_layers_win(tmp_path: Path) -> None:
         ("modle.top_k=1", "command line: unknown key 'modle'; did you mean 'model'?"),
         (
             "trainer.max_steps=many",
-            "command line: trainer.max_steps: Value 'many' of type 'str' could not be converted to Integer",
+            "command line: trainer.max_steps: 'many', but it must be a whole number of at most 63 bits",
         ),
         (
             "wandb.mode=on",
-            "command line: wandb.mode: Invalid value 'True', expected one of ['auto', 'online', 'offline', 'disabled']",
+            "command line: wandb.mode: 'on', but it must be one of auto, online, offline, disabled",
         ),
         (
             "model=3",
-            "command line: model: found 3, but it is a section; set its keys, such as model.KEY=VALUE",
+            "command line: model: found '3', but it is a section; set its keys, such as model.KEY=VALUE",
         ),
         ("seed", "'seed': not an override; write key=value, such as trainer.max_steps=100"),
         (
@@ -128,3 +129,145 @@ def test_a_run_gives_its_config_back(tmp_path: Path) -> None:
     run.config_path.write_text(run.config_path.read_text().replace("schema_version: 1", "schema_version: 9"))
     with pytest.raises(RunError, match=r"config.yaml: schema_version 9, but this version reads 1"):
         load_run_config(run)
+
+
+def value_at(config: object, key: str) -> object:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+TYPED = (
+    "12e5",
+    "no",
+    "12e5678",
+    "1_0",
+    "0x10",
+    "1:30",
+    ".nan",
+    "~",
+    "Null",
+    "2024-01-01",
+    "a: b",
+    "- x",
+    "[a",
+    "*x",
+    " x ",
+)
+"""Text that YAML takes for something else, or refuses."""
+TEXT_KEYS = (
+    "name",
+    "data.tokenizer.hub",
+    "evaluation.local_data",
+    "evaluation.sample_prompt",
+    "wandb.entity",
+)
+
+
+@pytest.mark.parametrize("key", TEXT_KEYS)
+def test_a_key_of_type_text_keeps_what_was_typed(tmp_path: Path, key: str) -> None:
+    section, _, leaf = key.rpartition(".")
+    for text in TYPED:
+        assert value_at(load_config(QUICKSTART, [f"{key}={text}"]), key) == text
+        if text.isascii() and not text.startswith(("-", "[", "*", " ")) and ": " not in text:
+            lines = [*(f"{'  ' * depth}{name}:" for depth, name in enumerate(section.split(".")) if name)]
+            lines.append(f"{'  ' * len(lines)}{leaf}: {text}")
+            file = write(tmp_path / "text.yaml", "\n".join([f"base: {QUICKSTART}", *lines]))
+            assert value_at(load_config(file), key) == text
+    assert value_at(load_config(QUICKSTART, [f"{key}='12'"]), key) == "12"
+    assert value_at(load_config(QUICKSTART, [f"{key}=a-${{seed}}", "seed=7"]), key) == "a-7"
+    is_optional = key in ("data.tokenizer.hub", "evaluation.local_data", "wandb.entity")
+    assert value_at(load_config(QUICKSTART, [f"{key}=null"]), key) == (None if is_optional else "null")
+    assert value_at(load_config(QUICKSTART, [f"{key}='null'"]), key) == "null"
+
+
+def test_text_in_lists_and_sections_keeps_what_was_typed(tmp_path: Path) -> None:
+    config = load_config(
+        QUICKSTART,
+        [
+            "data.sources=[{hub: 1e3, subset: no, revision: 12e5678, split: 0x1}, {files: 12:30, name: null}]",
+            "wandb.tags=[on, 1.0, null]",
+        ],
+    )
+    first, second = config.data.sources
+    assert (first.hub, first.subset, first.revision, first.split) == ("1e3", "no", "12e5678", "0x1")
+    assert (second.files, second.name) == (["12:30"], None)
+    assert config.wandb.tags == ["on", "1.0", "null"]
+    run = RunDirectory(tmp_path)
+    run.write_config(config.to_dict())
+    assert load_run_config(run).data.sources == config.data.sources
+
+
+@pytest.mark.parametrize("time", ["1:00:00:00", "00:00:04:00", "12:34:56:07"])
+def test_a_time_is_read_as_it_is_written(tmp_path: Path, time: str) -> None:
+    assert load_config(QUICKSTART, [f"trainer.max_time={time}"]).trainer.max_time == time
+    file = write(tmp_path / "time.yaml", f"base: {QUICKSTART}\ntrainer:\n  max_time: {time}\n")
+    assert load_config(file).trainer.max_time == time
+    with pytest.raises(ConfigError, match=r"trainer.max_time: '1:00:00', but it must be DD:HH:MM:SS"):
+        load_config(QUICKSTART, ["trainer.max_time=1:00:00"])
+
+
+def test_a_runs_own_config_is_a_config(tmp_path: Path) -> None:
+    overrides = ["seed=3", r"evaluation.sample_prompt=\${HOME} \\\${x}", "data.sources={files: /a/*.txt, name: no}"]
+    config = load_config(QUICKSTART, [*overrides, f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}"])
+    assert config.evaluation.sample_prompt == r"${HOME} \${x}"
+    run = RunDirectory(tmp_path)
+    run.write_config(config.to_dict())
+    assert load_config(run.config_path) == load_run_config(run) == config
+    child = write(tmp_path / "child.yaml", "base: config.yaml\nseed: 4\n")
+    assert load_config(child) == replace(config, seed=4)
+    run.config_path.write_text(run.config_path.read_text().replace("schema_version: 1", "schema_version: 9"))
+    with pytest.raises(ConfigError, match=r"config.yaml: schema_version 9, but this version reads 1"):
+        load_config(child)
+
+
+def test_one_value_is_a_list_of_one(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, ["data.files=[x].txt", "wandb.tags=one: two", "evaluation.tasks=next_passage"])
+    assert (config.data.files, config.wandb.tags) == (["[x].txt"], ["one: two"])
+    assert config.evaluation.tasks == ["next_passage"]
+    file = write(tmp_path / "one.yaml", f"base: {QUICKSTART}\ndata:\n  sources: {{files: a.txt}}\n")
+    assert load_config(file).data.sources[0].files == ["a.txt"]
+    tags = ["wandb.tags=${evaluation.tasks}", "data.files=${name}.txt"]
+    assert load_config(QUICKSTART, tags).wandb.tags == ["next_passage", "repeated_word"]
+    assert load_config(QUICKSTART, tags).data.files == ["quickstart.txt"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=1.5", "command line: seed: '1.5', but it must be a whole number"),
+        ("seed=[1]", "command line: seed: '[1]', but it must be a whole number"),
+        (f"seed={'9' * 5000}", "command line: seed: '99999"),
+        ("seed=${name}", f"{QUICKSTART}: seed: 'quickstart', but it must be a whole number"),
+        ("seed=${nope}", f"{QUICKSTART}: seed: Interpolation key 'nope' not found"),
+        ("seed=${", "command line: seed: no viable alternative"),
+        ("trainer.compile=maybe", "command line: trainer.compile: 'maybe', but it must be true or false"),
+        ("trainer.compile=${name}", f"{QUICKSTART}: trainer.compile: 'quickstart', but it must be true or false"),
+        ("optimizer.beta1=", "command line: optimizer.beta1: '', but it must be a number"),
+        ("model.top_k=x", "command line: model.top_k: 'x', but it must be a whole number of at most 63 bits, or null"),
+        ("data.tokenizer.path=", "command line: data.tokenizer.path: '', but it must be text, or null"),
+        ("data.files=", "command line: data.files[0]: '', but it must be text"),
+        ("data.sources=[x]", "command line: data.sources[0]: found 'x', but it is a section"),
+        ("data.sources={files: {a: b}}", "command line: data.sources[0].files[0]: keys with values, but it must be te"),
+        ("wandb.mode=${name}", f"{QUICKSTART}: wandb.mode: 'quickstart', but it must be one of auto, online"),
+        ("name=\udcff", "command line: name: '\\udcff', but it must be text"),
+    ],
+)
+def test_values_of_the_wrong_type_name_key_value_and_what_is_right(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(QUICKSTART, [override])
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_values_of_the_wrong_type_in_files_name_the_file(tmp_path: Path) -> None:
+    for text, message in (
+        ("seed: [1]", r"wrong.yaml: seed: a list, but it must be a whole number"),
+        ("name: {a: 1}", r"wrong.yaml: name: keys with values, but it must be text"),
+        ("seed: 1\nseed: 2", r"wrong.yaml: seed: given twice; remove one"),
+        ("base: [a]", r"wrong.yaml: base: a list, but it must be text"),
+        ("[" * 5000, r"wrong.yaml: not valid YAML"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(write(tmp_path / "wrong.yaml", text))

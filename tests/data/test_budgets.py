@@ -113,9 +113,9 @@ def test_mistakes_in_sources_get_one_clear_line() -> None:
     for override, message in (
         (
             "data.sources=[{file: [a]}]",
-            r"command line: .*file.*Key 'file' not in 'SourceConfig'. Did you mean: 'files'",
+            r"unknown key 'data.sources\[0\].file'; did you mean 'data.sources\[0\].files'",
         ),
-        ("data.sources=[{files: [a], weight: much}]", r"weight: Value 'much' of type 'str' could not be converted"),
+        ("data.sources=[{files: [a], weight: much}]", r"weight: 'much', but it must be a number, or null"),
         ("data.sources=[{files: [a], weight: -1}]", r"data.sources: a has weight -1.0, but it must be above 0"),
         ("data.sources=[{name: x}]", r"must name one of embedded, files and hub, but none of them is set"),
         ("data.shard_mb=0", r"data.shard_mb: 0, but it must be at least 1"),

@@ -34,7 +34,7 @@ class RunResult:
 
 
 def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
-    """Train as `config` says, and return where the results lie and what they are.
+    """Train as `config` says, and return the run directory and the report.
 
     Args:
         config: decides the run.

@@ -160,7 +160,7 @@ def drop(lut_dir: Path, release: Iterable[Callable[[], None]] = ()) -> None:
 
 
 def bytes_read() -> int:
-    """Return bytes that this process had the disk read so far; 0 where the system does not tell."""
+    """Return the bytes that this process has read from disk so far; 0 if the system does not count them."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:

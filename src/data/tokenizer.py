@@ -45,7 +45,7 @@ _FIELDS = {
     "BPEDecoder": "type suffix",
     "CTC": "type pad_token word_delimiter_token cleanup",
 }
-"""Fields of each part of a tokenizer, as version 0.23 of the library writes them; other parts have a type alone."""
+"""Fields of each part of a tokenizer, as version 0.23 of the library writes them; other parts have only a type."""
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:

@@ -191,7 +191,7 @@ def official_config(config: ModelConfig, dtype: torch.dtype, end_of_text: int | 
 def _with_experts(
     config: ModelConfig, values: Mapping[str, object], tensor_names: Collection[str], top_k: int, where: str
 ) -> ModelConfig:
-    """Add routed experts as the tensors' names tell them: MoLE norms the embedding or has a table, MoE does neither."""
+    """Add routed experts as the tensors' names imply: MoLE norms the embedding or has a table, MoE does neither."""
     num_experts = _integer(values, "num_experts", where, default=0)
     is_mole = TABLE_NAME in tensor_names or any(".expert_layernorm." in name for name in tensor_names)
     is_moe = not is_mole and any(".experts." in name for name in tensor_names)

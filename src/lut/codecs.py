@@ -242,7 +242,7 @@ def normal_float(bits: int) -> tuple[float, ...]:
     """Construct the code book of `bits` bits, in ascending order; `normal_float(4)` is NF4 to seven digits.
 
     The outermost quantile lies halfway between those that cut 2^k and 2^k - 1 equal parts in half; from it, each
-    side takes equal steps of probability towards the median.
+    side takes equal steps of probability toward the median.
     """
     levels = 2**bits
     outermost = 1 - (1 / (2 * levels) + 1 / (2 * (levels - 1))) / 2

@@ -27,7 +27,7 @@ _RUN_BYTES = 4 * 2**20
 def verify_table(lut_dir: Path, progress: Advance = no_advance) -> list[str]:
     """Read a whole table and return its problems, each naming the file and, for a row, the token id; [] when sound.
 
-    A table whose manifest cannot be trusted has that one problem, since nothing else can be checked against it.
+    A table whose manifest cannot be trusted has that one problem, since nothing can be checked against it.
     """
     try:
         manifest = read_manifest(lut_dir)

@@ -87,7 +87,7 @@ class StreamingCheckpointIO(CheckpointIO):
         """Write `checkpoint` to `path`; TrainingError if the disk is full, and an earlier file stays."""
         target = Path(path)
         try:
-            # With a path instead of an open file, the error of torch's writer would not tell a full disk from others.
+            # Given a path instead of an open file, torch's writer raises the same error for a full disk as for others.
             with atomic_path(target) as temporary, temporary.open("wb") as handle:
                 torch.save(checkpoint, handle)
         except (OSError, RuntimeError) as error:

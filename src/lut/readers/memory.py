@@ -39,7 +39,7 @@ class MemmapReader(Reader):
             arrived(token_id, position)
 
     def release_pages(self) -> None:
-        """Unmap what was touched; a mapped page stays in the page cache whatever is advised."""
+        """Unmap touched pages; while they are mapped they cannot be dropped from the page cache."""
         for pages in self._maps:
             if isinstance(pages.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 pages.base.madvise(mmap.MADV_DONTNEED)

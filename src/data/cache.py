@@ -26,7 +26,7 @@ from src.data.batches import BatchPlanner
 from src.data.config import DataConfig, SourceConfig
 from src.data.encoder import token_dtype
 from src.data.encoder_pool import encode_in_order
-from src.data.files import inputs_of, source_files
+from src.data.files import inputs_of, source_files, unknown_formats
 from src.data.records import hub_rows
 from src.data.shards import (
     SPLITS,
@@ -41,7 +41,7 @@ from src.data.shards import (
 )
 from src.data.tokenizer import fingerprint, require_same, separator_id, vocabulary_size
 from src.errors import DataError
-from src.system.console import Reading, ShowReading
+from src.system.console import Reading, ShowReading, print_note
 from src.system.files import sync_directory, write_text
 
 
@@ -104,7 +104,8 @@ class _SourceProgress:
         self._report(Reading(self._label, self._before[file] + offset, self._total, self._unit))
 
 
-_VERSION = 2
+_VERSION = 3
+"""Of the rules by which files become ids; entries made by others are prepared again."""
 _INDEX = "index.json"
 _NOT_CONTENT = ("name", "weight")
 
@@ -148,6 +149,7 @@ def prepare_source(
         with exclusive(target.with_suffix(".lock")):
             if not (target / _INDEX).is_file():
                 building = target.with_suffix(".building")
+                _name_unknown(unknown_formats(files) if source.files else [])
                 before = inputs_of(files)
                 records = prepare_shards(building, source, files, tokenizer, config, report)
                 _require_unchanged(before, inputs_of(files), source, building)
@@ -155,6 +157,12 @@ def prepare_source(
                 building.replace(target)
                 sync_directory(target.parent)
     return _open(target, source, tokenizer)
+
+
+def _name_unknown(files: Sequence[Path]) -> None:
+    if files:
+        rest = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        print_note(f"read as text, because their endings are unknown: {files[0]}{rest}")
 
 
 def entry_key(source: SourceConfig, files: Sequence[Path], config: DataConfig, recipe: str) -> str:

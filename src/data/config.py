@@ -47,8 +47,8 @@ class SourceConfig:
     embedded: bool = False
     """The source files of the running Python's standard library, about 11 MB of text."""
     files: list[str] = field(default_factory=list[str])
-    """Paths, folders and globs. By ending: .jsonl, .json (an array, or one object a line), .parquet; anything else is
-    text, one document a file. Each may be compressed: .gz, .zst."""
+    """Paths, folders and globs; what exists as a path is no glob. By ending: .jsonl, .json (an array, or one object a
+    line), .parquet; other text is one document a file. Each may be compressed: .gz, .zst, .bz2, .xz."""
     hub: str | None = None
     """A dataset's name on the Hugging Face hub, or a folder in the same layout."""
     subset: str | None = None
@@ -109,7 +109,8 @@ class DataConfig:
     seed: int = 0
     """Decides which documents are held out and the order of windows; at least 0."""
     max_malformed_fraction: float = 0.001
-    """Share of a source's records that may be skipped because they are not UTF-8, not JSON or lack their text."""
+    """Share of a source's records that may be skipped because they are not UTF-8, hold NUL bytes, are not JSON or lack
+    their text."""
     max_empty_fraction: float = 0.5
     """Share of a source's records that may be skipped because they hold no text."""
     duplicate_memory_mb: int = 256

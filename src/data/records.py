@@ -17,10 +17,10 @@ import pyarrow
 import pyarrow.parquet
 
 from src.data.config import SourceConfig
-from src.data.files import READ_BYTES, format_suffix, open_file
+from src.data.files import READ_BYTES, format_suffix, last_suffix, open_file
 from src.errors import DataError
 
-Problem = Literal["malformed UTF-8", "broken JSON", "missing text", "empty"]
+Problem = Literal["malformed UTF-8", "not text", "broken JSON", "missing text", "empty"]
 """Why a record gives no document."""
 
 TEXT_BYTES = 16 << 20
@@ -63,7 +63,7 @@ def read_records(path: Path, text_field: str, *, lines: bool, skip: int = 0) -> 
     """Yield the records of a file after the first `skip`.
 
     Args:
-        path: read by its ending: JSON lines, JSON array, Parquet, otherwise text; `.gz` and `.zst` are decompressed.
+        path: read by its ending: JSON lines, JSON array, Parquet, otherwise text, after decompression.
         text_field: key or column that holds the text.
         lines: each line of a text file is a record, instead of the whole file.
         skip: records to step over.
@@ -146,12 +146,17 @@ def _lines(data: BinaryIO, path: Path, skip: int, text: Callable[[bytes], str | 
 
 
 def _decode(raw: bytes) -> str | Malformed:
+    if (zero := raw.find(b"\0")) >= 0:
+        return _malformed(raw, zero, "not text", "a NUL byte, as in binary files and UTF-16,")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        line_start = raw.rfind(b"\n", 0, error.start) + 1
-        detail = f"not UTF-8 at byte {error.start - line_start} of the line"
-        return Malformed("malformed UTF-8", detail, raw.count(b"\n", 0, error.start))
+        return _malformed(raw, error.start, "malformed UTF-8", "not UTF-8")
+
+
+def _malformed(raw: bytes, place: int, problem: Problem, what: str) -> Malformed:
+    line_start = raw.rfind(b"\n", 0, place) + 1
+    return Malformed(problem, f"{what} at byte {place - line_start} of the line", raw.count(b"\n", 0, place))
 
 
 def _json_text(line: bytes, text_field: str) -> str | Malformed:
@@ -250,7 +255,7 @@ def _parquet_rows(data: BinaryIO, path: Path, column: str, skip: int) -> Iterato
     Raises:
         DataError: the file is not a readable Parquet file, or has no such column.
     """
-    if path.suffix != ".parquet":
+    if last_suffix(path) != ".parquet":
         raise DataError(f"{path}: Parquet compresses inside; unpack the file and drop its ending {path.suffix}")
     try:
         table = pyarrow.parquet.ParquetFile(data, buffer_size=READ_BYTES)

@@ -1,13 +1,17 @@
 """Every format gives the same documents; reading goes on anywhere; what is wrong with a record is told."""
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
+from src.benchmarks.workload import load_text_ids, read_texts
 from src.data import corpus as documents
 from src.data import records
 from src.data.config import SourceConfig
@@ -143,7 +147,7 @@ def test_a_text_file_in_the_wrong_encoding_is_told_with_its_line(tmp_path: Path)
     assert skipped_of(SourceConfig(files=[str(tmp_path)])) == [
         ("empty", "empty.txt:1", "no text"),
         ("malformed UTF-8", "latin.txt:3", "not UTF-8 at byte 7 of the line"),
-        ("malformed UTF-8", "wide.txt:1", "not UTF-8 at byte 0 of the line"),
+        ("not text", "wide.txt:1", "a NUL byte, as in binary files and UTF-16, at byte 3 of the line"),
     ]
 
 
@@ -211,7 +215,7 @@ def test_two_zstd_frames_are_one_file(tmp_path: Path) -> None:
 def test_places_without_text_get_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data.files: '.*nothing\*' matches no file; give a path, a folder or a glob"):
         source_files(SourceConfig(files=[f"{tmp_path}/nothing*"]))
-    with pytest.raises(DataError, match=r"the folder '.*' holds no file ending in .json, .jsonl, .parquet, .txt"):
+    with pytest.raises(DataError, match=r"the folder '.*' holds no file ending in .txt, .jsonl, .json or .parquet"):
         source_files(SourceConfig(files=[str(tmp_path)]))
     (tmp_path / "p.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
     with pytest.raises(
@@ -233,3 +237,106 @@ def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "t.jsonl").write_bytes(b'{"text": "short"}\n' + b"x" * (1 << 21))
     with pytest.raises(DataError, match=r"t.jsonl:2: a line of more than 1 MiB, but a record is one line"):
         texts_of(SourceConfig(files=[f"{tmp_path}/t.jsonl"]))
+
+
+PACKERS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".GZIP": gzip.compress,
+    ".zst": zstd,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.json", "t.py"])
+def test_a_byte_order_mark_is_no_text(name: str, packed: str, tmp_path: Path) -> None:
+    raw = {".jsonl": b'{"text": "one"}\n', ".json": b'[{"text": "one"}]'}.get(Path(name).suffix, b"one")
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / f"{name}{packed}").write_bytes(PACKERS[packed](mark + raw))
+    assert texts_of(SourceConfig(files=[f"{tmp_path}/{name}{packed}"])) == ["one"]
+    (tmp_path / "only.txt").write_bytes(mark)
+    assert skipped_of(SourceConfig(files=[f"{tmp_path}/only.txt"])) == [("empty", "only.txt:1", "no text")]
+    (tmp_path / "inside.txt").write_bytes(b"a" + mark)
+    assert texts_of(SourceConfig(files=[f"{tmp_path}/inside.txt"])) == ["a\ufeff"]
+
+
+def test_a_byte_order_mark_may_be_a_member_of_its_own(tmp_path: Path) -> None:
+    for name, pack in (("t.txt.gz", gzip.compress), ("t.txt.zst", zstd)):
+        (tmp_path / name).write_bytes(pack(b"\xef") + pack(b"\xbb\xbf") + pack(b"text"))
+        assert texts_of(SourceConfig(files=[f"{tmp_path}/{name}"])) == ["text"]
+
+
+@pytest.mark.parametrize(
+    "ending", [".ndjson", ".JSONL", ".jl", ".jsonlines", ".NDJSON.gz", ".jsonl.GZIP", ".jsonl.zstd"]
+)
+def test_endings_are_known_by_their_usual_names(ending: str, tmp_path: Path) -> None:
+    raw, last = json_lines(sentences(5)), ending.lower()
+    packed = gzip.compress(raw) if last.endswith((".gz", ".gzip")) else zstd(raw) if last.endswith(".zstd") else raw
+    (tmp_path / f"t{ending}").write_bytes(packed)
+    assert texts_of(SourceConfig(files=[f"{tmp_path}/t{ending}"])) == sentences(5)
+    assert texts_of(SourceConfig(files=[str(tmp_path)])) == sentences(5)
+
+
+@pytest.mark.parametrize("ending", [".PARQUET", ".pq", ".Parq"])
+def test_endings_of_parquet(ending: str, tmp_path: Path) -> None:
+    write_parquet(tmp_path / f"t{ending}", sentences(5))
+    assert texts_of(SourceConfig(files=[f"{tmp_path}/t{ending}"])) == sentences(5)
+
+
+@pytest.mark.parametrize("name", ["t.tar", "t.tar.gz", "t.tgz", "t.ZIP", "t.csv", "t.arrow", "t.jsonl.lz4", "t.pdf"])
+def test_formats_that_are_not_read_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"text"))
+    with pytest.raises(
+        DataError, match=rf"/{name}: files ending in .+ are not read; unpack or convert it to .txt, .js"
+    ):
+        source_files(SourceConfig(files=[f"{tmp_path}/*"]))
+
+
+@pytest.mark.parametrize(("name", "raw"), [("t.txt", b"one\nab\0c"), ("t.jsonl", b"\n{\0}"), ("t.me", b"\nPK\0\1")])
+def test_a_file_with_nul_bytes_is_no_text(name: str, raw: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(raw)
+    (problem, where, detail) = skipped_of(SourceConfig(files=[f"{tmp_path}/{name}"]))[-1]
+    assert (problem, where) == ("not text", f"{name}:2")
+    assert detail == f"a NUL byte, as in binary files and UTF-16, at byte {1 if name == 't.jsonl' else 2} of the line"
+    with pytest.raises(
+        DataError, match=rf"{name}:2: a NUL byte, .+ are not text, more than data.max_malformed_fraction"
+    ):
+        prepare_corpus(config_for(tmp_path / "cache", SourceConfig(files=[f"{tmp_path}/{name}"]), max_empty_fraction=1))
+
+
+def test_unknown_endings_are_read_as_text_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, text in enumerate(sentences(60)):
+        (tmp_path / f"{number}.{'bak' if number < 2 else 'md'}").write_text(text)
+    prepare_corpus(config_for(tmp_path / "cache", SourceConfig(files=[f"{tmp_path}/*.*"])))
+    assert (
+        f"note: read as text, because their endings are unknown: {tmp_path}/0.bak and 1 more" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("folder", ["run [1]", "[a-z]", "a*b?", "plain"])
+def test_what_exists_as_a_path_is_no_glob(folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "t[0].txt").write_text("text")
+    for pattern in (f"{folder}/t[0].txt", folder):
+        assert texts_of(SourceConfig(files=[f"{tmp_path}/{pattern}"])) == ["text"]
+        assert list(read_texts([f"{tmp_path}/{pattern}"])) == ["text"]
+        assert load_text_ids([tmp_path / pattern], None, 300).held_out.numel() > 0
+    (tmp_path / "t0.txt").write_text("found by a glob")
+    assert texts_of(SourceConfig(files=[f"{tmp_path}/t[0].txt"])) == ["found by a glob"]
+
+
+@pytest.mark.parametrize("window_log", [28, 31])
+@pytest.mark.parametrize("name", ["t.jsonl.zst", "t.json.ZSTD"])
+def test_zstandard_files_of_long_windows_are_read(name: str, window_log: int, tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=window_log, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    raw = json_lines(sentences(300))
+    packed = packer.compress(raw) + packer.flush()
+    assert zstandard.get_frame_parameters(packed).window_size == 1 << window_log
+    (tmp_path / name).write_bytes(packed)
+    assert texts_of(SourceConfig(files=[f"{tmp_path}/{name}"])) == sentences(300)
+    (tmp_path / name).write_bytes(packed[:-9])
+    with pytest.raises(DataError, match=rf"{name}: damaged or cut off \(the last frame has no end\); fetch"):
+        texts_of(SourceConfig(files=[f"{tmp_path}/{name}"]))

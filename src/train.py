@@ -1,5 +1,6 @@
 """`python -m src.train`: train, write weights and table, evaluate both forms."""
 
+import importlib
 import json
 import logging
 import warnings
@@ -139,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _quieten_lightning() -> None:
     """Hide Lightning's remarks, except that it ends ranks because one of them was lost."""
+    importlib.import_module("lightning.pytorch")  # which sets these levels itself
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)

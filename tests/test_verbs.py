@@ -68,6 +68,14 @@ def test_mistakes_end_with_code_2_and_no_traceback(arguments: list[str], message
     assert done.stdout == ""
 
 
+def test_training_prints_nothing_of_lightnings_own_remarks(small_overrides: Sequence[str], tmp_path: Path) -> None:
+    short = ["trainer.max_steps=2", "trainer.enable_progress_bar=false", "evaluation.at_fit_end=false"]
+    done = run_python("src.train", *small_overrides, *short, f"output_dir={tmp_path}", "wandb.mode=disabled")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert [line for line in done.stderr.splitlines() if "━" not in line and line.strip()] == []  # bars alone
+
+
 def test_missing_arguments_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     for main, arguments in ((generate.main, ["--run", "x"]), (evaluate.main, []), (verify.main, ["--rum", "x"])):
         with pytest.raises(SystemExit) as exit_:

@@ -75,7 +75,6 @@ class RunConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        """Raise ConfigError on sections that do not fit together."""
         check_range(self, "", ("seed",), at_least=0, at_most=2**32 - 1)
         if self.data.sequence_length > self.model.max_sequence_length:
             raise ConfigError(
@@ -110,7 +109,6 @@ class RunConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all values as plain nested dictionaries."""
         return asdict(self)
 
 

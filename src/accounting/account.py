@@ -110,7 +110,6 @@ class DeviceMemory:
 
     @property
     def total(self) -> int:
-        """All four."""
         return self.weights + self.gradients + self.optimizer_states + self.gathered
 
 
@@ -223,7 +222,6 @@ class Account:
     """What embedding experts add to it, by execution; empty for Dense and MoE."""
 
     def to_dict(self) -> dict[str, object]:
-        """Return plain values with totals, for JSON."""
         values = asdict(self)
         for name in ("training_per_token", "training_unique", "inference"):
             if (section := getattr(self, name)) is not None:

@@ -37,7 +37,6 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All components."""
         return sum(getattr(self, item.name) for item in fields(self))
 
 

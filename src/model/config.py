@@ -86,7 +86,6 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
         return self.hidden_size // self.num_heads
 
     @property
@@ -95,7 +94,6 @@ class ModelConfig:
         return self.num_experts if self.top_k is None else self.top_k
 
     def to_dict(self) -> dict[str, object]:
-        """Return the fields as plain values, for YAML, JSON and W&B."""
         return asdict(self)
 
     @classmethod

@@ -30,7 +30,6 @@ class CheckpointFiles:
     directory: Path
 
     def path(self, step: int) -> Path:
-        """Return the path of the checkpoint after `step` optimizer steps."""
         return self.directory / f"step-{step:08d}.ckpt"
 
     @staticmethod
@@ -41,12 +40,10 @@ class CheckpointFiles:
         return int(match[1])
 
     def steps(self) -> list[int]:
-        """Return the steps whose checkpoints are on disk, in ascending order."""
         names = (path.name for path in self.directory.glob("step-*.ckpt"))
         return sorted(int(match[1]) for name in names if (match := _ENTRY.fullmatch(name)))
 
     def newest(self) -> Path | None:
-        """Return the checkpoint of the highest step; None if there is none."""
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 

@@ -82,13 +82,11 @@ class LanguageModel(lightning.LightningModule):
         self.validation_routing = self.routing.clone()
 
     def configure_model(self) -> None:
-        """Shard the model if the strategy has a device mesh."""
         mesh = self.device_mesh
         if mesh is not None:
             shard_model(self.model, mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return AdamW and its schedule over `trainer.max_steps`."""
         optimizer = build_optimizer(self.model.named_parameters(), self.optimizer_config)
         schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "name": "train/learning_rate"}}
@@ -148,7 +146,6 @@ class LanguageModel(lightning.LightningModule):
             self.validation_routing.update([logits[real] for logits in trunk.router_logits])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the held-out loss in its three units, and the routing."""
         loss, bytes_per_token = self.validation_loss.compute(), self.validation_bytes.compute()
         self.log("val/loss", loss, prog_bar=True)
         self.log("val/perplexity", loss.exp())

@@ -67,7 +67,6 @@ class Difference:
         return next((_FIXED[parent] for parent in parents if parent in _FIXED), None)
 
     def __str__(self) -> str:
-        """Describe the change on one line."""
         return f"{self.key}: {self.before!r} -> {self.now!r}"
 
 

@@ -98,7 +98,6 @@ class StreamingCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Map the file at `path`: tensors are read when they are copied."""
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:

@@ -203,15 +203,12 @@ class MetricsFile(Logger):
         self._unwritten: list[dict[str, Any]] = []
 
     @property
-    def name(self) -> None:
-        """None: the file belongs to the run."""
+    def name(self) -> None: ...
 
     @property
-    def version(self) -> None:
-        """None: the file belongs to the run."""
+    def version(self) -> None: ...
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: `config.yaml` holds them."""
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...  # `config.yaml` holds them
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

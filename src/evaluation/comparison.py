@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from src.evaluation.equivalence import NEAR_TIE
-from src.evaluation.results import Evaluation, PairedDifference, TaskScore, TextScore, paired_difference
+from src.evaluation.results import Evaluation, PairedDifference, TaskScore, TextScore, paired_difference, standard_error
 from src.system.console import text_table
 
 
@@ -26,8 +26,8 @@ class Comparison:
     """How many of those were decided by less than `NEAR_TIE`, where rounding alone may change the answer."""
 
     def to_dict(self) -> dict[str, Any]:
-        values = {**asdict(self), **self.paired.to_dict()}
-        del values["paired"]
+        values = asdict(self)
+        values |= values.pop("paired")
         return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
 
 
@@ -86,34 +86,26 @@ def print_evaluation(evaluation: Evaluation, name: str, console: Console) -> Non
     """Print the scores of one model: texts, tasks, and loss by how often the predicted id occurs in training."""
     texts = text_table(f"{name}: text", "", "nats/token", "std. error", "perplexity", "bits/byte", "tokens")
     for text in evaluation.texts:
-        texts.add_row(text.corpus, *_text_cells(text))
+        score, stderr = text.score, _four_digits(text.stderr)
+        figures = f"{score.perplexity:,.2f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}"
+        texts.add_row(text.corpus, f"{score.loss:.4f}", stderr, *figures)
     console.print(texts)
     if evaluation.tasks:
         console.print(_tasks_table(evaluation.tasks, name))
     console.print(_bands_table(evaluation.texts, name))
 
 
-def _text_cells(text: TextScore) -> list[str]:
-    score = text.score
-    stderr = "" if math.isnan(text.stderr) else f"{text.stderr:.4f}"
-    return [
-        f"{score.loss:.4f}",
-        stderr,
-        f"{score.perplexity:,.2f}",
-        f"{score.bits_per_byte:.4f}",
-        f"{score.tokens:,}",
-    ]
+def _four_digits(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"
 
 
 def _tasks_table(tasks: list[TaskScore], name: str) -> Table:
     headings = ("", "metric", "score", "std. error", "documents")
     table = text_table(f"{name}: tasks", *headings, texts=headings[:2])
     for task in tasks:
-        scores = task.metrics()
-        for metric in task.values:
-            stderr = scores[f"{task.task}/{metric}_stderr"]
-            cells = f"{task.mean(metric):.4f}", "" if math.isnan(stderr) else f"{stderr:.4f}"
-            table.add_row(task.task, metric, *cells, f"{len(task.predictions):,}")
+        for metric, values in task.values.items():
+            cells = f"{task.mean(metric):.4f}", _four_digits(standard_error(values)), f"{len(values):,}"
+            table.add_row(task.task, metric, *cells)
     return table
 
 

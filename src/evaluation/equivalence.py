@@ -41,10 +41,6 @@ class LogitDistance:
     """Share of positions where both forms would pick the same next token."""
     tokens: int
 
-    def to_dict(self) -> dict[str, float]:
-        """Return all figures by name."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyComparison:
@@ -61,11 +57,9 @@ class GreedyComparison:
 
     @property
     def holds(self) -> bool:
-        """Whether every prompt is identical or parts at a near-tie."""
         return self.identical + self.near_ties == self.prompts
 
     def to_dict(self) -> dict[str, float | bool]:
-        """Return all figures by name."""
         return {**asdict(self), "holds": self.holds}
 
 
@@ -163,16 +157,9 @@ class PrecisionCost:
     """Of that loss over float32's."""
     logits: LogitDistance
 
-    def to_dict(self) -> dict[str, object]:
-        """Return everything as plain values."""
-        return asdict(self)
-
 
 def precision_costs(
-    reference: InferenceModel,
-    text: HeldOut,
-    compared: Tensor,
-    progress: Progress,
+    reference: InferenceModel, text: HeldOut, compared: Tensor, progress: Progress
 ) -> Iterator[PrecisionCost]:
     """Yield the cost of every precision that this hidden size can be packed in, against float32 rows.
 

@@ -30,7 +30,10 @@ def probability_heat_map(view: RoutingView, step: int) -> Figure:
     effective.set_yticks(range(num_layers), [f"{value:.1f}" for value in view.effective_experts.tolist()])
     effective.set_ylabel(f"effective experts, of {num_experts}")
     figure.colorbar(image, ax=axes, label="mean router probability")
-    axes.set_title(f"router probability, step {step:,}\n{_verdict(view)}", fontsize=10)
+    verdict = "no layer has collapsed"
+    if collapsed := view.collapsed_layers:
+        verdict = f"COLLAPSED to about one expert: layer{'s' * (len(collapsed) > 1)} {', '.join(map(str, collapsed))}"
+    axes.set_title(f"router probability, step {step:,}\n{verdict}", fontsize=10)
     return figure
 
 
@@ -57,7 +60,9 @@ def entropy_lines(history: Sequence[tuple[int, Sequence[float]]], num_experts: i
 def expert_tokens(view: RoutingView, tokenizer: Tokenizer, step: int) -> Figure:
     """List the tokens that each expert contributes most to, by mean norm of g_j * v_j, for some layers."""
     num_layers, num_experts = view.probabilities.shape
-    layers, experts = _spread(num_layers, SHOWN_LAYERS), range(min(num_experts, SHOWN_EXPERTS))
+    steps = SHOWN_LAYERS - 1  # between layers, from the first to the last
+    layers = sorted({round(index * (num_layers - 1) / steps) for index in range(SHOWN_LAYERS)})
+    experts = range(min(num_experts, SHOWN_EXPERTS))
     height = 0.4 + len(layers) * (0.35 + 0.17 * SHOWN_TOKENS)
     figure = Figure(figsize=(1 + 2.1 * len(experts), height), dpi=DPI, layout="constrained")
     for row, layer in enumerate(layers):
@@ -65,7 +70,8 @@ def expert_tokens(view: RoutingView, tokenizer: Tokenizer, step: int) -> Figure:
             axes = figure.add_subplot(len(layers), len(experts), row * len(experts) + expert + 1)
             axes.set_axis_off()
             axes.set_title(f"layer {layer}, expert {expert}", fontsize=9, loc="left")
-            lines = [f"{norm:6.2f} {_visible(tokenizer, token_id)}" for token_id, norm in _top(view, layer, expert)]
+            top = view.top_tokens(layer, expert, SHOWN_TOKENS)
+            lines = [f"{norm:6.2f} {_visible(tokenizer, token_id)}" for token_id, norm in top]
             text = axes.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=9)
             text.set_parse_math(False)
     figure.suptitle(f"tokens that each expert contributes most to (mean norm of g·v), step {step:,}", fontsize=10)
@@ -83,14 +89,6 @@ def expert_token_rows(view: RoutingView, tokenizer: Tokenizer, count: int = 10) 
     ]
 
 
-def _verdict(view: RoutingView) -> str:
-    collapsed = view.collapsed_layers
-    if not collapsed:
-        return "no layer has collapsed"
-    names = ", ".join(map(str, collapsed))
-    return f"COLLAPSED to about one expert: layer{'s' * (len(collapsed) > 1)} {names}"
-
-
 def _label_cells(axes: Any, view: RoutingView) -> None:
     for layer, row in enumerate(view.probabilities.tolist()):
         for expert, value in enumerate(row):
@@ -98,19 +96,8 @@ def _label_cells(axes: Any, view: RoutingView) -> None:
             axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
 
 
-def _top(view: RoutingView, layer: int, expert: int) -> list[tuple[int, float]]:
-    return view.top_tokens(layer, expert, SHOWN_TOKENS)
-
-
 def _visible(tokenizer: Tokenizer, token_id: int) -> str:
     """Return a token's text with visible white space, in characters that every font has."""
     text = tokenizer.decode([token_id], skip_special_tokens=False)
     visible = text.encode("unicode_escape").decode().replace(" ", "·")
     return visible if len(visible) <= _TOKEN_WIDTH else visible[: _TOKEN_WIDTH - 1] + "…"
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """Return at most `count` of `total` indices, evenly spaced, first and last among them."""
-    if total <= count:
-        return list(range(total))
-    return [round(index * (total - 1) / (count - 1)) for index in range(count)]

@@ -45,7 +45,6 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
 
     @property
     def max_length(self) -> int:
-        """Length of the model's context in tokens."""
         return self.model.max_length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:

@@ -41,7 +41,6 @@ class EvaluationCorpus:
     """Windows of data.sequence_length tokens that are scored: the first ones."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError on values out of range."""
         if self.windows < 1:
             raise ConfigError(f"evaluation.corpora: {self.name} has windows {self.windows}, but it must be at least 1")
 

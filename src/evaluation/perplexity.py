@@ -10,7 +10,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import torch
@@ -45,23 +45,18 @@ class Share:
             index = min(first + self.rank, len(batches) - 1)
             own[index] = compute(batches[index])
             advance(min(self.world_size, len(batches) - first))
-        merged: dict[int, Result] = {}
-        for part in self._gathered(own):
-            merged |= part
+        merged = {index: result for part in self._gathered(own) for index, result in part.items()}
         return [merged[index] for index in range(len(batches))]
 
     def _gathered(self, own: dict[int, Result]) -> list[dict[int, Result]]:
-        if self.world_size == 1:
-            return [own]
-        parts: list[dict[int, Result]] = [{} for _ in range(self.world_size)]
-        torch.distributed.all_gather_object(parts, own)
+        parts = [own] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(parts, own)
         return parts
 
 
 Mask = Callable[[Tensor], Tensor | None]
 """From token ids (B, T) to booleans (B, T, T), which positions may attend to which; None lets each see all before."""
-
-
 RowsOf = Callable[[Tensor], ExpertRows | None]
 """From token ids (B, T) to the expert rows that a model mixes there in place of its own."""
 
@@ -92,14 +87,7 @@ class Score:
         return self.loss * self.tokens / math.log(2) / self.bytes
 
     def to_dict(self) -> dict[str, float]:
-        """Return all figures by name."""
-        return {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-        }
+        return {**asdict(self), "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
 
 @torch.no_grad()
@@ -155,7 +143,6 @@ class Band:
 
     @property
     def name(self) -> str:
-        """The counts, as a reader writes them."""
         return f"{self.least:,}" if self.least == self.most else f"{self.least:,}-{self.most:,}"
 
 

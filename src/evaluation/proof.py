@@ -49,7 +49,6 @@ class Check:
     """What a precision costs, in the checks of precisions."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
         return {name: value for name, value in asdict(self).items() if name != "cost"}
 
 
@@ -64,7 +63,7 @@ def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress) -> 
     if not sound.holds:
         return
     yield check_identity(run, lut)
-    reference = _training_form(run)
+    reference = load_model(run.path, experts="ffn", dtype=torch.float32) if run.experts_path.is_file() else None
     with load_model(run.path, experts="lut", lut=lut, dtype=torch.float32, reader="memmap") as lookup:
         if reference is None:
             yield _absent("training form against table", "the run holds no training form")
@@ -127,13 +126,13 @@ def check_reader(
         progress(f"comparing logits ({reader})", len(windows)) as advance,
     ):
         distance = logit_distance(reference, other, windows, progress=advance, mask=text.mask)
-    exact = precision == "float32" or not _is_training_form(reference)
+    exact = precision == "float32" or _table_precision(reference) is not None
     return Check(
         name=f"logits through {reader}",
         found=f"max |diff| {distance.max_abs:.1e}, same choice {distance.top1_agreement:.2%}",
         expected=f"<= {LOGIT_LIMIT:.0e} on {distance.tokens:,} tokens" if exact else f"{precision}: no limit",
         holds=distance.max_abs <= LOGIT_LIMIT if exact else None,
-        values={"reader": reader, **distance.to_dict()},
+        values={"reader": reader, **asdict(distance)},
     )
 
 
@@ -198,7 +197,7 @@ def check_precisions(exact: InferenceModel, text: HeldOut, progress: Progress) -
             f"same choice {cost.logits.top1_agreement:.2%}",
             expected=f"loss within {limit:.1e}",
             holds=abs(cost.rise) <= limit,
-            values=cost.to_dict(),
+            values=asdict(cost),
             cost=cost,
         )
 
@@ -208,15 +207,8 @@ def _compared(text: HeldOut) -> Tensor:
     return windows[: max(1, COMPARED_TOKENS // windows.shape[1])]
 
 
-def _training_form(run: RunDirectory) -> InferenceModel | None:
-    return load_model(run.path, experts="ffn", dtype=torch.float32) if run.experts_path.is_file() else None
-
-
-def _is_training_form(model: InferenceModel) -> bool:
-    return _table_precision(model) is None
-
-
 def _table_precision(model: InferenceModel) -> str | None:
+    """Return the precision of the rows that a lookup form reads; None of a training form."""
     store = getattr(model.experts, "store", None)
     return store.manifest.precision if isinstance(store, LutStore) else None
 

@@ -70,7 +70,6 @@ class Report:
         return None if self.lookup_form is None else self.lookup_form.loss - self.training_form.loss
 
     def comparison(self) -> list[Comparison]:
-        """Pair both forms, document by document."""
         return [] if self.lookup_evaluation is None else compare(self.training_evaluation, self.lookup_evaluation)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,18 +93,15 @@ class Report:
         }
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures that belong in a tracker."""
-        metrics = _final("training_form", self.training_form, self.training_evaluation)
-        if self.lookup_evaluation is not None and self.lookup_form is not None and self.difference is not None:
-            metrics |= _final("lookup_form", self.lookup_form, self.lookup_evaluation)
+        metrics: dict[str, float] = {}
+        for form, evaluation in self.evaluations().items():
+            values = evaluation.texts[0].score.to_dict() | evaluation.metrics()
+            metrics |= {f"final/{form}/{name}": value for name, value in values.items()}
+        if self.difference is not None:
             metrics["final/difference"] = self.difference
         if self.table is not None:
             metrics |= {"lut/bytes": self.table.table_bytes, "lut/bytes_per_token": self.table.bytes_per_token}
         return metrics
-
-
-def _final(form: str, score: Score, evaluation: Evaluation) -> dict[str, float]:
-    return {f"final/{form}/{name}": value for name, value in {**score.to_dict(), **evaluation.metrics()}.items()}
 
 
 def print_report(report: Report, console: Console, run: Path) -> None:
@@ -168,16 +164,8 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, config: EvaluationConf
     """Continue `config.sample_prompt`, with a fixed seed; None if the config asks for no sample."""
     if not config.sample_prompt or not config.sample_tokens:
         return None
-    device = model.embedding.weight.device
-    prompt = torch.tensor(
-        [tokenizer.encode(config.sample_prompt, add_special_tokens=False).ids], device=device
-    )  # (1, T)
-    room = model.config.max_sequence_length - prompt.shape[1]
-    continued = generate(
-        model,
-        prompt,
-        max_new_tokens=min(config.sample_tokens, room),
-        temperature=config.sample_temperature,
-        seed=0,
-    )
+    token_ids = tokenizer.encode(config.sample_prompt, add_special_tokens=False).ids
+    prompt = torch.tensor([token_ids], device=model.embedding.weight.device)  # (1, T)
+    new_tokens = min(config.sample_tokens, model.config.max_sequence_length - len(token_ids))
+    continued = generate(model, prompt, max_new_tokens=new_tokens, temperature=config.sample_temperature, seed=0)
     return tokenizer.decode(continued[0].tolist())

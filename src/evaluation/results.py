@@ -35,10 +35,6 @@ class PairedDifference:
     """Probability of a difference at least this large when there is none; 1 when all documents agree."""
     documents: int
 
-    def to_dict(self) -> dict[str, float | str]:
-        """Return everything by name."""
-        return asdict(self)
-
 
 def _mean(values: Sequence[float]) -> float:
     total = math.fsum(values) if all(map(math.isfinite, values)) else sum(values)  # fsum refuses inf - inf
@@ -115,16 +111,13 @@ class TextScore:
 
     @property
     def stderr(self) -> float:
-        """Standard error of the loss, over windows."""
         return standard_error(self.window_losses)
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures that belong in a tracker."""
         values = {f"{self.corpus}/{name}": value for name, value in self.score.to_dict().items()}
         return {**values, f"{self.corpus}/loss_stderr": self.stderr}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the means, overall and by band."""
         bands = [{"counts": band.name, **asdict(band)} for band in self.bands]
         stderr = self.stderr if math.isfinite(self.stderr) else None
         return {**self.score.to_dict(), "loss_stderr": stderr, "windows": len(self.window_losses), "bands": bands}
@@ -145,17 +138,14 @@ class TaskScore:
     """Of the documents: only scores of the same ones can be compared."""
 
     def mean(self, metric: str) -> float:
-        """Return the mean of a metric over documents."""
         return _mean(self.values[metric])
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures that belong in a tracker."""
         means = {f"{self.task}/{metric}": self.mean(metric) for metric in self.values}
         errors = {f"{self.task}/{metric}_stderr": standard_error(values) for metric, values in self.values.items()}
         return means | errors
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every metric's mean and standard error, and the number of documents."""
         values = {name.removeprefix(f"{self.task}/"): value for name, value in self.metrics().items()}
         plain = {name: None if math.isnan(value) else value for name, value in values.items()}
         return {**plain, "documents": len(self.predictions)}
@@ -170,18 +160,16 @@ class Evaluation:
 
     @property
     def diverged(self) -> list[str]:
-        """Texts whose perplexity is not a finite number."""
         return [text.corpus for text in self.texts if not math.isfinite(text.score.perplexity)]
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures that belong in a tracker; those of single documents have no standard error."""
+        """Return all figures that are numbers: those of a single document have no standard error."""
         values: dict[str, float] = {}
         for part in (*self.texts, *self.tasks):
             values |= part.metrics()
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all means, by corpus and task."""
         return {
             "texts": {text.corpus: text.to_dict() for text in self.texts},
             "tasks": {task.task: task.to_dict() for task in self.tasks},

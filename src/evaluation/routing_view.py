@@ -4,7 +4,6 @@ Knows nothing of figures and printing. N windows, B batch, T tokens, E experts, 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +42,9 @@ class RoutingView:
 
     @property
     def collapsed_layers(self) -> list[int]:
-        """Layers in which about one expert is left."""
         return (self.effective_experts < min(COLLAPSED, self.probabilities.shape[1])).nonzero().flatten().tolist()
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures that belong in a tracker."""
         return {
             "router/effective_experts": self.effective_experts.mean().item(),
             "router/effective_experts_min": self.effective_experts.min().item(),
@@ -82,8 +79,8 @@ def view_routing(
         totals = sums.new_zeros(len(ids), *sums.shape[1:]).index_add(0, inverse, sums)  # (U, L, E)
         contributions = totals / counts[:, None, None]
     return RoutingView(
-        probabilities=_total([part.probabilities for part in parts]) / positions,
-        entropy=_total([part.entropy for part in parts]) / positions,
+        probabilities=torch.stack([part.probabilities for part in parts]).sum(dim=0) / positions,
+        entropy=torch.stack([part.entropy for part in parts]).sum(dim=0) / positions,
         token_ids=ids,
         counts=counts,
         contributions=contributions,
@@ -145,10 +142,6 @@ def _sums(gate: Tensor, rows: Tensor, row_of: Tensor, inverse: Tensor) -> Tensor
     return norms.new_zeros(num_ids, norms.shape[1]).index_add(0, inverse.flatten(), contributions)
 
 
-def _total(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(tensors)).sum(dim=0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TokenWeights:
     """Weights of the mixture at a token's occurrences."""
@@ -166,12 +159,7 @@ def windows_with(windows: Tensor, token_id: int, limit: int) -> Tensor:
 
 @torch.no_grad()
 def measure_token_weights(
-    model: Transformer,
-    inputs: Tensor,
-    token_id: int,
-    *,
-    progress: Advance = no_advance,
-    mask: Mask = no_mask,
+    model: Transformer, inputs: Tensor, token_id: int, *, progress: Advance = no_advance, mask: Mask = no_mask
 ) -> TokenWeights:
     """Run inputs (B, T) int64, one window at a time, and average the mixture weights where the token occurs."""
     sums, occurrences = torch.zeros(model.config.num_layers, model.config.num_experts), 0

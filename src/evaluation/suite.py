@@ -3,7 +3,7 @@
 Knows no reports: the verb and the callback decide what becomes of the scores.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +49,11 @@ def prepare_suite(text: HeldOut, config: EvaluationConfig) -> Suite:
         ConfigError: a task is unknown, a corpus has the name of another, or lm-eval is needed and not installed.
         DataError: data of a task or corpus is missing or damaged.
     """
-    _require_distinct([corpus.name for corpus in config.corpora])
+    names = [corpus.name for corpus in config.corpora]
+    for name in names:
+        if names.count(name) > 1 or name.partition("/")[0] == HELD_OUT:
+            taken = "is another corpus too" if names.count(name) > 1 else "is the run's own held-out text"
+            raise ConfigError(f"evaluation.corpora: {name} {taken}; give this one a name of its own")
     local_data = None if config.local_data is None else Path(config.local_data)
     tasks = {name: find_task(name).prepare(text, config.task_limit, local_data) for name in config.tasks}
     return Suite(
@@ -70,13 +74,6 @@ def _corpus_windows(corpus: EvaluationCorpus, text: HeldOut) -> Tensor:
     return corpus_windows(corpus, text.tokenizer, text.windows.shape[1] - 1)
 
 
-def _require_distinct(names: Sequence[str]) -> None:
-    for name in names:
-        if names.count(name) > 1 or name.partition("/")[0] == HELD_OUT:
-            taken = "is another corpus too" if names.count(name) > 1 else "is the run's own held-out text"
-            raise ConfigError(f"evaluation.corpora: {name} {taken}; give this one a name of its own")
-
-
 def evaluate_model(
     model: Transformer,
     suite: Suite,
@@ -86,13 +83,12 @@ def evaluate_model(
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Score a model, in eval mode, on all of a suite; every rank of `share` must call it, and gets the same result."""
-    windows = suite.text.windows
     text_model = TextModel(
         model,
         suite.text.tokenizer,
         max_length=model.config.max_sequence_length,
         device=model.embedding.weight.device,
-        batch_tokens=batch_size * (windows.shape[1] - 1),
+        batch_tokens=batch_size * (suite.text.windows.shape[1] - 1),
         share=share,
         progress=progress,
     )

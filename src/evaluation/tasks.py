@@ -161,7 +161,7 @@ def score_documents(name: str, documents: Sequence[TaskDocument], model: TextMod
     requests = [model.encode_pair(document.context, choice) for document in documents for choice in document.choices]
     likelihoods = iter(model.log_likelihoods(requests, name))
     scored = [[next(likelihoods) for _ in document.choices] for document in documents]
-    answers = [_choice(found) if len(found) > 1 else _completion(found[0]) for found in scored]
+    answers = [_answer(found) for found in scored]
     hits = [
         float(answer == (document.target if len(document.choices) > 1 else 1))
         for (answer, _), document in zip(answers, documents, strict=True)
@@ -176,15 +176,13 @@ def score_documents(name: str, documents: Sequence[TaskDocument], model: TextMod
     )
 
 
-def _choice(found: Sequence[Likelihood]) -> tuple[int, float]:
-    """Return the choice with the highest log-likelihood, and by how much it won."""
+def _answer(found: Sequence[Likelihood]) -> tuple[int, float]:
+    """Return the preferred choice and by how much it won; of a single continuation, whether it is the greedy one."""
+    if len(found) == 1:
+        return int(found[0].is_greedy), found[0].gap
     values = [likelihood.log_likelihood for likelihood in found]
     best, second = sorted(values, reverse=True)[:2]
     return values.index(best), best - second
-
-
-def _completion(found: Likelihood) -> tuple[int, float]:
-    return int(found.is_greedy), found.gap
 
 
 def _others(passages: Sequence[str], index: int, draw: random.Random) -> list[str] | None:
@@ -308,10 +306,7 @@ for published in (
     PublishedTask("piqa", "piqa/piqa.yaml", "validation", ("goal", "sol1", "sol2", "label")),
     PublishedTask("race", "race/race.yaml", "test", ("article", "problems"), adapt=_race),
     PublishedTask(
-        "social_iqa",
-        "siqa/siqa.yaml",
-        "validation",
-        ("context", "question", "answerA", "answerB", "answerC", "label"),
+        "social_iqa", "siqa/siqa.yaml", "validation", ("context", "question", "answerA", "answerB", "answerC", "label")
     ),
 ):
     register_task(published)

@@ -34,16 +34,21 @@ def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser
     )
 
 
-def add_form_options(options: argparse.ArgumentParser) -> None:
-    """Add the options of verbs that load a model: run, form, table, reader and device."""
+def add_run_options(options: argparse.ArgumentParser) -> None:
+    """Add `--run` and `--lut`."""
     options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
+    options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
+
+
+def add_form_options(options: argparse.ArgumentParser) -> None:
+    """Add the options of verbs that load a model: run, table, form, reader and device."""
+    add_run_options(options)
     options.add_argument(
         "--experts",
         choices=("auto", "lut", "ffn"),
         default="auto",
         help="lut reads rows from the table, ffn computes them, auto prefers a finished table (default)",
     )
-    options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
     add_reader_option(options)
     options.add_argument("--device", default="cpu", help="where the model computes (default: cpu)")
 

@@ -1,7 +1,6 @@
 """Errors that users can cause. Each message says where, what was found, what was expected, what to do.
 
-Every verb catches `UserError`, prints the message and exits with code 2; anything else is a bug and keeps
-its traceback.
+Verbs catch `UserError`, print the message and exit with code 2; anything else is a bug and keeps its traceback.
 """
 
 import math

@@ -1,6 +1,6 @@
 """`python -m src.evaluate`: score a run on text and tasks, in either form, or compare two models in pairs."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +69,18 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
     options = parser("evaluate", __doc__ or "", "python -m src.evaluate --run runs/quickstart --compare ffn")
     add_form_options(options)
     options.epilog = f"{options.epilog}\n\n{describe_tasks()}"
-    _add_suite_options(options)
+    # The defaults of the next five are in the run's section `evaluation`.
+    options.add_argument(
+        "--tasks",
+        type=lambda names: [name for name in names.split(",") if name],
+        help="names with commas between, of those below (default: evaluation.tasks of the run)",
+    )
+    options.add_argument("--local-data", metavar="DIR", help="folder of <task>.<split>.jsonl[.gz] files")
+    options.add_argument("--limit", type=int, dest="task_limit", metavar="N", help="documents of each task at most")
+    options.add_argument("--batch-size", type=int, metavar="N", help="windows per forward pass (default: the run's)")
+    options.add_argument(
+        "--corpus", action="append", default=[], metavar="NAME=GLOB", help="a text to score; repeatable"
+    )
     options.add_argument(
         "--compare",
         metavar="OTHER",
@@ -79,35 +90,11 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
     return options.parse_args(arguments)
 
 
-def _add_suite_options(options: ArgumentParser) -> None:
-    """Add what overrides the run's section `evaluation`; without a flag its value counts."""
-    options.add_argument(
-        "--tasks",
-        type=lambda names: [name for name in names.split(",") if name],
-        help="names with commas between, of those below (default: evaluation.tasks of the run)",
-    )
-    options.add_argument("--local-data", metavar="DIR", help="folder of <task>.<split>.jsonl[.gz] files")
-    options.add_argument("--limit", type=int, dest="task_limit", metavar="N", help="documents of each task at most")
-    options.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="windows per forward pass (default: evaluation.batch_size of the run)",
-    )
-    options.add_argument(
-        "--corpus",
-        action="append",
-        default=[],
-        metavar="NAME=GLOB",
-        help="another text to score; may be given several times",
-    )
-
-
 def _evaluation_config(config: EvaluationConfig, given: Namespace) -> EvaluationConfig:
-    """Return the run's own section, with what the command line says instead."""
+    """Return the run's own section, with the overrides of the command line."""
     flags = {name: getattr(given, name) for name in ("tasks", "local_data", "task_limit", "batch_size")}
-    said = {name: value for name, value in flags.items() if value is not None}
-    return replace(config, corpora=[*config.corpora, *map(_corpus, given.corpus)], **said)
+    overrides = {name: value for name, value in flags.items() if value is not None}
+    return replace(config, corpora=[*config.corpora, *map(_corpus, given.corpus)], **overrides)
 
 
 def _corpus(option: str) -> EvaluationCorpus:
@@ -118,7 +105,7 @@ def _corpus(option: str) -> EvaluationCorpus:
 
 
 def _other(first: Candidate, other: str) -> Candidate:
-    """Say what `--compare` names: a form of the same run, a table of it, or another run with the same tokenizer."""
+    """Resolve `--compare`: a form of the same run, a table of it, or another run with the same tokenizer."""
     if other in ("lut", "ffn"):
         return Candidate(first.run, cast(ExpertForm, other), first.lut)
     if (first.run.lut_path(other) / MANIFEST_NAME).is_file():
@@ -142,15 +129,11 @@ def _other(first: Candidate, other: str) -> Candidate:
 
 def _evaluate(candidate: Candidate, suite: Suite, batch_size: int, given: Namespace) -> tuple[str, Evaluation]:
     """Score one model, and name it."""
-    run, text = candidate.run.path, suite.text.as_trained(load_run_config(candidate.run).data)
-    with load_model(
-        run, experts=candidate.experts, lut=candidate.lut, device=given.device, reader=given.reader
-    ) as model:
-        looked_up = isinstance(model.experts, DiskExperts)
-        form = f"lookup form, {candidate.lut}" if looked_up else "training form"
-        return f"{run.name} ({form})", evaluate_model(
-            model, replace(suite, text=text), batch_size=batch_size, progress=progress_bar
-        )
+    path, lut = candidate.run.path, candidate.lut
+    suite = replace(suite, text=suite.text.as_trained(load_run_config(candidate.run).data))
+    with load_model(path, experts=candidate.experts, lut=lut, device=given.device, reader=given.reader) as model:
+        form = f"lookup form, {lut}" if isinstance(model.experts, DiskExperts) else "training form"
+        return f"{path.name} ({form})", evaluate_model(model, suite, batch_size=batch_size, progress=progress_bar)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`python -m src.inspect_lut`: what a run's table holds for one token: rows, nearest tokens, routers' weights."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from tokenizers import Tokenizer
 
-from src.cli import parser, run_verb
+from src.cli import add_run_options, parser, run_verb
 from src.config import load_run_config
 from src.data.tokenizer import load_tokenizer
 from src.errors import UserError
@@ -56,15 +55,6 @@ def token_weights(run: RunDirectory, lut: str, token_id: int) -> TokenWeights:
         return measure_token_weights(model, inputs, token_id, progress=advance, mask=text.mask)
 
 
-def chosen_layers(given: argparse.Namespace, num_layers: int) -> Sequence[int]:
-    """Return the layers to show; UserError when the table has no such layer."""
-    if given.layer is None:
-        return range(num_layers)
-    if not 0 <= given.layer < num_layers:
-        raise UserError(f"--layer {given.layer}: the table has layers 0 to {num_layers - 1}")
-    return [given.layer]
-
-
 def to_document(found: Neighborhood, weights: TokenWeights, tokenizer: Tokenizer) -> list[dict[str, object]]:
     """Return one entry for each layer and expert."""
     entries: list[dict[str, object]] = []
@@ -105,25 +95,24 @@ def print_entries(entries: Sequence[dict[str, object]], title: str, console: Con
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line, look, and print."""
+    """Parse the command line and print what the table holds for the token."""
     options = parser("inspect_lut", __doc__ or "", 'python -m src.inspect_lut --run runs/quickstart --token " the"')
-    options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
+    add_run_options(options)
     options.add_argument("--token", required=True, help="text that is one token, most words with a space in front")
-    options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
-    options.add_argument("--layer", type=int, help="one layer alone (default: all)")
+    options.add_argument("--layer", type=int, help="show only this layer (default: all)")
     options.add_argument("--neighbors", type=int, default=5, help="nearest tokens to show (default: 5)")
     options.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
     given = options.parse_args(arguments)
     if given.neighbors < 1:
         raise UserError(f"--neighbors {given.neighbors}: must be at least 1")
     run = RunDirectory(given.run).require()
-    tokenizer, manifest = load_tokenizer(run.tokenizer_path), read_manifest(run.lut_path(given.lut))
-    token_id = single_token(given.token, tokenizer)
-    layers = chosen_layers(given, manifest.num_layers)
+    tokenizer, lut_dir = load_tokenizer(run.tokenizer_path), run.lut_path(given.lut)
+    manifest, token_id = read_manifest(lut_dir), single_token(given.token, tokenizer)
+    layers = range(manifest.num_layers) if given.layer is None else [given.layer]
+    if given.layer is not None and not 0 <= given.layer < manifest.num_layers:
+        raise UserError(f"--layer {given.layer}: the table has layers 0 to {manifest.num_layers - 1}")
     with progress_bar("reading the table (rows)", manifest.vocab_size) as advance:
-        found = find_neighbors(
-            run.lut_path(given.lut), token_id, layers=layers, neighbors=given.neighbors, progress=advance
-        )
+        found = find_neighbors(lut_dir, token_id, layers=layers, neighbors=given.neighbors, progress=advance)
     weights = token_weights(run, given.lut, token_id)
     entries = to_document(found, weights, tokenizer)
     seen = f"{weights.occurrences:,} times in held-out text" if weights.occurrences else "not in held-out text"

@@ -55,8 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reports = [describe_source(source, config.data.sequence_length) for source in corpus.sources]
     print_sources(reports, Console())
     if given.json is not None:
-        figures = {"fingerprint": corpus.fingerprint, "sources": [asdict(source) for source in reports]}
-        write_json(given.json, figures)
+        write_json(given.json, {"fingerprint": corpus.fingerprint, "sources": [asdict(each) for each in reports]})
 
 
 def describe_source(source: PreparedSource, sequence_length: int) -> SourceReport:

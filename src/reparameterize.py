@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from src.cli import parser, run_verb
+from src.cli import add_run_options, parser, run_verb
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, RunError
 from src.evaluation.held_out import recorded_token_counts
@@ -20,7 +20,7 @@ from src.lut.codecs import CODECS
 from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME
 from src.lut.plan import MEMORY_BYTES, plan, recorded_precision
 from src.lut.scan import read_token_counts
-from src.lut.sources import COMPUTE_DTYPES, RowSource, open_source
+from src.lut.sources import COMPUTE_DTYPES, open_source
 from src.run_directory import RunDirectory, identify_weights
 from src.system.console import progress_bar, stderr_console
 from src.training.checkpoints import read_weights
@@ -35,7 +35,8 @@ def adopt_checkpoint(run: RunDirectory, checkpoint: str, *, overwrite: bool) -> 
     """
     path = run.checkpoints_path / f"{checkpoint}.ckpt" if checkpoint in ("last", "best") else Path(checkpoint)
     if not path.exists():
-        raise RunError(f"{path}: no such checkpoint; {_available(run)}")
+        names = sorted(path.stem for path in run.checkpoints_path.glob("*.ckpt"))
+        raise RunError(f"{path}: no such checkpoint; this run has {', '.join(names) or 'none'}")
     weights = read_weights(path)
     if run.backbone_path.is_file() and not overwrite:
         if identify_weights(weights) != run.identity():
@@ -44,19 +45,6 @@ def adopt_checkpoint(run: RunDirectory, checkpoint: str, *, overwrite: bool) -> 
             )
         return
     run.write_weights(weights)
-
-
-def _available(run: RunDirectory) -> str:
-    names = sorted(path.stem for path in run.checkpoints_path.glob("*.ckpt"))
-    return f"this run has {', '.join(names)}" if names else "this run has none"
-
-
-def row_source(run: RunDirectory, from_lut: str | None, compute_dtype: str) -> tuple[RowSource, Tensor | None]:
-    """Return what rows are computed or copied from, and the token counts of a run's training data if it has them."""
-    if from_lut is None:
-        return open_source(run, compute_dtype), _token_counts(run)
-    read_manifest(run.lut_path(from_lut))  # names a missing table; `open_source` would name a missing run
-    return open_source(run.lut_path(from_lut)), None
 
 
 def describe(lut_dir: Path, manifest: Manifest) -> str:
@@ -96,13 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run, console = RunDirectory(given.run).require(), stderr_console()
     if given.checkpoint is not None:
         adopt_checkpoint(run, given.checkpoint, overwrite=given.overwrite)
-    source, token_counts = row_source(run, given.from_lut, given.compute_dtype)
+    if given.from_lut is None:
+        source, token_counts = open_source(run, given.compute_dtype), _token_counts(run)
+    else:
+        read_manifest(run.lut_path(given.from_lut))  # names a missing table; `open_source` would name a missing run
+        source, token_counts = open_source(run.lut_path(given.from_lut)), None
     lut_dir, memory_bytes = run.lut_path(given.lut), given.memory_mb * 2**20
     dtype = given.dtype or (recorded_precision(lut_dir) if given.resume else None) or DEFAULT_PRECISION
     if given.dry_run:
         planned = plan(source, lut_dir, dtype=dtype, memory_bytes=memory_bytes, resume=given.resume)
         for line in (describe(lut_dir, planned.manifest), describe_estimate(estimate(planned))):
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     manifest = build_lut(
         source,
@@ -115,13 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         token_counts=token_counts,
         progress=progress_bar,
     )
-    console.print(describe(lut_dir, manifest), highlight=False, soft_wrap=True)
+    console.print(describe(lut_dir, manifest), markup=False, highlight=False, soft_wrap=True)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     example = "python -m src.reparameterize --run runs/quickstart --dtype nf4 --lut lut-nf4"
     options = parser("reparameterize", __doc__ or "", example)
-    options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
+    add_run_options(options)
     options.add_argument("--checkpoint", help="take the weights of this checkpoint first: last, best, or a path")
     options.add_argument("--from-lut", metavar="NAME", help="recode this table of the run; needs no training form")
     options.add_argument(
@@ -131,7 +123,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         + "; ".join(f"{codec.name} ({codec.help})" for codec in CODECS.values())
         + f" (default: {DEFAULT_PRECISION}, or that of what is resumed)",
     )
-    options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
     options.add_argument(
         "--compute-dtype", choices=tuple(COMPUTE_DTYPES), default="float32", help="what experts compute in (float32)"
     )

@@ -44,7 +44,6 @@ class RunDirectory:
 
     @property
     def config_path(self) -> Path:
-        """The resolved config, with `schema_version`."""
         return self.path / "config.yaml"
 
     @property
@@ -64,7 +63,6 @@ class RunDirectory:
 
     @property
     def checkpoints_path(self) -> Path:
-        """Lightning's checkpoints, for resuming."""
         return self.path / "checkpoints"
 
     @property
@@ -83,7 +81,6 @@ class RunDirectory:
         return self.path / "scores.json"
 
     def lut_path(self, name: str = "lut") -> Path:
-        """The directory of the table called `name`."""
         return self.path / name
 
     def require(self) -> "RunDirectory":
@@ -109,7 +106,6 @@ class RunDirectory:
         return values
 
     def model_config(self) -> ModelConfig:
-        """Read the model section of config.yaml."""
         section = self.config_values().get("model")
         if not isinstance(section, Mapping):
             raise RunError(f"{self.config_path}: no `model` section")
@@ -138,7 +134,6 @@ class RunDirectory:
         return {where: value for where, value in found.items() if isinstance(value, str)}
 
     def write_config(self, values: Mapping[str, object]) -> None:
-        """Write config.yaml from plain values."""
         document = {"schema_version": SCHEMA_VERSION, **values}
         write_text(self.config_path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from src.cli import parser, run_verb
+from src.cli import add_run_options, parser, run_verb
 from src.config import load_run_config
 from src.evaluation.equivalence import plot_costs
 from src.evaluation.held_out import held_out_of_run
@@ -31,8 +31,7 @@ def print_checks(checks: Sequence[Check], title: str, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and check; exit code 1 when a check fails."""
     options = parser("verify", __doc__ or "", "python -m src.verify --run runs/quickstart")
-    options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
-    options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
+    add_run_options(options)
     options.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
     options.add_argument("--plot", type=Path, metavar="FILE", help="also draw bytes per token against loss into a PNG")
     given = options.parse_args(arguments)

@@ -8,7 +8,7 @@ N windows, B batch, T tokens, U unique token ids, E experts, D hidden, V vocabul
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -58,9 +58,6 @@ class GreedyComparison:
     @property
     def holds(self) -> bool:
         return self.identical + self.near_ties == self.prompts
-
-    def to_dict(self) -> dict[str, float | bool]:
-        return {**asdict(self), "holds": self.holds}
 
 
 @torch.no_grad()

@@ -120,21 +120,6 @@ class HeldOut:
         """Return the attention mask of windows (B, T) that training used with `data.document_mask`; else None."""
         return None if self.document_separator is None else document_mask(token_ids, self.document_separator)
 
-    def losses(
-        self,
-        model: Transformer,
-        windows: Tensor,
-        *,
-        batch_size: int = 16,
-        share: Share = Share(),  # noqa: B008 - frozen
-        progress: Advance = no_advance,
-        rows_of: RowsOf | None = None,
-    ) -> Tensor:
-        """Return the loss (N, T) of each predicted token of `windows` (N, T+1), masked as in training."""
-        return window_losses(
-            model, windows, batch_size=batch_size, share=share, progress=progress, mask=self.mask, rows_of=rows_of
-        )
-
     def score(
         self,
         model: Transformer,
@@ -144,9 +129,9 @@ class HeldOut:
         progress: Advance = no_advance,
         rows_of: RowsOf | None = None,
     ) -> Score:
-        """Score a model on the held-out windows; it mixes `rows_of` the ids where that is given."""
-        losses = self.losses(
-            model, self.windows, batch_size=batch_size, share=share, progress=progress, rows_of=rows_of
+        """Score a model on the held-out windows, masked as in training; it mixes `rows_of` the ids if that is given."""
+        losses = window_losses(
+            model, self.windows, batch_size=batch_size, share=share, progress=progress, mask=self.mask, rows_of=rows_of
         )
         return summarize(losses, self.windows, self.byte_lengths)
 

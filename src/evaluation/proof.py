@@ -150,7 +150,7 @@ def check_greedy(reference: InferenceModel, lookup: InferenceModel, text: HeldOu
         found=f"{result.identical} identical{parted}",
         expected="identical up to near-ties" if exact else "no limit",
         holds=result.holds if exact else None,
-        values=result.to_dict(),
+        values={**asdict(result), "holds": result.holds},
     )
 
 

@@ -15,7 +15,7 @@ from src.errors import ConfigError
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.held_out import EvaluationCorpus, HeldOut, corpus_windows
 from src.evaluation.likelihood import TextModel
-from src.evaluation.perplexity import Share, loss_by_frequency, summarize
+from src.evaluation.perplexity import Share, loss_by_frequency, summarize, window_losses
 from src.evaluation.results import Evaluation, TextScore, fingerprint_documents
 from src.evaluation.tasks import ScoreTask, find_task
 from src.model import Transformer
@@ -35,15 +35,13 @@ class Suite:
     """Windows (N, T+1) int64 by corpus."""
     tasks: list[ScoreTask]
     notes: list[str] = field(default_factory=list[str])
-    """What a reader should know is not scored."""
+    """What is not scored, and why."""
 
 
 def prepare_suite(text: HeldOut, config: EvaluationConfig) -> Suite:
     """Read everything that is to be scored, so that mistakes show before a model is trained.
 
-    Args:
-        text: a run's held-out text: it is scored itself, and the generated tasks are made of it.
-        config: says which tasks and which further texts.
+    A run's held-out `text` is scored itself, and the generated tasks are made of it; `config` names the rest.
 
     Raises:
         ConfigError: a task is unknown, a corpus has the name of another, or lm-eval is needed and not installed.
@@ -104,7 +102,9 @@ def _score_text(
     name: str, model: Transformer, windows: Tensor, text: HeldOut, batch_size: int, share: Share, progress: Progress
 ) -> TextScore:
     with progress(f"{name} (windows)", len(windows)) as advance:
-        losses = text.losses(model, windows, batch_size=batch_size, share=share, progress=advance)  # (N, T)
+        losses = window_losses(
+            model, windows, batch_size=batch_size, share=share, progress=advance, mask=text.mask
+        )  # (N, T)
     return TextScore(
         corpus=name,
         score=summarize(losses, windows, text.byte_lengths),

@@ -111,9 +111,8 @@ def next_passage(text: HeldOut, limit: int) -> list[TaskDocument]:
     contexts = text.tokenizer.decode_batch(pieces[:, :head].tolist())
     passages = text.tokenizer.decode_batch(pieces[:, head:].tolist())
     draw = random.Random(0)
-    order = draw.sample(range(len(passages)), len(passages))
     documents: list[TaskDocument] = []
-    for index in order:
+    for index in draw.sample(range(len(passages)), len(passages)):
         others = _others(passages, index, draw)
         if len(documents) == limit:
             break

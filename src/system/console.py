@@ -80,16 +80,9 @@ def text_table(title: str, *headings: str, texts: Collection[str] | None = None)
 @contextmanager
 def progress_bar(description: str, total: int) -> Generator[Advance]:
     """Show a bar on stderr and yield a function that advances it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn, Progress
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr_console()) as progress:
+    with Progress(*_columns(MofNCompleteColumn()), console=stderr_console()) as progress:
         task = progress.add_task(description, total=total)
         yield lambda count: progress.advance(task, count)
 
@@ -97,16 +90,9 @@ def progress_bar(description: str, total: int) -> Generator[Advance]:
 @contextmanager
 def progress_report(console: "Console") -> Generator[ShowReading]:
     """Show one bar per source on `console`, with rate and time left."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress, TextColumn
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        _rate_column(),
-        TimeRemainingColumn(),
-    )
+    columns = _columns(TextColumn("{task.percentage:>3.0f}%"), _rate_column())
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
         tasks = {}
 
@@ -118,6 +104,12 @@ def progress_report(console: "Console") -> Generator[ShowReading]:
             progress.update(tasks[reading.label], completed=reading.done)
 
         yield report
+
+
+def _columns(*figures: "ProgressColumn") -> "tuple[ProgressColumn, ...]":
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    return SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *figures, TimeRemainingColumn()
 
 
 def _rate_column() -> "ProgressColumn":

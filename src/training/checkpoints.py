@@ -34,7 +34,6 @@ class CheckpointFiles:
 
     @staticmethod
     def step(path: Path) -> int:
-        """Return the number of optimizer steps before the checkpoint at `path`."""
         match = _ENTRY.fullmatch(path.name)
         assert match is not None
         return int(match[1])

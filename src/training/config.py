@@ -7,8 +7,6 @@ from typing import Literal
 from src.errors import ConfigError, check_range
 from src.system.hardware import native_precision
 
-Schedule = Literal["cosine", "wsd", "constant"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
@@ -40,7 +38,7 @@ class OptimizerConfig:
 
     learning_rate: float = 6e-4
     """Peak learning rate."""
-    schedule: Schedule = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: `cosine` falls until the end, `wsd` holds the peak and falls linearly over the last
     `decay_steps`, `constant` holds it."""
     min_learning_rate_ratio: float = 0.1
@@ -82,9 +80,6 @@ class OptimizerConfig:
         check_range(self, "optimizer.", ("decay_steps",), at_least=1)
 
 
-Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Lightning's Trainer; names and meanings are Lightning's."""
@@ -101,7 +96,7 @@ class TrainerConfig:
     """Machines."""
     strategy: Literal["auto", "ddp", "ddp_spawn", "ddp_fork", "fsdp2"] = "auto"
     """How devices work together: with ddp each holds the model, with fsdp2 a part; auto is ddp for several devices."""
-    precision: Precision = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true"] = "auto"
     """auto is bf16-mixed if the accelerator computes in bfloat16, else 32-true."""
     val_check_interval: int = 200
     """Optimizer steps between validations; each also writes a checkpoint."""

@@ -62,12 +62,8 @@ class LanguageModel(lightning.LightningModule):
     ) -> None:
         """Create model and metrics.
 
-        Args:
-            model: its shape.
-            objective: terms added to the loss.
-            optimizer: its settings.
-            byte_lengths: (V,) int64, the number of UTF-8 bytes of each id's text.
-            document_separator: the id that ends a document, if attention must not cross documents.
+        `byte_lengths` (V,) int64 are the numbers of UTF-8 bytes of each id's text; `document_separator` is the id that
+        ends a document, if attention must not cross documents.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -82,9 +78,8 @@ class LanguageModel(lightning.LightningModule):
         self.validation_routing = self.routing.clone()
 
     def configure_model(self) -> None:
-        mesh = self.device_mesh
-        if mesh is not None:
-            shard_model(self.model, mesh["data_parallel"])
+        if self.device_mesh is not None:
+            shard_model(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.model.named_parameters(), self.optimizer_config)
@@ -118,10 +113,10 @@ class LanguageModel(lightning.LightningModule):
     def _backward(self, batch: Tensor) -> Tensor:
         """Accumulate the gradient of `batch` (A, B, T+1) and return the loss of each micro-batch (A,)."""
         losses: list[Tensor] = []
-        shared = StepRows(self.model, batch[..., :-1]) if self._shares_rows else None
-        self._computed_ids = (
-            torch.zeros((), dtype=torch.int64, device=batch.device) if shared is None else shared.num_ids
-        )
+        config = self.model.config
+        shares_rows = config.expert_execution == "unique_per_step" and config.architecture == "mole"
+        shared = StepRows(self.model, batch[..., :-1]) if shares_rows else None
+        self._computed_ids = batch.new_zeros(()) if shared is None else shared.num_ids
         for index, windows in enumerate(batch):
             last = index + 1 == len(batch)
             with self._gradient_sync(last=last):
@@ -199,11 +194,6 @@ class LanguageModel(lightning.LightningModule):
         outcome = torch.stack([broken.float(), torch.full_like(broken, self.signals.received, dtype=torch.float32)])
         broken_anywhere, signum = self.trainer.strategy.reduce(outcome, reduce_op="max").tolist()
         return not broken_anywhere, int(signum)
-
-    @property
-    def _shares_rows(self) -> bool:
-        config = self.model.config
-        return config.expert_execution == "unique_per_step" and config.architecture == "mole"
 
     @property
     def _logs_this_step(self) -> bool:

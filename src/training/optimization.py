@@ -58,8 +58,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def _group_settings(name: str, config: OptimizerConfig) -> dict[str, float]:
-    part = name.removesuffix("_norms")
-    multipliers = {"embedding": config.embedding_multipliers, "experts": config.expert_multipliers}.get(part)
-    multipliers = multipliers or Multipliers()
+    by_part = {"embedding": config.embedding_multipliers, "experts": config.expert_multipliers}
+    multipliers = by_part.get(name.removesuffix("_norms"), Multipliers())
     decay = 0.0 if name.endswith("_norms") else config.weight_decay * multipliers.weight_decay
     return {"lr": config.learning_rate * multipliers.learning_rate, "weight_decay": decay}

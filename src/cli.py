@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from src.errors import UserError
@@ -21,6 +22,19 @@ def run_verb(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def number(kind: type[int] | type[float], at_least: float, at_most: float = 2**63 - 1) -> Callable[[str], int | float]:
+    """Return the type of an option that is a number in a range; what is not finite is in none."""
+
+    def read(text: str) -> int | float:
+        with suppress(ValueError):
+            if at_least <= (value := kind(text)) <= at_most:
+                return value
+        name = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}, but it must be a {name} from {at_least} to {at_most}")
+
+    return read
 
 
 def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser:

@@ -87,8 +87,10 @@ class RunConfig:
                 f"({self.model.vocab_size}); enlarge the model's vocabulary or shrink the tokenizer's"
             )
         self._check_sharding()
-        if not self.name or "/" in self.name:
-            raise ConfigError(f"name: {self.name!r}, but it must be a directory name without '/'")
+        if self.name in ("", ".", "..") or "/" in self.name or len(self.name.encode()) > 200:
+            raise ConfigError(
+                f"name: {_shorten(self.name)}, but it must be a directory name without '/', at most 200 bytes long"
+            )
 
     def _check_sharding(self) -> None:
         if self.trainer.strategy != "fsdp2":

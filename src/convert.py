@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from src.cli import parser, run_verb
+from src.cli import number, parser, run_verb
 from src.interop import FAMILIES
 from src.system.console import progress_bar, stderr_console
 
@@ -21,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     direction.add_argument("--to", dest="target", choices=tuple(exports), help="write a run as a checkpoint")
     options.add_argument("--input", type=Path, required=True, metavar="DIR", help="checkpoint, or run with --to")
     options.add_argument("--output", type=Path, required=True, metavar="DIR", help="new directory; must not exist")
-    options.add_argument("--top-k", type=int, help="experts per token of an MoE, which its config lacks (default: 2)")
+    options.add_argument(
+        "--top-k", type=number(int, 1), help="experts per token of an MoE, which its config lacks (default: 2)"
+    )
     options.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: the checkpoint's)")
     options.add_argument("--lut", default="lut", help="with --to: table of a run without training form (default: lut)")
     given = options.parse_args(arguments)

@@ -6,6 +6,9 @@ Verbs catch `UserError`, print the message and exit with code 2; anything else i
 import math
 from collections.abc import Iterable
 
+MAX_FLOAT32 = 3.4e38
+"""What models compute in has no larger numbers."""
+
 
 class UserError(ValueError):
     """A mistake in the user's input; the message alone must be enough to correct it."""
@@ -58,5 +61,7 @@ def check_range(
     stated = " and ".join(f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit))
     for name in names:
         value = getattr(config, name)
+        if isinstance(value, float) and MAX_FLOAT32 < abs(value) < math.inf:
+            raise ConfigError(f"{section}{name}: {value}, but it must be at most {MAX_FLOAT32}, as float32 allows")
         if value is not None and not (at_least <= value <= at_most and above < value < below):
             raise ConfigError(f"{section}{name}: {value}, but it must be {stated}")

@@ -8,7 +8,7 @@ from typing import cast
 
 from rich.console import Console
 
-from src.cli import add_form_options, parser, run_verb
+from src.cli import add_form_options, number, parser, run_verb
 from src.config import load_run_config
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import ConfigError
@@ -76,8 +76,12 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
         help="names with commas between, of those below (default: evaluation.tasks of the run)",
     )
     options.add_argument("--local-data", metavar="DIR", help="folder of <task>.<split>.jsonl[.gz] files")
-    options.add_argument("--limit", type=int, dest="task_limit", metavar="N", help="documents of each task at most")
-    options.add_argument("--batch-size", type=int, metavar="N", help="windows per forward pass (default: the run's)")
+    options.add_argument(
+        "--limit", type=number(int, 1), dest="task_limit", metavar="N", help="documents of each task at most"
+    )
+    options.add_argument(
+        "--batch-size", type=number(int, 1), metavar="N", help="windows per forward pass (default: the run's)"
+    )
     options.add_argument(
         "--corpus", action="append", default=[], metavar="NAME=GLOB", help="a text to score; repeatable"
     )

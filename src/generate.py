@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from src.cli import add_form_options, parser, run_verb
+from src.cli import add_form_options, number, parser, run_verb
 from src.data.tokenizer import END_OF_TEXT, load_bound_tokenizer
-from src.errors import UserError
+from src.errors import MAX_FLOAT32, UserError
 from src.inference import InferenceModel, load_model, stream
 from src.inference.generation import Sampling
 from src.run_directory import RunDirectory
@@ -72,16 +72,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source.add_argument("--prompt", help="text to continue")
     source.add_argument("--prompt-file", type=Path, help="UTF-8 file to continue")
     source.add_argument("--interactive", action="store_true", help="continue each line of standard input")
-    options.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most (default: 128)")
-    options.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    options.add_argument("--top-k", type=int, help="sample among the k most likely tokens only")
-    options.add_argument("--top-p", type=float, help="sample among the most likely tokens that reach this probability")
-    options.add_argument("--seed", type=int, default=0, help="makes sampling repeatable (default: 0)")
+    options.add_argument(
+        "--max-new-tokens", type=number(int, 1), default=128, help="tokens to add at most (default: 128)"
+    )
+    options.add_argument("--temperature", type=number(float, 0, MAX_FLOAT32), default=0.0, help="0 is greedy (default)")
+    options.add_argument("--top-k", type=number(int, 1), help="sample among the k most likely tokens only")
+    options.add_argument(
+        "--top-p", type=number(float, 0, 1), help="sample among the most likely tokens that reach this probability"
+    )
+    options.add_argument("--seed", type=number(int, -(2**63)), default=0, help="makes sampling repeatable (default: 0)")
     options.add_argument("--window", action="store_true", help="read only the end of a prompt that is too long")
-    options.add_argument("--cache-mb", type=float, default=0, help="MiB of table rows kept in memory (default: 0)")
+    options.add_argument(
+        "--cache-mb", type=number(float, 0, 2**40), default=0, help="MiB of table rows kept in memory (default: 0)"
+    )
     given = options.parse_args(arguments)
-    if given.max_new_tokens < 1:
-        options.error("--max-new-tokens must be at least 1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end the text
     run = RunDirectory(given.run).require()

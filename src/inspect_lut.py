@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from tokenizers import Tokenizer
 
-from src.cli import add_run_options, parser, run_verb
+from src.cli import add_run_options, number, parser, run_verb
 from src.config import load_run_config
 from src.data.tokenizer import load_tokenizer
 from src.errors import UserError
@@ -99,12 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser("inspect_lut", __doc__ or "", 'python -m src.inspect_lut --run runs/quickstart --token " the"')
     add_run_options(options)
     options.add_argument("--token", required=True, help="text that is one token, most words with a space in front")
-    options.add_argument("--layer", type=int, help="show only this layer (default: all)")
-    options.add_argument("--neighbors", type=int, default=5, help="nearest tokens to show (default: 5)")
+    options.add_argument("--layer", type=number(int, 0), help="show only this layer (default: all)")
+    options.add_argument("--neighbors", type=number(int, 1), default=5, help="nearest tokens to show (default: 5)")
     options.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
     given = options.parse_args(arguments)
-    if given.neighbors < 1:
-        raise UserError(f"--neighbors {given.neighbors}: must be at least 1")
     run = RunDirectory(given.run).require()
     tokenizer, lut_dir = load_tokenizer(run.tokenizer_path), run.lut_path(given.lut)
     manifest, token_id = read_manifest(lut_dir), single_token(given.token, tokenizer)

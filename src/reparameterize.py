@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from src.cli import add_run_options, parser, run_verb
+from src.cli import add_run_options, number, parser, run_verb
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, RunError
 from src.evaluation.held_out import recorded_token_counts
@@ -128,7 +128,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options.add_argument(
         "--memory-mb",
-        type=int,
+        type=number(int, 1, 2**40),
         default=MEMORY_BYTES // 2**20,
         help="memory of the buffers (default: %(default)s, or that of what is resumed)",
     )
@@ -136,8 +136,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--overwrite", action="store_true", help="replace a table (or weights) that is already there")
     options.add_argument("--dry-run", action="store_true", help="print size, memory and expected time, and stop")
     given = options.parse_args(arguments)
-    if given.memory_mb < 1:
-        options.error("--memory-mb must be at least 1")
     if given.from_lut is not None and given.checkpoint is not None:
         options.error("--from-lut takes rows from a table, --checkpoint weights: give one of them")
     return given

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from src.accounting import account, print_account
-from src.cli import parser, run_verb
+from src.cli import number, parser, run_verb
 from src.config import RunConfig, describe, load_config, load_run_config
 from src.evaluation.report import Report
 from src.run_directory import RunDirectory
@@ -116,7 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--dry-run", action="store_true", help="print what the run costs, allocating none of it, and stop"
     )
-    options.add_argument("--unique-ids", type=int, metavar="N", help="dry run: distinct ids per micro-batch to assume")
+    options.add_argument(
+        "--unique-ids", type=number(int, 1), metavar="N", help="dry run: distinct ids per micro-batch to assume"
+    )
     options.add_argument("--json", type=Path, metavar="PATH", help="dry run: also write the figures there")
     options.add_argument("overrides", nargs="*", metavar="key=value", help="override a config key, such as seed=1")
     given = options.parse_args(arguments)

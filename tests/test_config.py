@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from src.config import RunConfig, describe, load_config, load_run_config
+from src.config import RunConfig, _hint, _keys, describe, load_config, load_run_config
 from src.errors import ConfigError, RunError
 from src.run_directory import RunDirectory
 from tests.conftest import CONFIGS
@@ -271,3 +272,54 @@ def test_values_of_the_wrong_type_in_files_name_the_file(tmp_path: Path) -> None
     ):
         with pytest.raises(ConfigError, match=message):
             load_config(write(tmp_path / "wrong.yaml", text))
+
+
+KINDS = {key: next(iter(get_args(hint)), hint) for key in _keys(RunConfig) if (hint := _hint(key)) is not None}
+FLOAT_KEYS = [key for key, kind in KINDS.items() if kind is float]
+INT_KEYS = [key for key, kind in KINDS.items() if kind is int]
+
+
+@pytest.mark.parametrize("key", FLOAT_KEYS)
+def test_no_hyperparameter_is_nan_or_infinite(key: str) -> None:
+    for text in ("nan", ".inf", "-.inf", "1e400", "1e39"):
+        with pytest.raises(ConfigError, match=rf"{key}: [-.einfa+\d]+, but it must be"):
+            load_config(QUICKSTART, [f"{key}={text}"])
+
+
+def test_nothing_in_a_source_is_nan_or_infinite() -> None:
+    for weight in ("nan", ".inf", "-1", "0"):
+        with pytest.raises(ConfigError, match=r"weight \S+, but it must be above 0"):
+            load_config(QUICKSTART, [f"data.sources={{hub: a, weight: {weight}}}"])
+
+
+@pytest.mark.parametrize("key", [*INT_KEYS, "evaluation.corpora[0].windows"])
+def test_no_whole_number_is_too_large_or_negative(key: str) -> None:
+    for number in (2**63, -(2**63) + 1, -2):
+        override = f"{key}={number}"
+        if "[" in key:
+            override = f"evaluation.corpora={{name: a, files: b, windows: {number}}}"
+        with pytest.raises(ConfigError, match=r", but (it must be|a byte-level|the cosine)") as error:
+            load_config(QUICKSTART, [override])
+        assert key.rpartition(".")[2] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.vocab_size=9007199254740992", "model.vocab_size: 9007199254740992, but it must be"),
+        ("model.hidden_size=2147483648", "model.hidden_size: 2147483648, but it must be"),
+        ("model.num_layers=2147483648", "model.num_layers: 2147483648, but it must be"),
+        ("data.num_workers=1000000", "data.num_workers: 1000000, but it must be"),
+        ("data.prepare_processes=1000000", "data.prepare_processes: 1000000, but it must be"),
+        ("trainer.num_nodes=2147483648", "trainer.num_nodes: 2147483648, but it must be"),
+        ("trainer.devices=two", "trainer.devices: 'two', but it must be a number such as 2"),
+        ("trainer.devices=0", "trainer.devices: '0', but it must be a number such as 2"),
+        ("trainer.max_time=99999999999999:00:00:00", "trainer.max_time: '99999999999999:00:00:00', but it must be"),
+        ("name=..", "name: '..', but it must be a directory name"),
+        (f"name={'x' * 201}", "name: 'xxxx"),
+    ],
+)
+def test_values_that_no_machine_can_use_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(QUICKSTART, [override])
+    assert str(error.value).startswith(f"{QUICKSTART}: {message}")

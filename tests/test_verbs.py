@@ -292,4 +292,31 @@ def test_a_table_that_cannot_be_opened_leaves_no_file_open(trained: RunResult, t
 def test_lengths_out_of_range_are_refused(trained: RunResult, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         generate.main(["--run", str(trained.run_dir), "--prompt", "x", "--max-new-tokens", "0"])
-    assert "--max-new-tokens must be at least 1" in capsys.readouterr().err
+    assert "argument --max-new-tokens: '0', but it must be a whole number from 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag", "values"),
+    [
+        ("generate", "--seed", ("-9223372036854775809", "9223372036854775808", "1.5", "9" * 5000)),
+        ("generate", "--temperature", ("nan", "inf", "-1", "1e39")),
+        ("generate", "--top-p", ("nan", "-inf", "2")),
+        ("generate", "--top-k", ("0", "-1", "x")),
+        ("generate", "--cache-mb", ("nan", "inf", "-1", "1e400")),
+        ("evaluate", "--limit", ("0", "-3", "")),
+        ("evaluate", "--batch-size", ("0", "1e3")),
+        ("reparameterize", "--memory-mb", ("0", "1" * 30)),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_any_work(
+    verb: str, flag: str, values: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mains = {"generate": generate.main, "evaluate": evaluate.main, "reparameterize": reparameterize.main}
+    needed = ["--prompt", "x"] if verb == "generate" else []
+    for value in values:
+        with pytest.raises(SystemExit) as exit_:
+            mains[verb](["--run", "no-run", *needed, f"{flag}={value}"])
+        assert exit_.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert f"argument {flag}: " in last
+        assert "but it must be a" in last

@@ -130,7 +130,8 @@ class DataConfig:
         sizes = ("sequence_length", "global_batch_size", "micro_batch_size", "validation_windows")
         resources = ("duplicate_memory_mb", "prepare_processes", "shard_mb")
         check_range(self, "data.", (*sizes, *resources), at_least=1)
-        check_range(self, "data.", ("seed", "num_workers"), at_least=0)
+        check_range(self, "data.", ("seed",), at_least=0)
+        check_range(self, "data.", ("prepare_processes", "num_workers"), at_least=0, at_most=4096)
         check_range(self, "data.", ("validation_fraction",), above=0, below=1)
         check_range(self, "data.", ("max_malformed_fraction", "max_empty_fraction"), at_least=0, at_most=1)
         if self.global_batch_size % self.micro_batch_size:
@@ -151,7 +152,8 @@ class DataConfig:
         if rest:
             raise ConfigError(
                 f"data.global_batch_size: {self.global_batch_size} is not a multiple of data.micro_batch_size "
-                f"({self.micro_batch_size}) x {world_size} devices; change one of them"
+                f"({self.micro_batch_size}) x {world_size} devices (trainer.devices x "
+                "trainer.num_nodes); change one of them"
             )
         return count
 

@@ -7,6 +7,8 @@ from typing import Literal
 from src.errors import ConfigError, check_range
 
 Architecture = Literal["dense", "moe", "mole"]
+_MAX_SIZE = 2**20
+"""So that the bytes of any tensor can be counted in 63 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +58,12 @@ class ModelConfig:
     """Recompute blocks and experts in the backward pass instead of storing their activations."""
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_sequence_length")
-        check_range(self, "model.", sizes, at_least=1)
-        optional = ("intermediate_size", "num_experts", "expert_intermediate_size", "init_std")
-        check_range(self, "model.", optional, at_least=0)
+        check_range(self, "model.", ("vocab_size", "max_sequence_length"), at_least=1, at_most=2**31 - 1)
+        check_range(self, "model.", ("hidden_size", "num_heads"), at_least=1, at_most=_MAX_SIZE)
+        check_range(self, "model.", ("num_layers",), at_least=1, at_most=4096)
+        optional = ("intermediate_size", "num_experts", "expert_intermediate_size")
+        check_range(self, "model.", optional, at_least=0, at_most=_MAX_SIZE)
+        check_range(self, "model.", ("init_std",), at_least=0)
         check_range(self, "model.", ("rope_theta", "norm_eps"), above=0)
         if self.hidden_size % (2 * self.num_heads):
             raise ConfigError(

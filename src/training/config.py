@@ -118,10 +118,15 @@ class TrainerConfig:
     """Show progress on the terminal."""
 
     def __post_init__(self) -> None:
-        counts = ("max_steps", "num_nodes", "val_check_interval", "log_every_n_steps")
-        check_range(self, "trainer.", counts, at_least=1)
+        check_range(self, "trainer.", ("max_steps", "val_check_interval", "log_every_n_steps"), at_least=1)
+        check_range(self, "trainer.", ("num_nodes",), at_least=1, at_most=2**16)
         check_range(self, "trainer.", ("limit_val_batches",), at_least=0)
-        if self.max_time is not None and not re.fullmatch(r"\d+:\d{2}:\d{2}:\d{2}", self.max_time):
+        check_range(self, "trainer.", ("num_sanity_val_steps",), at_least=-1)
+        if not re.fullmatch(r"auto|-1|[1-9]\d{0,3}|\d{1,4},|\d{1,4}(,\d{1,4})+", self.devices):
+            raise ConfigError(
+                f"trainer.devices: {self.devices!r}, but it must be a number such as 2, a list such as 0,1, or auto"
+            )
+        if self.max_time is not None and not re.fullmatch(r"\d{1,6}:\d{2}:\d{2}:\d{2}", self.max_time):
             raise ConfigError(f'trainer.max_time: {self.max_time!r}, but it must be DD:HH:MM:SS, such as "00:00:04:00"')
 
     @property

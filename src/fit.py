@@ -45,7 +45,7 @@ from src.system.signals import Preempted, StopSignals
 from src.training.lightning_module import LanguageModel
 from src.training.resume import Resumption, start_from_run
 from src.training.strategy import ShardedStrategy, StreamingCheckpointIO
-from src.training.tracking import build_loggers, close_loggers, code_version
+from src.training.tracking import build_loggers, close_loggers, code_version, wandb_mode
 
 
 def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tuple[Path, Report | None]:
@@ -53,6 +53,7 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
 
     Raises as `src.train.train` does.
     """
+    wandb_mode(config.wandb)  # names a mistake in the environment before any work
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     with progress_report(stderr_console()) as progress:
         corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=progress)

@@ -147,9 +147,9 @@ class WandbConfig:
     """Weights & Biases. The run directory always gets the same metrics as a CSV."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto is online if an API key is set up, else offline."""
-    project: str = "mole"
-    """Project that the run appears in."""
+    """auto is what the environment's WANDB_MODE says, else online if an API key is set up, else offline."""
+    project: str | None = None
+    """Project that the run appears in; null is the environment's WANDB_PROJECT, else mole."""
     entity: str | None = None
     """User or team; null is the account's default."""
     tags: list[str] = field(default_factory=list[str])

@@ -21,6 +21,7 @@ import lightning
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from src.errors import ConfigError
 from src.run_directory import RunDirectory
 from src.system.files import write_text
 from src.system.private_api import drop_anonymous, has_started
@@ -137,8 +138,19 @@ def build_loggers(
 
 
 def wandb_mode(config: WandbConfig) -> str:
-    """Resolve `auto`: online with an API key, offline without one."""
-    return config.mode if config.mode != "auto" else ("online" if _has_api_key() else "offline")
+    """Resolve `auto`: as WANDB_MODE or WANDB_DISABLED says, else online with an API key and offline without one.
+
+    ConfigError where WANDB_MODE has a value that W&B does not know.
+    """
+    if config.mode != "auto":
+        return config.mode
+    wanted = os.environ.get("WANDB_MODE", "").lower()
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        wanted = "disabled"
+    known = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+    if wanted and wanted not in known:
+        raise ConfigError(f"WANDB_MODE: {wanted!r}, but it must be one of online, offline, disabled")
+    return known[wanted] if wanted else ("online" if _has_api_key() else "offline")
 
 
 def _has_api_key() -> bool:
@@ -160,7 +172,7 @@ def _wandb_logger(config: WandbConfig, resolved: Mapping[str, Any], run: RunDire
         resume="allow",
         name=run.path.name,
         save_dir=run.path,
-        project=config.project,
+        project=config.project or os.environ.get("WANDB_PROJECT") or "mole",
         entity=config.entity,
         tags=list(config.tags),
         offline=mode == "offline",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from src.errors import ConfigError
 from src.run_directory import RunDirectory
 from src.train import resumed_config, train
 from src.training.config import WandbConfig
@@ -26,6 +27,23 @@ def test_auto_is_online_with_a_key_and_offline_without(monkeypatch: pytest.Monke
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert wandb_mode(WandbConfig()) == "online"
     assert wandb_mode(WandbConfig(mode="disabled")) == "disabled"
+
+
+def test_auto_is_what_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_overrides: Sequence[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    for value, mode in (("offline", "offline"), ("dryrun", "offline"), ("disabled", "disabled"), ("online", "online")):
+        monkeypatch.setenv("WANDB_MODE", value)
+        assert wandb_mode(WandbConfig()) == mode
+        assert wandb_mode(WandbConfig(mode="online")) == "online"  # a key that is set wins
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert wandb_mode(WandbConfig()) == "disabled"
+    monkeypatch.delenv("WANDB_DISABLED")
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(ConfigError, match=r"WANDB_MODE: 'sometimes', but it must be one of online, offline, disabled"):
+        train(small_config(small_overrides, tmp_path, "wandb.mode=auto"))
+    assert not any(tmp_path.iterdir())
 
 
 def records(run: Path) -> list[dict[str, Any]]:

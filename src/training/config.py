@@ -157,6 +157,14 @@ class WandbConfig:
     log_table: bool = False
     """At the end, also send the lookup table as an artifact (the report is always sent). Tables are large."""
 
+    def __post_init__(self) -> None:
+        if self.project is not None and not re.fullmatch(r"[^/\\#?%:]{1,128}", self.project):
+            raise ConfigError(
+                f"wandb.project: {self.project!r}, but W&B takes up to 128 characters and none of /\\#?%:"
+            )
+        if wrong := [tag for tag in self.tags if not 1 <= len(tag) <= 64]:
+            raise ConfigError(f"wandb.tags: {wrong[0]!r}, but W&B takes tags of 1 to 64 characters")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:

@@ -9,6 +9,7 @@ import importlib.metadata
 import io
 import netrc
 import os
+import re
 import secrets
 import subprocess
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -86,9 +87,14 @@ def publish_results(loggers: Iterable[Logger], run: RunDirectory, *, with_table:
     """Send the report and, `with_table`, the lookup table as artifacts, without a local copy; call it on rank 0."""
     for logger in _wandb(loggers):
         with _staged_in_run(logger):
-            _publish(logger, [run.report_path], f"report-{run.path.name}", "report")
+            _publish(logger, [run.report_path], artifact_name("report", run.path.name), "report")
             if with_table and run.lut_path().is_dir():
-                _publish(logger, sorted(run.lut_path().iterdir()), f"lut-{run.path.name}", "lut")
+                _publish(logger, sorted(run.lut_path().iterdir()), artifact_name("lut", run.path.name), "lut")
+
+
+def artifact_name(kind: str, run: str) -> str:
+    """Return a name that W&B accepts: at most 128 ASCII letters, digits, dots, dashes and underscores."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{kind}-{run}")[:128]
 
 
 def _publish(logger: WandbLogger, files: Sequence[Path], name: str, kind: str) -> None:

@@ -9,16 +9,26 @@ from typing import Any
 
 import pytest
 
+from src.config import load_config
 from src.errors import ConfigError
 from src.run_directory import RunDirectory
 from src.train import resumed_config, train
 from src.training.config import WandbConfig
-from src.training.tracking import NOT_LOGGED, MetricsFile, code_version, wandb_mode, without_paths
+from src.training.tracking import (
+    NOT_LOGGED,
+    MetricsFile,
+    artifact_name,
+    build_loggers,
+    code_version,
+    wandb_mode,
+    without_paths,
+)
 from tests.conftest import CONFIGS, STDLIB, small_config
 
 
 def test_auto_is_online_with_a_key_and_offline_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert wandb_mode(WandbConfig()) == "offline"
     (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password " + "0" * 40 + "\n")
@@ -44,6 +54,10 @@ def test_auto_is_what_the_environment_says(
     with pytest.raises(ConfigError, match=r"WANDB_MODE: 'sometimes', but it must be one of online, offline, disabled"):
         train(small_config(small_overrides, tmp_path, "wandb.mode=auto"))
     assert not any(tmp_path.iterdir())
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    for project, expected in ((None, "theirs"), ("ours", "ours")):
+        loggers = build_loggers(WandbConfig(mode="offline", project=project), {}, RunDirectory(tmp_path))
+        assert [logger.name for logger in loggers] == [None, expected]
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -61,7 +75,7 @@ def offline_run(tmp_path_factory: pytest.TempPathFactory, small_overrides: Seque
         patch.delenv("WANDB_API_KEY", raising=False)
         patch.setenv("SECRET_OF_THE_USER", "do-not-record-me")
         options = ["trainer.precision=32-true", "trainer.max_steps=12", "trainer.val_check_interval=6"]
-        tracking = ["wandb.mode=offline", "wandb.log_table=true"]
+        tracking = ["wandb.mode=offline", "wandb.log_table=true", "name=seed=1 grün"]
         return train(small_config(small_overrides, tmp_path_factory.mktemp("runs"), *options, *tracking)).run_dir
 
 
@@ -109,8 +123,22 @@ def test_report_and_table_are_artifacts(offline_run: Path) -> None:
         for record in records(offline_run)
         if record["type"] == "artifact"
     }
-    assert artifacts["report-quickstart"] == {"report.json"}
-    assert artifacts["lut-quickstart"] >= {"manifest.json", "rows-00000.safetensors", "token_counts.safetensors"}
+    assert artifacts["report-seed-1-gr-n"] == {"report.json"}
+    assert artifacts["lut-seed-1-gr-n"] >= {"manifest.json", "rows-00000.safetensors", "token_counts.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["a=b", "a b", "grün", "名前", "x" * 200, "#1 (new)"])
+def test_every_run_name_gives_an_artifact_name(name: str) -> None:
+    import wandb
+
+    for kind in ("report", "lut"):
+        assert wandb.Artifact(artifact_name(kind, name), type=kind).name.startswith(f"{kind}-")
+
+
+@pytest.mark.parametrize("override", ["wandb.project=a/b", "wandb.project=50%", f"wandb.tags={'x' * 65}"])
+def test_names_that_wandb_refuses_are_mistakes_of_the_config(override: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{override.partition('=')[0]}: .*, but W&B takes"):
+        load_config(CONFIGS / "quickstart.yaml", [override])
 
 
 def test_nothing_outside_the_run_is_recorded(offline_run: Path, cache_dir: Path) -> None:

@@ -3,7 +3,6 @@
 Imports Lightning, which takes seconds; `src.train` imports this module only to train.
 """
 
-import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,7 +44,7 @@ from src.system.signals import Preempted, StopSignals
 from src.training.lightning_module import LanguageModel
 from src.training.resume import Resumption, start_from_run
 from src.training.strategy import ShardedStrategy, StreamingCheckpointIO
-from src.training.tracking import build_loggers, close_loggers, code_version, wandb_mode
+from src.training.tracking import build_loggers, close_loggers, code_version, package_version, wandb_mode
 
 
 def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tuple[Path, Report | None]:
@@ -241,10 +240,10 @@ def create_run(config: RunConfig, corpus: PackedCorpus) -> RunDirectory:
     return run
 
 
-def software_versions() -> dict[str, str]:
+def software_versions() -> dict[str, str | None]:
     """Return what the numbers of a run may depend on."""
     packages = ("mole", "torch", "lightning", "tokenizers")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: package_version(name) for name in packages}}
 
 
 def _only_missing(config: RunConfig, missing: Sequence[str]) -> RunConfig:

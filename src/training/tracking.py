@@ -13,7 +13,7 @@ import re
 import secrets
 import subprocess
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -267,11 +267,18 @@ class MetricsFile(Logger):
         return reader.fieldnames or [], rows
 
 
+def package_version(name: str) -> str | None:
+    """Return the version of an installed package; None where it is used without an installation."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
+
+
 def code_version() -> dict[str, str | bool | None]:
     """Return the package's version, its commit, and whether files differ from it; outside a checkout these are None."""
     commit = _git("rev-parse", "HEAD")
     return {
-        "version": importlib.metadata.version("mole"),
+        "version": package_version("mole"),
         "commit": commit,
         "modified": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
     }

@@ -1,5 +1,6 @@
 """Weights & Biases without an account, read back from disk."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from src.config import load_config
 from src.errors import ConfigError
+from src.fit import software_versions
 from src.run_directory import RunDirectory
 from src.train import resumed_config, train
 from src.training.config import WandbConfig
@@ -170,6 +172,21 @@ def test_the_code_of_a_checkout_is_its_commit() -> None:
     found = code_version()
     assert found["commit"] == (done.stdout.strip() or None)
     assert (found["modified"] is None) == (found["commit"] is None)
+
+
+def test_code_that_was_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = importlib.metadata.version
+
+    def without_mole_and_tokenizers(name: str) -> str:
+        if name in ("mole", "tokenizers"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_mole_and_tokenizers)
+    assert code_version()["version"] is None
+    versions = software_versions()
+    assert (versions["mole"], versions["tokenizers"]) == (None, None)
+    assert versions["torch"] == installed("torch")
 
 
 def test_metrics_continue_in_a_file_with_other_columns(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def _table_facts(model: Transformer) -> TableFacts | None:
     store = model.experts.store
     return TableFacts(
         directory=store.lut_dir.name,
-        precision=store.manifest.precision,
+        precision=store.layout.precision,
         table_bytes=store.layout.table_bytes,
         bytes_per_token=store.layout.row_bytes,
     )

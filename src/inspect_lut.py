@@ -105,11 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = options.parse_args(arguments)
     run = RunDirectory(given.run).require()
     tokenizer, lut_dir = load_tokenizer(run.tokenizer_path), run.lut_path(given.lut)
-    manifest, token_id = read_manifest(lut_dir), single_token(given.token, tokenizer)
-    layers = range(manifest.num_layers) if given.layer is None else [given.layer]
-    if given.layer is not None and not 0 <= given.layer < manifest.num_layers:
-        raise UserError(f"--layer {given.layer}: the table has layers 0 to {manifest.num_layers - 1}")
-    with progress_bar("reading the table (rows)", manifest.vocab_size) as advance:
+    layout, token_id = read_manifest(lut_dir).layout, single_token(given.token, tokenizer)
+    layers = range(layout.num_layers) if given.layer is None else [given.layer]
+    if given.layer is not None and not 0 <= given.layer < layout.num_layers:
+        raise UserError(f"--layer {given.layer}: the table has layers 0 to {layout.num_layers - 1}")
+    with progress_bar("reading the table (rows)", layout.vocab_size) as advance:
         found = find_neighbors(lut_dir, token_id, layers=layers, neighbors=given.neighbors, progress=advance)
     weights = token_weights(run, given.lut, token_id)
     entries = to_document(found, weights, tokenizer)

@@ -49,9 +49,10 @@ def adopt_checkpoint(run: RunDirectory, checkpoint: str, *, overwrite: bool) -> 
 
 def describe(lut_dir: Path, manifest: Manifest) -> str:
     """Say what a table is."""
+    layout, shards = manifest.layout, manifest.shards
     return (
-        f"{lut_dir}: {manifest.vocab_size:,} rows of {manifest.row_bytes:,} bytes in {manifest.precision}, "
-        f"{sum(shard.file_bytes for shard in manifest.shards):,} bytes in {len(manifest.shards)} shards"
+        f"{lut_dir}: {layout.vocab_size:,} rows of {layout.row_bytes:,} bytes in {layout.precision}, "
+        f"{sum(shard.file_bytes(layout) for shard in shards):,} bytes in {len(shards)} shards"
     )
 
 

@@ -52,7 +52,7 @@ class Contenders:
 
     def __init__(self, stack: ExitStack, mole: Path, dense: Path, reader: str) -> None:
         """Load them, those on disk with `reader`; the caller's stack closes them."""
-        row_mb = read_manifest(mole / "lut").row_bytes / 2**20
+        row_mb = read_manifest(mole / "lut").layout.row_bytes / 2**20
         self.lut_dir = mole / "lut"
         self.models: dict[str, InferenceModel] = {"dense": stack.enter_context(load_model(dense))}
         self.models["experts computed"] = stack.enter_context(load_model(mole, experts="ffn"))

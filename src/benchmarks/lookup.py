@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_table(directory, config, Identity("benchmark", "benchmark"), given.dtype, text.counts)
         cells, read = measure(directory, text, given.reader, given.rounds)
         hit_rate = measure_hit_rate(directory, text)
-        row_bytes = read_manifest(directory).row_bytes
+        row_bytes = read_manifest(directory).layout.row_bytes
     checks, console = targets(cells, given.reader, hit_rate), Console()
     header = describe_run(given, disk_read_bytes=read)
     console.print(f"{machine_line(header['machine'])}\n{given.shape} {given.dtype}, {row_bytes:,} bytes a row")

@@ -102,7 +102,7 @@ def check_identity(run: RunDirectory, lut: str) -> Check:
 def check_table(run: RunDirectory, lut: str, progress: Progress) -> Check:
     """Read every byte of the table, and count what does not match its manifest."""
     lut_dir = run.lut_path(lut)
-    rows = read_manifest(lut_dir).vocab_size
+    rows = read_manifest(lut_dir).layout.vocab_size
     with progress("reading every row", rows) as advance:
         problems = verify_table(lut_dir, advance)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -120,7 +120,7 @@ def check_reader(
 ) -> Check:
     """Compare logits of the reference with those through one reader."""
     windows = _compared(text)
-    precision = read_manifest(run.lut_path(lut)).precision
+    precision = read_manifest(run.lut_path(lut)).layout.precision
     with (
         load_model(run.path, experts="lut", lut=lut, dtype=torch.float32, reader=reader) as other,
         progress(f"comparing logits ({reader})", len(windows)) as advance,
@@ -210,7 +210,7 @@ def _compared(text: HeldOut) -> Tensor:
 def _table_precision(model: InferenceModel) -> str | None:
     """Return the precision of the rows that a lookup form reads; None of a training form."""
     store = getattr(model.experts, "store", None)
-    return store.manifest.precision if isinstance(store, LutStore) else None
+    return store.layout.precision if isinstance(store, LutStore) else None
 
 
 def _absent(name: str, reason: str) -> Check:

@@ -22,41 +22,10 @@ _NOTES = ("rows_from", "training_form", "backbone", "tokenizer", "token_counts_s
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableShard:
-    """One shard as the manifest describes it."""
-
-    file: str
-    first_token: int
-    num_tokens: int
-    file_bytes: int
-    header_sha256: str
-
-    @classmethod
-    def of(cls, shard: Shard, layout: TableLayout) -> "TableShard":
-        """Describe a shard; everything but its rows follows from the layout."""
-        return cls(
-            file=shard.file_name,
-            first_token=shard.first_token,
-            num_tokens=shard.num_tokens,
-            file_bytes=shard.file_bytes(layout),
-            header_sha256=sha256(shard.header(layout)),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The contents of `manifest.json`, in the order in which they are written."""
+    """The contents of `manifest.json`; all but the notes on where the rows came from follows from the layout."""
 
-    format_version: int
-    vocab_size: int
-    num_layers: int
-    num_experts: int
-    hidden_size: int
-    precision: str
-    shard_bytes: int
-    """What the rows of a shard fit in; decides, with the sizes, how the table is cut."""
-    row_bytes: int
-    shards: tuple[TableShard, ...]
+    layout: TableLayout
     rows_from: str
     """What the rows were made by, such as `experts in float32` or `table in float32`."""
     training_form: str | None
@@ -68,46 +37,29 @@ class Manifest:
     token_counts_sha256: str | None
     """SHA-256 of `token_counts.safetensors`, if the table came with counts."""
 
-    @classmethod
-    def of(
-        cls,
-        layout: TableLayout,
-        *,
-        rows_from: str,
-        training_form: str | None,
-        backbone: str | None,
-        tokenizer: str | None,
-        token_counts_sha256: str | None,
-    ) -> "Manifest":
-        """Return the manifest of a table of this layout."""
-        return cls(
-            format_version=FORMAT_VERSION,
-            **asdict(layout),
-            row_bytes=layout.row_bytes,
-            shards=tuple(TableShard.of(shard, layout) for shard in plan_shards(layout)),
-            rows_from=rows_from,
-            training_form=training_form,
-            backbone=backbone,
-            tokenizer=tokenizer,
-            token_counts_sha256=token_counts_sha256,
-        )
-
     @property
-    def layout(self) -> TableLayout:
-        """The table's shape."""
-        return TableLayout(
-            vocab_size=self.vocab_size,
-            num_layers=self.num_layers,
-            num_experts=self.num_experts,
-            hidden_size=self.hidden_size,
-            precision=self.precision,
-            shard_bytes=self.shard_bytes,
-        )
+    def shards(self) -> list[Shard]:
+        return plan_shards(self.layout)
 
     @property
     def text(self) -> str:
         """The content of the file."""
-        values = asdict(self)
+        values = {
+            "format_version": FORMAT_VERSION,
+            **asdict(self.layout),
+            "row_bytes": self.layout.row_bytes,
+            "shards": [
+                {
+                    "file": shard.file_name,
+                    "first_token": shard.first_token,
+                    "num_tokens": shard.num_tokens,
+                    "file_bytes": shard.file_bytes(self.layout),
+                    "header_sha256": sha256(shard.header(self.layout)),
+                }
+                for shard in self.shards
+            ],
+            **{name: getattr(self, name) for name in _NOTES},
+        }
         return json.dumps({**values, "sha256": sha256(json.dumps(values, sort_keys=True).encode())}, indent=1) + "\n"
 
 
@@ -165,7 +117,7 @@ def _derive(document: dict[str, Any], path: Path) -> Manifest | None:
     shards = document.get("shards")
     if not isinstance(shards, list) or len(shards) != num_shards:  # or damaged sizes could ask for billions of them
         return None
-    return Manifest.of(layout, **texts)
+    return Manifest(layout=layout, **texts)
 
 
 def _shown(value: object) -> str:

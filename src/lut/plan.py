@@ -39,8 +39,8 @@ class BuildPlan:
     @property
     def manifest(self) -> Manifest:
         """The manifest that `publish` will write; it follows from the plan alone."""
-        return Manifest.of(
-            self.layout,
+        return Manifest(
+            layout=self.layout,
             rows_from=self.source.rows_from,
             training_form=self.source.identity.training_form,
             backbone=self.source.identity.backbone,
@@ -141,7 +141,7 @@ def plan(
 def recorded_precision(lut_dir: Path) -> str | None:
     """Return the precision of the table in a directory, finished or not; None if there is none."""
     with suppress(LutError):
-        return read_manifest(lut_dir).precision
+        return read_manifest(lut_dir).layout.precision
     return _recorded(lut_dir, "precision", str)
 
 

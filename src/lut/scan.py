@@ -5,7 +5,6 @@ Knows nothing of random access, caches or threads; `LutStore` does.
 U token ids in a run.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,13 @@ from src.lut.layout import (
     sha256,
     tokens_per_shard,
 )
-from src.lut.manifest import COUNTS_NAME, Manifest, TableShard
+from src.lut.manifest import COUNTS_NAME, Manifest
 
 
 class TableScan:
     """Rows of consecutive ids, straight from the shards; the caller has read the manifest."""
 
     def __init__(self, lut_dir: Path, layout: TableLayout) -> None:
-        """Compute where rows are; files are opened when they are read."""
         self._lut_dir, self.layout = lut_dir, layout
         self._shards = plan_shards(layout)
 
@@ -60,51 +58,39 @@ class TableScan:
 
     def _read_shard(self, shard: Shard, row: int, rows: NDArray[np.uint8], checksums: NDArray[np.uint32]) -> None:
         layout, path = self.layout, self._lut_dir / shard.file_name
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            _read_all(descriptor, rows.data, shard.rows_offset(layout) + row * layout.row_bytes, path)
-            _read_all(descriptor, checksums.data, shard.checksums_offset(layout) + row * CHECKSUM_BYTES, path)
-        finally:
-            os.close(descriptor)
+        rows_at = shard.rows_offset(layout) + row * layout.row_bytes
+        checksums_at = shard.checksums_offset(layout) + row * CHECKSUM_BYTES
+        with path.open("rb") as file:
+            for target, offset in ((rows.data, rows_at), (checksums.data, checksums_at)):
+                file.seek(offset)
+                if (count := file.readinto(target)) < target.nbytes:
+                    raise LutFormatError(
+                        f"{path}: ends at byte {offset + count:,}, inside its rows; copy the table again or rebuild it"
+                    )
 
 
-def _read_all(descriptor: int, target: memoryview, offset: int, path: Path) -> None:
-    rest = target.cast("B")
-    while rest:
-        count = os.preadv(descriptor, [rest], offset)
-        if count == 0:
-            raise LutFormatError(
-                f"{path}: ends at byte {offset:,}, inside its rows; copy the table again or rebuild it"
-            )
-        rest, offset = rest[count:], offset + count
-
-
-def check_shard(lut_dir: Path, record: TableShard) -> None:
-    """Raise LutFormatError when a shard is missing, resized, or has another header than the manifest says."""
-    path = lut_dir / record.file
+def check_shard(lut_dir: Path, shard: Shard, layout: TableLayout) -> None:
+    """Raise LutFormatError when a shard is missing, resized, or has another header than the layout gives it."""
+    path, expected = lut_dir / shard.file_name, shard.file_bytes(layout)
     if not path.is_file():
         raise LutFormatError(f"{path}: missing, but the manifest lists it; copy the table again or rebuild it")
-    if (found := path.stat().st_size) != record.file_bytes:
-        raise LutFormatError(
-            f"{path}: {found:,} bytes, expected {record.file_bytes:,}; copy the table again or rebuild it"
-        )
+    if (found := path.stat().st_size) != expected:
+        raise LutFormatError(f"{path}: {found:,} bytes, expected {expected:,}; copy the table again or rebuild it")
+    header = shard.header(layout)
     with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        handle.seek(0)
-        header = handle.read(min(8 + length, record.file_bytes))
-    if sha256(header) != record.header_sha256:
-        raise LutFormatError(f"{path}: its header is damaged or of another shard; copy the table again or rebuild it")
+        if handle.read(len(header)) != header:
+            raise LutFormatError(
+                f"{path}: its header is damaged or of another shard; copy the table again or rebuild it"
+            )
 
 
-def read_checksums(lut_dir: Path, manifest: Manifest) -> NDArray[np.uint32]:
+def read_checksums(lut_dir: Path, layout: TableLayout) -> NDArray[np.uint32]:
     """Return the CRC-32 of every row (V,), from the end of each shard."""
-    checksums = np.empty(manifest.vocab_size, dtype=np.uint32)
-    for record in manifest.shards:
-        with (lut_dir / record.file).open("rb") as handle:
-            handle.seek(record.file_bytes - CHECKSUM_BYTES * record.num_tokens)
-            part = np.frombuffer(handle.read(), dtype="<u4")
-        checksums[record.first_token : record.first_token + record.num_tokens] = part
-    return checksums
+    parts = [
+        np.fromfile(lut_dir / shard.file_name, "<u4", offset=shard.checksums_offset(layout))
+        for shard in plan_shards(layout)
+    ]
+    return np.concatenate(parts).astype(np.uint32, copy=False)
 
 
 def read_token_counts(lut_dir: Path, manifest: Manifest) -> NDArray[np.int64] | None:
@@ -119,6 +105,8 @@ def read_token_counts(lut_dir: Path, manifest: Manifest) -> NDArray[np.int64] | 
         counts = load(data)["token_counts"].astype(np.int64)
     except (SafetensorError, KeyError) as error:
         raise LutFormatError(f"{path}: holds no token counts ({error}); rebuild the table") from error
-    if counts.shape != (manifest.vocab_size,):
-        raise LutFormatError(f"{path}: {counts.shape} counts, expected {manifest.vocab_size:,}; rebuild the table")
+    if counts.shape != (manifest.layout.vocab_size,):
+        raise LutFormatError(
+            f"{path}: {counts.shape} counts, expected {manifest.layout.vocab_size:,}; rebuild the table"
+        )
     return counts

@@ -60,10 +60,10 @@ class TableRows:
         self.lut_dir = lut_dir
         manifest = read_manifest(lut_dir)
         self.config, self.identity, self.tokenizer = manifest.layout, manifest, manifest.tokenizer
-        self.rows_from = f"table in {manifest.precision}, its rows from {manifest.rows_from}"
-        self.held_row_bytes = manifest.row_bytes
-        for record in manifest.shards:
-            check_shard(lut_dir, record)
+        self.rows_from = f"table in {manifest.layout.precision}, its rows from {manifest.rows_from}"
+        self.held_row_bytes = manifest.layout.row_bytes
+        for shard in manifest.shards:
+            check_shard(lut_dir, shard, manifest.layout)
         counts = read_token_counts(lut_dir, manifest)
         self.token_counts = None if counts is None else torch.from_numpy(counts)
         self._scan = TableScan(lut_dir, manifest.layout)
@@ -74,10 +74,8 @@ class TableRows:
         layout = self.config
         if self._run != (first_token, num_tokens):
             self._rows = torch.empty(0, dtype=torch.uint8)  # free the last run before the next is read
-            self._rows, self._run = (
-                torch.from_numpy(self._scan.read(first_token, num_tokens)),
-                (first_token, num_tokens),
-            )
+            self._rows = torch.from_numpy(self._scan.read(first_token, num_tokens))
+            self._run = first_token, num_tokens
         vectors = self._rows.view(num_tokens, layout.num_layers, layout.num_experts, layout.vector_bytes)[:, layer]
         return layout.codec.decode(vectors, layout.hidden_size).to(torch.float32)
 

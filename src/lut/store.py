@@ -151,7 +151,7 @@ class LutStore:
         self.lut_dir, self.manifest, self.layout = lut_dir, manifest, manifest.layout
         self._gate = Gate(f"{lut_dir}: the store is closed; open it again to read")
         self._stats = ReadStats()
-        self._checksums = read_checksums(lut_dir, manifest) if verify_rows else None
+        self._checksums = read_checksums(lut_dir, self.layout) if verify_rows else None
         self.reader: Reader | ResidentTable = READERS[reader].open(lut_dir, self.layout, torch.device(device))
         self._cache: RowCache | None = None
         self.device = torch.device("cpu") if not isinstance(self.reader, ResidentTable) else self.reader.table.device
@@ -193,8 +193,8 @@ class LutStore:
         if cache_mb < 0:
             raise LutError(f"cache_mb {cache_mb}, but it must not be negative")
         manifest = read_manifest(Path(lut_dir))
-        for record in manifest.shards:
-            check_shard(Path(lut_dir), record)
+        for shard in manifest.shards:
+            check_shard(Path(lut_dir), shard, manifest.layout)
         return cls(Path(lut_dir), manifest, reader=reader, cache_mb=cache_mb, verify_rows=verify_rows, device=device)
 
     @property

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.errors import LutError
-from src.lut.layout import Shard, plan_shards
-from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, OLD_ERRORS_NAME, Manifest, TableShard, read_manifest
+from src.lut.layout import Shard, TableLayout
+from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, OLD_ERRORS_NAME, Manifest, read_manifest
 from src.lut.scan import TableScan, check_shard, read_token_counts
 from src.lut.sources import TableRows
 from src.system.console import Advance, no_advance
 
-_RUN_BYTES = 4 * 2**20
+_VERIFIED_BYTES, _COMPARED_BYTES = 4 * 2**20, 32 * 2**20
+"""Rows in memory at a time."""
 
 
 def verify_table(lut_dir: Path, progress: Advance = no_advance) -> list[str]:
@@ -34,8 +35,8 @@ def verify_table(lut_dir: Path, progress: Advance = no_advance) -> list[str]:
     except LutError as error:
         return [str(error)]
     problems = list(_companion_problems(lut_dir, manifest))
-    for record, shard in zip(manifest.shards, plan_shards(manifest.layout), strict=True):
-        problems += _shard_problems(lut_dir, manifest, record, shard, progress)
+    for shard in manifest.shards:
+        problems += _shard_problems(lut_dir, manifest.layout, shard, progress)
     return problems
 
 
@@ -44,7 +45,7 @@ def _companion_problems(lut_dir: Path, manifest: Manifest) -> Iterator[str]:
         read_token_counts(lut_dir, manifest)
     except LutError as error:
         yield str(error)
-    expected = {MANIFEST_NAME, OLD_ERRORS_NAME, *(record.file for record in manifest.shards)}
+    expected = {MANIFEST_NAME, OLD_ERRORS_NAME, *(shard.file_name for shard in manifest.shards)}
     if manifest.token_counts_sha256 is not None:
         expected.add(COUNTS_NAME)
     for path in sorted(lut_dir.iterdir()):
@@ -52,25 +53,19 @@ def _companion_problems(lut_dir: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{path}: is not part of this table; remove it, or find out what wrote it"
 
 
-def _shard_problems(
-    lut_dir: Path, manifest: Manifest, record: TableShard, shard: Shard, progress: Advance
-) -> Iterator[str]:
+def _shard_problems(lut_dir: Path, layout: TableLayout, shard: Shard, progress: Advance) -> Iterator[str]:
     try:
-        check_shard(lut_dir, record)
+        check_shard(lut_dir, shard, layout)
     except LutError as error:
         yield str(error)
         progress(shard.num_tokens)
         return
-    scan, step = TableScan(lut_dir, manifest.layout), max(1, _RUN_BYTES // manifest.row_bytes)
+    scan, step = TableScan(lut_dir, layout), max(1, _VERIFIED_BYTES // layout.row_bytes)
     for row in range(0, shard.num_tokens, step):
         count = min(step, shard.num_tokens - row)
         damaged = scan.damaged(shard.first_token + row, count)
-        yield from (f"{lut_dir / record.file}: {problem}" for problem in damaged)
+        yield from (f"{lut_dir / shard.file_name}: {problem}" for problem in damaged)
         progress(count)
-
-
-RUN_BYTES = 32 * 2**20
-"""Rows compared at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,35 +90,25 @@ def find_neighbors(
         IndexError: the id is outside [0, V).
         LutError: the table cannot be opened, or a row is damaged.
     """
-    vocab_size, row_bytes = read_manifest(lut_dir).vocab_size, read_manifest(lut_dir).row_bytes
+    rows = TableRows(lut_dir)
+    vocab_size, step = rows.config.vocab_size, max(1, _COMPARED_BYTES // rows.config.row_bytes)
     if not 0 <= token_id < vocab_size:
         raise IndexError(f"token id {token_id} is outside the table's vocabulary [0, {vocab_size})")
-    rows = TableRows(lut_dir)
     wanted = torch.stack([rows.layer_rows(layer, token_id, 1)[0] for layer in layers])  # (layers, E, D)
     best = torch.full((*wanted.shape[:2], 0), 0.0)  # (layers, E, up to K)
     best_ids = best.long()
-    step = max(1, RUN_BYTES // row_bytes)
     for first in range(0, vocab_size, step):
         count = min(step, vocab_size - first)
-        run = (rows.layer_rows(layer, first, count) for layer in layers)
-        cosines = torch.stack([_cosines(*pair) for pair in zip(run, wanted, strict=True)])  # (layers, E, U)
+        pairs = zip((rows.layer_rows(layer, first, count) for layer in layers), wanted, strict=True)
+        cosines = torch.stack([F.cosine_similarity(*pair, dim=-1).T for pair in pairs])  # (layers, E, U)
         if first <= token_id < first + count:
             cosines[..., token_id - first] = -torch.inf  # not a neighbor of itself
         ids = torch.arange(first, first + count).expand(cosines.shape)
-        best, best_ids = _largest(torch.cat([best, cosines], -1), torch.cat([best_ids, ids], -1), neighbors)
+        best, best_ids = torch.cat([best, cosines], -1), torch.cat([best_ids, ids], -1)
+        order = best.argsort(dim=-1, descending=True, stable=True)[..., :neighbors]
+        best, best_ids = best.gather(-1, order), best_ids.gather(-1, order)
         progress(count)
     kept = min(neighbors, vocab_size - 1)
     return Neighborhood(
         layers=tuple(layers), norms=wanted.norm(dim=-1), cosines=best[..., :kept], token_ids=best_ids[..., :kept]
     )
-
-
-def _cosines(rows: Tensor, wanted: Tensor) -> Tensor:
-    """Cosine (E, U) of rows (U, E, D) with the wanted vectors (E, D)."""
-    return F.cosine_similarity(rows, wanted, dim=-1).T
-
-
-def _largest(cosines: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` largest cosines of (layers, E, candidates), and their ids."""
-    order = cosines.argsort(dim=-1, descending=True, stable=True)[..., :count]
-    return cosines.gather(-1, order), ids.gather(-1, order)

@@ -188,7 +188,7 @@ def holds_table(lut_dir: Path, training_form: str, precision: str) -> bool:
     """Whether the directory holds a finished table of these weights in this precision."""
     with suppress(LutError):
         manifest = read_manifest(lut_dir)
-        return (manifest.training_form, manifest.precision) == (training_form, precision)
+        return (manifest.training_form, manifest.layout.precision) == (training_form, precision)
     return False
 
 

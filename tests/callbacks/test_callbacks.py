@@ -31,7 +31,7 @@ def test_a_fit_leaves_weights_table_and_report(trained: RunResult) -> None:
     assert all(name.startswith("experts.") for name in experts)
     assert not any("expert" in name and "shared_expert" not in name for name in backbone)
     with LutStore.open(run.lut_path()) as store:
-        assert store.manifest.precision == "float32"
+        assert store.layout.precision == "float32"
         assert store.manifest.training_form == identify(backbone, experts).training_form
         assert store.manifest.token_counts_sha256 is not None
     report = json.loads(run.report_path.read_text())

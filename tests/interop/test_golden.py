@@ -87,7 +87,7 @@ def test_a_half_precision_table_stays_what_it_is(dtype: torch.dtype, tmp_path: P
     tensors = {name: tensor.to(dtype) for name, tensor in golden_tensors("mole_rep").items()}
     checkpoint = write_checkpoint(tmp_path / "official", tensors, golden_config("mole_rep"))
     run = convert(checkpoint, tmp_path / "run")
-    assert read_manifest(run / "lut").precision == str(dtype).removeprefix("torch.")
+    assert read_manifest(run / "lut").layout.precision == str(dtype).removeprefix("torch.")
     with load_model(run) as model:
         assert isinstance(model.experts, DiskExperts) and model.head.weight.dtype == dtype
         rows = model.experts.store.gather(torch.arange(97))  # (V, L, E, D)

@@ -244,8 +244,8 @@ def test_a_table_of_another_precision_needs_no_training_form(dtype: str, tmp_pat
     build_lut(model, tmp_path / "direct", dtype=dtype, shard_bytes=SHARD_BYTES, chunk_tokens=1)
     manifest = build_lut(tmp_path / "float32", tmp_path / "converted", dtype=dtype, shard_bytes=SHARD_BYTES)
     direct, converted = contents(tmp_path / "direct"), contents(tmp_path / "converted")
-    for record in manifest.shards:
-        assert converted[record.file] == direct[record.file]
+    for shard in manifest.shards:
+        assert converted[shard.file_name] == direct[shard.file_name]
     source = read_manifest(tmp_path / "float32")
     assert manifest.rows_from == "table in float32, its rows from experts in float32"
     assert (manifest.training_form, manifest.backbone) == (source.training_form, source.backbone)

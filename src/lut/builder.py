@@ -7,13 +7,15 @@ and ends with the same bytes. Memory holds two chunks, never a table: one is wri
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from src.errors import LutError
@@ -22,7 +24,6 @@ from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, OLD_ERRORS_NAME, Manife
 from src.lut.plan import MEMORY_BYTES, PLAN_NAME, BuildPlan, plan
 from src.lut.shard_writer import (
     LOCK_NAME,
-    Background,
     ShardFile,
     building,
     disk_errors,
@@ -86,13 +87,7 @@ def no_barrier() -> None:
 def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) -> None:
     """Make the directory ready for writers: check for another table, for free space, and record the plan.
 
-    Args:
-        plan: what will be built.
-        resume: continue an unfinished build of the same plan; otherwise start over.
-        overwrite: replace a finished table, or an unfinished one of another plan.
-
-    Raises:
-        LutError: the directory holds something else, another process is building in it, or the disk is too small.
+    LutError when the directory holds something else, another process builds in it, or the disk is too small.
     """
     finished = (plan.lut_dir / MANIFEST_NAME).exists()
     if finished and resume and plan.is_recorded() and is_built(plan):
@@ -124,26 +119,32 @@ def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: 
                 f"{plan.lut_dir}: is not prepared for this build; prepare it, and build in one place at a time"
             )
         bar = progress("building the table (rows)", sum(shard.num_tokens for shard in shards))
-        with bar as advance, ExitStack() as opened, Background(advance) as disk:
-            for shard in shards:
-                _write_shard(plan, shard, opened, disk, advance)
-            disk.wait()
+        with bar as advance, ExitStack() as opened, ThreadPoolExecutor(1, "lut-writer") as disk:
+            writing: Future[int] | None = None
+            for file, rows in _chunks(plan, shards, opened, advance):  # computed while the one before is written
+                if writing is not None:
+                    advance(writing.result())
+                writing = disk.submit(file.store, rows)
+            if writing is not None:
+                advance(writing.result())
 
 
-def _write_shard(plan: BuildPlan, shard: Shard, opened: ExitStack, disk: Background, advance: Advance) -> None:
-    """Compute the chunks of a shard that are not written yet, each while `disk` writes the one before."""
-    if is_finished(plan, shard):
-        advance(shard.num_tokens)
-        return
-    file = ShardFile(plan, shard)
-    opened.callback(file.close)
-    advance(file.written)
-    if file.written == shard.num_tokens:
-        file.finish()
-    for offset in range(file.written, shard.num_tokens, plan.chunk_tokens):
-        count = min(plan.chunk_tokens, shard.num_tokens - offset)
-        chunk = encode_chunk(plan, shard.first_token + offset, count)
-        disk.submit(partial(file.store, chunk))
+def _chunks(
+    plan: BuildPlan, shards: Sequence[Shard], opened: ExitStack, advance: Advance
+) -> Iterator[tuple[ShardFile, NDArray[np.uint8]]]:
+    """Compute the chunks that are not written yet; `advance` counts the rows that are."""
+    for shard in shards:
+        if is_finished(plan, shard):
+            advance(shard.num_tokens)
+            continue
+        file = ShardFile(plan, shard)
+        opened.callback(file.close)
+        advance(file.written)
+        if file.written == shard.num_tokens:
+            file.finish()
+        for offset in range(file.written, shard.num_tokens, plan.chunk_tokens):
+            count = min(plan.chunk_tokens, shard.num_tokens - offset)
+            yield file, encode_chunk(plan, shard.first_token + offset, count)
 
 
 def publish(plan: BuildPlan) -> Manifest:
@@ -182,25 +183,15 @@ def build_lut(
     """Build the lookup table of a model or a run directory, or another precision of a table; return its manifest.
 
     With `world_size` above 1 every rank calls it with the same arguments but its own `rank`: rank 0 prepares and
-    publishes, each rank writes its share of the shards, and all of them call `barrier` three times. With `resume` a
-    finished table of the same build is kept.
+    publishes, each rank writes its share of the shards, and all of them call `barrier`, such as
+    `torch.distributed.barrier`, three times.
 
-    Args:
-        source: what the rows come from, as in `open_source`.
-        lut_dir: the table's directory.
-        dtype: a precision of `src.lut.codecs`.
-        compute_dtype: what experts compute in, as in `open_source`.
-        chunk_tokens: rows computed at a time; None takes what `memory_bytes` allows. A resumed build keeps its own.
-        memory_bytes: what one rank's buffers may take.
-        shard_bytes: what the rows of a shard fit in.
-        resume: continue an unfinished build of the same table; otherwise start over.
-        overwrite: replace a finished table, or an unfinished one of another build.
-        rank: this process among those that build.
-        world_size: how many processes build.
-        barrier: returns once every rank has called it, such as `torch.distributed.barrier`.
-        tokenizer: fingerprint of the tokenizer whose ids these are; a source table's by default.
-        token_counts: (V,) int64, how often training saw each id; a source table's by default.
-        progress: shows how many of this rank's rows are written.
+    `source` and `compute_dtype` are those of `open_source`, `dtype` is a precision of `src.lut.codecs`. `chunk_tokens`
+    rows are computed at a time, by default as many as `memory_bytes` of buffers hold; the rows of a shard fit in
+    `shard_bytes`. `resume` keeps a finished table of the same build and continues an unfinished one, in its chunks;
+    `overwrite` replaces a finished table, or an unfinished one of another build. `tokenizer` is the fingerprint of the
+    tokenizer whose ids these are, `token_counts` (V,) int64 how often training saw each; by default those of a source
+    table. `progress` shows how many of this rank's rows are written.
 
     Raises:
         ValueError: `world_size` is above 1 and there is no barrier.
@@ -217,20 +208,8 @@ def build_lut(
         tokenizer=tokenizer,
         token_counts=token_counts,
     )
-    if not (resume and is_built(build)) or build.is_recorded():
-        _build(build, resume, overwrite, rank, world_size, barrier, progress)
-    return build.manifest
-
-
-def _build(
-    build: BuildPlan,
-    resume: bool,
-    overwrite: bool,
-    rank: int,
-    world_size: int,
-    barrier: Callable[[], object],
-    progress: Progress,
-) -> None:
+    if resume and is_built(build) and not build.is_recorded():
+        return build.manifest
     if world_size > 1 and barrier is no_barrier:
         raise ValueError(f"world_size is {world_size}, but barrier is missing; pass torch.distributed.barrier")
     if rank == 0:
@@ -241,6 +220,7 @@ def _build(
     if rank == 0:
         publish(build)
     barrier()
+    return build.manifest
 
 
 def _write_counts(plan: BuildPlan) -> None:
@@ -270,7 +250,6 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has room."""
         return self.table_bytes <= self.free_bytes
 
 

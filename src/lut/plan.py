@@ -63,7 +63,6 @@ class BuildPlan:
 
     @property
     def file_bytes(self) -> int:
-        """Size of all shards together."""
         return sum(shard.file_bytes(self.layout) for shard in self.shards)
 
     @property
@@ -77,7 +76,6 @@ class BuildPlan:
         return path.is_file() and path.read_bytes() == self.text.encode()
 
     def counts_file(self) -> bytes:
-        """The content of `token_counts.safetensors`."""
         assert self.token_counts is not None
         return save({"token_counts": self.token_counts.to(torch.int64).contiguous()})
 
@@ -94,22 +92,11 @@ def plan(
     tokenizer: str | None = None,
     token_counts: Tensor | None = None,
 ) -> BuildPlan:
-    """Decide layout, shards and chunks; writes nothing to disk.
+    """Decide layout, shards and chunks from the arguments of `build_lut`; writes nothing to disk.
 
-    Args:
-        source: gives the rows.
-        lut_dir: the table's directory.
-        dtype: a precision of `src.lut.codecs`.
-        chunk_tokens: rows computed and written at a time; by default as many as `memory_bytes` allows.
-        memory_bytes: what one writer's buffers may take.
-        shard_bytes: what the rows of a shard fit in.
-        resume: keep the chunks of an unfinished build of the same table, because rows computed in chunks of another
-            size may round differently.
-        tokenizer: fingerprint of the tokenizer whose ids these are; a source table's by default.
-        token_counts: (V,) int64, how often training saw each id; a source table's by default.
-
-    Raises:
-        LutError: the precision is unknown, or cannot pack this hidden size, or a table would be made of itself.
+    To resume is to keep the chunks of an unfinished build, because rows computed in chunks of another size may round
+    differently. LutError when the precision is unknown or cannot pack this hidden size, or a table would be made of
+    itself.
     """
     if isinstance(source, TableRows) and source.lut_dir.resolve() == lut_dir.resolve():
         raise LutError(f"{lut_dir}: is the table that the rows come from; give the new one another --lut name")

@@ -1,7 +1,7 @@
 """Writes one shard: rows are appended to a `.partial` file, and a journal counts those that are synced to disk.
 
-The journal stays until the table is published. A chunk is written while the next is computed. Locks keep two builders
-out of one directory; the kernel releases them when a process ends.
+The journal stays until the table is published. Locks keep two builders out of one directory; the kernel releases them
+when a process ends.
 
 U token ids in a chunk, L layers, E experts, D hidden.
 """
@@ -10,10 +10,8 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,36 +23,7 @@ from src.errors import LutError
 from src.lut.codecs import Codec
 from src.lut.layout import CHECKSUM_BYTES, Shard, row_checksums
 from src.lut.plan import BuildPlan
-from src.system.console import Advance
 from src.system.files import sync_directory, write_text
-
-
-class Background:
-    """Runs one job at a time in a thread while the caller prepares the next, and reports what each returns."""
-
-    def __init__(self, report: Advance) -> None:
-        """Call `report`, in the caller's thread, with what each job returned."""
-        self._report, self._executor = report, ThreadPoolExecutor(1, thread_name_prefix="lut-writer")
-        self._job: Future[int] | None = None
-
-    def submit(self, job: Callable[[], int]) -> None:
-        """Wait for the previous job, then start this one; raises what the previous one raised."""
-        self.wait()
-        self._job = self._executor.submit(job)
-
-    def wait(self) -> None:
-        """Wait for the running job, if any."""
-        if self._job is not None:
-            job, self._job = self._job, None
-            self._report(job.result())
-
-    def __enter__(self) -> "Background":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Let the last job finish, also after an error."""
-        self._executor.shutdown()
-
 
 LOCK_NAME = "build.lock"
 
@@ -99,15 +68,6 @@ _BLOCK_BYTES = 4 * 2**20
 """Rows encoded and checked at a time on a CPU, so that they stay in its cache."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive rows, ready to be written."""
-
-    first_token: int
-    rows: NDArray[np.uint8]
-    """(U, row_bytes)."""
-
-
 def journal_path(plan: BuildPlan, shard: Shard) -> Path:
     """Path of a shard's journal."""
     return (plan.lut_dir / shard.file_name).with_suffix(".progress")
@@ -144,22 +104,21 @@ class ShardFile:
                 self.close()
                 raise
 
-    def store(self, chunk: Chunk) -> int:
-        """Write the next rows, then the journal that counts them; return how many."""
+    def store(self, rows: NDArray[np.uint8]) -> int:
+        """Write the next rows (U, row_bytes), then the journal that counts them; return how many."""
         layout, shard, offset = self._plan.layout, self._shard, self.written
-        checksums = row_checksums(chunk.first_token, chunk.rows).astype("<u4").tobytes()
+        checksums = row_checksums(shard.first_token + offset, rows).astype("<u4")
+        rows_at = shard.rows_offset(layout) + offset * layout.row_bytes
+        checksums_at = shard.checksums_offset(layout) + offset * CHECKSUM_BYTES
         with disk_errors(self._partial):
-            rows_at = shard.rows_offset(layout) + offset * layout.row_bytes
-            _write_all(self._descriptor, chunk.rows.data.cast("B"), rows_at)
-            _write_all(
-                self._descriptor, memoryview(checksums), shard.checksums_offset(layout) + offset * CHECKSUM_BYTES
-            )
+            _write_all(self._descriptor, rows.data.cast("B"), rows_at)
+            _write_all(self._descriptor, checksums.data.cast("B"), checksums_at)
             os.fsync(self._descriptor)  # before the journal counts it
-            self.written = offset + len(chunk.rows)
+            self.written = offset + len(rows)
             write_text(self._journal_path, json.dumps({"num_tokens": self.written}))
             if self.written == shard.num_tokens:
                 self.finish()
-        return len(chunk.rows)
+        return len(rows)
 
     def finish(self) -> None:
         """Give the shard its name; every row is on disk."""
@@ -175,21 +134,17 @@ class ShardFile:
             os.close(self._descriptor)
 
     def _resume(self) -> int:
-        """Return the rows that the journal counts if the file can hold them; otherwise start over."""
-        if self._holds(num_tokens := read_journal(self._journal_path)):
+        """Return the rows that the journal counts if their checksums are within the file; otherwise start over."""
+        shard, num_tokens = self._shard, read_journal(self._journal_path)
+        needed = shard.checksums_offset(self._plan.layout) + num_tokens * CHECKSUM_BYTES
+        if 0 < num_tokens <= shard.num_tokens and os.fstat(self._descriptor).st_size >= needed:
             return num_tokens
         os.ftruncate(self._descriptor, 0)
         return 0
 
-    def _holds(self, num_tokens: int) -> bool:
-        """Whether the file can hold what the journal counts: the last of its checksums is within the file."""
-        shard, layout = self._shard, self._plan.layout
-        needed = shard.checksums_offset(layout) + num_tokens * CHECKSUM_BYTES if num_tokens else 0
-        return 0 <= num_tokens <= shard.num_tokens and os.fstat(self._descriptor).st_size >= needed
 
-
-def encode_chunk(plan: BuildPlan, first_token: int, num_tokens: int) -> Chunk:
-    """Compute and encode the rows of consecutive ids; LutError names the layer that cannot be stored."""
+def encode_chunk(plan: BuildPlan, first_token: int, num_tokens: int) -> NDArray[np.uint8]:
+    """Return the encoded rows (U, row_bytes) of consecutive ids; LutError names the layer that cannot be stored."""
     layout = plan.layout
     encoded: Tensor | None = None
     finite: list[Tensor] = []
@@ -208,7 +163,7 @@ def encode_chunk(plan: BuildPlan, first_token: int, num_tokens: int) -> Chunk:
             f"layer {found.index(False)}, ids from {first_token}: a row holds NaN, infinity, or more than "
             f"{layout.precision} can; check the weights, or choose another --dtype"
         )
-    return Chunk(first_token, encoded.view(num_tokens, layout.row_bytes).cpu().numpy())
+    return encoded.view(num_tokens, layout.row_bytes).cpu().numpy()
 
 
 def encode_layer(codec: Codec, rows: Tensor, target: Tensor) -> Tensor:

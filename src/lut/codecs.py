@@ -70,11 +70,9 @@ class FloatCodec(Codec):
         return vectors.to(self.dtype).contiguous().view(torch.uint8)
 
     def decode(self, codes: Tensor, hidden_size: int) -> Tensor:
-        """Reinterpret the bytes; no copy."""
         return codes.view(self.dtype)
 
     def stored_as(self, num_layers: int, num_experts: int, hidden_size: int) -> tuple[str, tuple[int, ...]]:
-        """Return an (L, E, D) tensor of `dtype`."""
         return self.safetensors_dtype, (num_layers, num_experts, hidden_size)
 
 
@@ -83,7 +81,7 @@ SCALE_BYTES = 2
 
 def absmax_scales(blocks: Tensor) -> Tensor:
     """Return the scales (..., N) float16 of (..., N, K); LutError where a value is not finite or beyond float16."""
-    scales = blocks.abs().amax(dim=-1).to(torch.float16)  # (..., N); NaN and infinity come through
+    scales = blocks.abs().amax(dim=-1).to(torch.float16).contiguous()  # (..., N); NaN and infinity come through
     if not scales.isfinite().all():
         raise LutError(
             "a row holds NaN, infinity or a value above 65,504, which packed precisions cannot scale; "
@@ -96,11 +94,6 @@ def relative(blocks: Tensor, scales: Tensor) -> Tensor:
     """Divide (..., N, K) by the scales (..., N) as they will be read back; about [-1, 1], and 0 where the scale is."""
     divisors = scales.to(torch.promote_types(blocks.dtype, torch.float32))
     return blocks / divisors.masked_fill(divisors == 0, torch.inf).unsqueeze(-1)  # (..., N, K)
-
-
-def scale_bytes(scales: Tensor) -> Tensor:
-    """Return (..., N) float16 as (..., 2N) uint8."""
-    return scales.contiguous().view(torch.uint8)
 
 
 def read_scales(codes: Tensor) -> Tensor:
@@ -122,10 +115,9 @@ class Int8Codec(Codec):
         scales = absmax_scales(vectors.unsqueeze(-2))  # (..., 1)
         levels = relative(vectors.unsqueeze(-2), scales).squeeze(-2).mul_(_LARGEST)  # (..., D)
         codes = levels.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)  # a scale rounded down ends just above 127
-        return torch.cat([codes.view(torch.uint8), scale_bytes(scales)], dim=-1)  # (..., D + 2)
+        return torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)], dim=-1)  # (..., D + 2)
 
     def decode(self, codes: Tensor, hidden_size: int) -> Tensor:
-        """Multiply the levels by their scale."""
         scales = read_scales(codes[..., hidden_size:])  # (..., 1)
         return codes[..., :hidden_size].view(torch.int8).to(torch.float32).mul_(scales / _LARGEST)  # (..., D)
 
@@ -145,11 +137,9 @@ class NormalFloatCodec(Codec):
 
     @property
     def bits(self) -> int:
-        """Bits of one code."""
         return (len(self.levels) - 1).bit_length()
 
     def vector_bytes(self, hidden_size: int) -> int:
-        """Bytes of one vector; LutError when blocks do not divide it."""
         multiple = self.block_size or 2
         if hidden_size % multiple:
             raise LutError(
@@ -165,10 +155,9 @@ class NormalFloatCodec(Codec):
         scales = absmax_scales(blocks)  # (..., N)
         codes = _nearest(relative(blocks, scales).flatten(-2), self.levels)  # (..., D)
         packed = _pack4(codes) if self.bits == 4 else _pack3(codes)  # (..., D * bits / 8)
-        return torch.cat([packed, scale_bytes(scales)], dim=-1)
+        return torch.cat([packed, scales.view(torch.uint8)], dim=-1)  # (..., D * bits / 8 + 2N)
 
     def decode(self, codes: Tensor, hidden_size: int) -> Tensor:
-        """Look words up and multiply each block by its scale."""
         code_bytes = self._code_bytes(hidden_size)
         packed, scales = codes[..., :code_bytes], read_scales(codes[..., code_bytes:])  # (..., N)
         words = packed if self.bits == 4 else _words12(packed)  # (..., W)

@@ -43,18 +43,12 @@ class TableLayout:
 
     @cached_property
     def vector_bytes(self) -> int:
-        """Bytes of one expert's vector."""
         return self.codec.vector_bytes(self.hidden_size)
 
     @cached_property
-    def layer_bytes(self) -> int:
-        """Bytes of one token's row that belong to one layer; layers are stored one after another."""
-        return self.num_experts * self.vector_bytes
-
-    @cached_property
     def row_bytes(self) -> int:
-        """Bytes of one token's row: what one lookup reads for all layers."""
-        return self.num_layers * self.layer_bytes
+        """Bytes of one token's row, layer after layer: what one lookup reads."""
+        return self.num_layers * self.num_experts * self.vector_bytes
 
     @cached_property
     def table_bytes(self) -> int:
@@ -72,7 +66,6 @@ class Shard:
 
     @property
     def file_name(self) -> str:
-        """The published name."""
         return f"rows-{self.index:05d}.safetensors"
 
     def header(self, layout: TableLayout) -> bytes:
@@ -94,11 +87,9 @@ class Shard:
         return len(self.header(layout))
 
     def checksums_offset(self, layout: TableLayout) -> int:
-        """Byte of the file where the checksums start."""
         return self.rows_offset(layout) + self.num_tokens * layout.row_bytes
 
     def file_bytes(self, layout: TableLayout) -> int:
-        """Size of the whole file."""
         return self.checksums_offset(layout) + self.num_tokens * CHECKSUM_BYTES
 
 

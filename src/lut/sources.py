@@ -28,9 +28,7 @@ class RowSource(Protocol):
     """Gives expert rows. A builder requests all layers of a run of ids in order, then the next run."""
 
     @property
-    def config(self) -> ModelConfig | TableLayout:
-        """The table's sizes."""
-        ...
+    def config(self) -> ModelConfig | TableLayout: ...
 
     @property
     def identity(self) -> Identity | Manifest:
@@ -111,7 +109,6 @@ class ModelRows:
 
     @torch.no_grad()
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
-        """Run one layer's experts on the embedding rows of consecutive ids."""
         part = self._experts[layer]
         assert isinstance(part, LayerExperts)
         experts = part.experts
@@ -130,18 +127,14 @@ class RunRows:
     held_row_bytes = 0
 
     def __post_init__(self) -> None:
-        """Check the run's parts; nothing is loaded yet."""
         self.config, self.identity = self.run.model_config(), self.run.identity()
         self._dtype, self.rows_from = _compute_dtype(self.compute_dtype), f"experts in {self.compute_dtype}"
         require_lookup_form(self.config)
         if not self.run.experts_path.is_file():
-            raise LutError(
-                f"{self.run.experts_path}: missing, so this run holds no training form to build a table from"
-            )
+            raise LutError(f"{self.run.experts_path}: missing, so this run has no training form to build a table from")
 
     @torch.no_grad()
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
-        """Read the embedding rows of consecutive ids and one expert after another, and run them."""
         with safe_open(self.run.backbone_path, framework="pt") as handle:
             embeddings = handle.get_slice("embedding.weight")[first_token : first_token + num_tokens]
         prefix = f"{EXPERTS_PREFIX}{layer}."
@@ -158,9 +151,8 @@ def open_source(
 ) -> RowSource:
     """Return the row source of a model, of a run directory, or of another table's directory.
 
-    Args:
-        source: a path is a table when it holds a manifest, a run directory otherwise.
-        compute_dtype: what experts compute in, a name of `COMPUTE_DTYPES`; does not apply to a table.
+    A path is a table when it holds a manifest, a run directory otherwise. Experts compute in `compute_dtype`, a name of
+    `COMPUTE_DTYPES`; a table computes nothing.
     """
     if isinstance(source, Transformer):
         return ModelRows(source, compute_dtype)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -97,16 +96,14 @@ def _vectors(codes: Tensor, layout: TableLayout) -> Tensor:
 
 
 class Gate:
-    """Counts the threads inside. `close` refuses new ones and waits for the others to leave."""
+    """Counts the threads inside. `close` waits for them to leave; entering then raises LutError(`closed_message`)."""
 
     def __init__(self, closed_message: str) -> None:
-        """`closed_message` is what entering a closed gate raises as LutError."""
         self._message, self._closed = closed_message, False
         self.reset_after_fork()
         reset_after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """Forget threads that were inside, which a forked child does not have."""
         self._inside, self._changed = 0, threading.Condition()
 
     def __enter__(self) -> None:
@@ -115,16 +112,13 @@ class Gate:
                 raise LutError(self._message)
             self._inside += 1
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._changed:
             self._inside -= 1
             if self._closed:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Close and wait."""
         with self._changed:
             self._closed = True
             self._changed.wait_for(lambda: not self._inside)
@@ -141,11 +135,10 @@ class LutStore:
         self,
         lut_dir: Path,
         manifest: Manifest,
-        *,
-        reader: str = "auto",
-        cache_mb: float = 0,
-        verify_rows: bool = True,
-        device: torch.device | str = "cpu",
+        reader: str,
+        cache_mb: float,
+        verify_rows: bool,
+        device: torch.device | str,
     ) -> None:
         """Use `LutStore.open`, which checks the directory first."""
         self.lut_dir, self.manifest, self.layout = lut_dir, manifest, manifest.layout
@@ -195,7 +188,7 @@ class LutStore:
         manifest = read_manifest(Path(lut_dir))
         for shard in manifest.shards:
             check_shard(Path(lut_dir), shard, manifest.layout)
-        return cls(Path(lut_dir), manifest, reader=reader, cache_mb=cache_mb, verify_rows=verify_rows, device=device)
+        return cls(Path(lut_dir), manifest, reader, cache_mb, verify_rows, device)
 
     @property
     def stats(self) -> ReadStats:
@@ -241,9 +234,7 @@ class LutStore:
     def __enter__(self) -> "LutStore":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _finish(self, finish: Finish | None, keep: Callable[[], None] | None) -> None:

@@ -20,7 +20,7 @@ DEPTH = 16
 
 
 class DirectReader(Reader):
-    """Unbuffered reads by up to `DEPTH` threads, in order of the file."""
+    """Unbuffered reads by up to `DEPTH` threads."""
 
     def __init__(self, lut_dir: Path, layout: TableLayout) -> None:
         """Open every shard; OSError where the file system refuses unbuffered reads."""
@@ -34,11 +34,9 @@ class DirectReader(Reader):
             raise
 
     def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived) -> Finish | None:
-        """Sort by place in the file and hand the rows to the threads."""
-        return self._pool.start(partial(self._read, rows, arrived), sorted(wanted))
+        return self._pool.start(partial(self._read, rows, arrived), sorted(wanted))  # in order of the file
 
     def close(self) -> None:
-        """Stop threads, close files."""
         self._pool.close()
         self._files.close()
         self._scratch.clear()

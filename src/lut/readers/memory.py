@@ -17,13 +17,7 @@ class MemmapReader(Reader):
     def __init__(self, lut_dir: Path, layout: TableLayout) -> None:
         self._files = ShardFiles(lut_dir, layout)
         self._maps = [
-            np.memmap(
-                path,
-                dtype=np.uint8,
-                mode="r",
-                offset=shard.rows_offset(layout),
-                shape=(shard.num_tokens, layout.row_bytes),
-            )
+            np.memmap(path, np.uint8, "r", offset=shard.rows_offset(layout), shape=(shard.num_tokens, layout.row_bytes))
             for path, shard in zip(self._files.paths, self._files.shards, strict=True)
         ]
 
@@ -45,7 +39,6 @@ class MemmapReader(Reader):
                 pages.base.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Drop the maps."""
         self._maps.clear()
         self._files.close()
 

@@ -36,7 +36,6 @@ class PreadReader(Reader):
         self._nowait = _nowait_flag(self._files.descriptors[0])
 
     def start(self, wanted: Wanted, rows: Bytes, arrived: Arrived) -> Finish | None:
-        """Copy cached rows; start the reads of the others."""
         target = rows.reshape(-1).data
         if self._nowait is None:
             return self._pool.start(lambda pair: self._collect(pair, target, arrived), wanted)
@@ -48,7 +47,6 @@ class PreadReader(Reader):
         return None if next(reading, "done") == "done" else partial(_exhaust, reading)
 
     def close(self) -> None:
-        """Stop threads, close files."""
         self._pool.close()
         self._files.close()
 

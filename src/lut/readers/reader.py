@@ -69,7 +69,6 @@ class ResidentTable:
         return rows if out is None else out.copy_(rows)
 
     def close(self) -> None:
-        """Free the table."""
         self.table = self.table.new_empty(0, self.table.shape[1])
 
 
@@ -157,7 +156,6 @@ class ShardFiles:
         )
 
     def close(self) -> None:
-        """Close the files; harmless when done twice."""
         while self.descriptors:
             os.close(self.descriptors.pop())
 

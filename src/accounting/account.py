@@ -72,10 +72,11 @@ def offloaded_bytes(model: ModelConfig, parameters: Parameters) -> tuple[list[Of
     """Return the offloaded part in each precision, and why a table cannot have the others."""
     offload: list[Offload] = []
     skipped: dict[str, str] = {}
+    sizes = {name: getattr(model, name) for name in ("vocab_size", "num_layers", "num_experts", "hidden_size")}
     for precision, codec in CODECS.items():
         try:
             if model.architecture == "mole":
-                layout = TableLayout(**_table_sizes(model), precision=precision)
+                layout = TableLayout(**sizes, precision=precision)
                 total, per_token = layout.table_bytes, layout.row_bytes
             elif model.architecture == "moe" and codec.is_view:
                 size = codec.dtype.itemsize
@@ -87,10 +88,6 @@ def offloaded_bytes(model: ModelConfig, parameters: Parameters) -> tuple[list[Of
         else:
             offload.append(Offload(precision=precision, total_bytes=total, bytes_per_token=per_token))
     return offload, skipped
-
-
-def _table_sizes(model: ModelConfig) -> dict[str, int]:
-    return {name: getattr(model, name) for name in ("vocab_size", "num_layers", "num_experts", "hidden_size")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,18 +237,10 @@ def account(
     micro_batches: int = 1,
     unique_ids: int | None = None,
 ) -> Account:
-    """Count what `model` costs.
+    """Count what `model` costs at `micro_batches` of `micro_batch_size` windows per optimizer step of one device.
 
-    Args:
-        model: any architecture.
-        sequence_length: tokens per window; attention's share depends on it.
-        micro_batch_size: windows per forward pass, over which distinct ids are shared.
-        precision: `trainer.precision`; only its 16- and 64-bit `true` forms change the size of what is stored.
-        micro_batches: forward passes of one device per optimizer step, whose distinct ids `unique_per_step` shares.
-        unique_ids: distinct ids per micro-batch; None estimates them (see `estimated_unique_ids`).
-
-    Raises:
-        ConfigError: `unique_ids` is more than a micro-batch can hold.
+    `precision` is `trainer.precision`. `unique_ids` are the distinct ids of a micro-batch, by default those of
+    `estimated_unique_ids`; ConfigError when they are more than it can hold.
     """
     tokens = sequence_length * micro_batch_size
     distinct = estimated_unique_ids(tokens, model.vocab_size) if unique_ids is None else unique_ids

@@ -43,14 +43,13 @@ class Flops:
 def forward_flops(model: ModelConfig, sequence_length: int) -> Flops:
     """Return one forward pass of the training form, with MoLE's experts at every position as in the paper."""
     layers, hidden = model.num_layers, model.hidden_size
-    active = model.active_experts
     return Flops(
         attention_projections=layers * 8 * hidden**2,
         attention_scores=layers * 4 * hidden * (sequence_length + 1) / 2,
         always_on_ffn=layers * 4 * hidden * model.intermediate_size,
         routed_experts=layers * 4 * hidden * model.expert_intermediate_size * computed_experts(model),
         router=layers * 2 * hidden * model.num_experts,
-        mixture=layers * 2 * hidden * active,
+        mixture=layers * 2 * hidden * model.active_experts,
         vocabulary_head=2 * hidden * model.vocab_size,
     )
 

@@ -54,7 +54,6 @@ class BuildFigures:
 
     @property
     def bytes_per_second(self) -> float:
-        """Throughput of the build."""
         return self.table_bytes / self.build_seconds
 
     @property
@@ -81,7 +80,6 @@ class MatmulProbe:
     _quiet_rates: list[float] = field(default_factory=list[float], init=False)
 
     def __post_init__(self) -> None:
-        """Draw weights and inputs, and run once to warm up."""
         width = self.config.expert_intermediate_size
         self._inputs = torch.randn(self.num_tokens, self.config.hidden_size).to(self.dtype)
         self._up = torch.randn(self.config.hidden_size, width).to(self.dtype)
@@ -108,7 +106,6 @@ class MatmulProbe:
 
     @property
     def rate(self) -> float:
-        """Floating-point operations a second."""
         return max(self._flops / self.seconds, *self._quiet_rates)
 
     def _timed(self, count: int) -> tuple[float, float]:
@@ -174,14 +171,13 @@ def random_source(config: ModelConfig, run: RunDirectory, options: argparse.Name
 def print_figures(figures: BuildFigures, title: str, console: Console) -> None:
     """Print throughput, limits and memory."""
     table = Table(title=title, title_justify="left", show_header=False)
-    mebibyte = 2**20
     for name, value in (
         ("table", f"{figures.table_bytes / 1e9:.2f} GB in {figures.build_seconds:.1f} s"),
         ("throughput", f"{figures.bytes_per_second / 1e6:.1f} MB/s"),
         ("matrix products allow", f"{figures.matmul_limit / 1e6:.1f} MB/s ({figures.matmul_flops / 1e12:.3f} TFLOPS)"),
         ("sequential writes allow", f"{figures.write_bytes_per_second / 1e6:.1f} MB/s"),
         ("share of the slower", f"{figures.ratio:.2f}"),
-        ("memory grew by at most", f"{figures.rss_growth_bytes / mebibyte:,.0f} MiB"),
+        ("memory grew by at most", f"{figures.rss_growth_bytes / 2**20:,.0f} MiB"),
     ):
         table.add_row(name, value)
     console.print(table)

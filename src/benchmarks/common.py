@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TypeVar
 
 import psutil
 import torch
@@ -156,16 +156,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-class Header(TypedDict):
-    """What a result was measured on."""
-
-    machine: dict[str, str | int]
-    load: tuple[float, float, float]
-    shape: str
-    dtype: str
-    disk_read_bytes: int
-
-
 def add_common_options(options: argparse.ArgumentParser) -> None:
     """Add what to measure, where, and with which text."""
     options.add_argument("--shape", choices=SHAPES, default="160m-4e", help="sizes of the model (default: 160m-4e)")
@@ -178,38 +168,24 @@ def add_text_options(options: argparse.ArgumentParser) -> None:
     """Add which text is used, and where figures go."""
     options.add_argument("--corpus", type=Path, nargs="+", default=[], help="text files (default: standard library)")
     options.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: a BPE trained on the corpus)")
-    options.add_argument(
-        "--output", type=Path, help="write FILE.json, and a plot with the same name", metavar="FILE.json"
-    )
+    options.add_argument("--output", type=Path, metavar="FILE.json", help="write it, and a plot with the same name")
 
 
-def describe_run(given: argparse.Namespace, *, disk_read_bytes: int) -> Header:
-    """Return the machine, its load now, the shape and what the disk read."""
-    return Header(
-        machine=describe_machine(),
-        load=os.getloadavg(),
-        shape=given.shape,
-        dtype=given.dtype,
-        disk_read_bytes=disk_read_bytes,
-    )
-
-
-def print_targets(checks: Sequence[Target], console: Console) -> None:
-    """Print a line per target."""
-    for check in checks:
-        console.print(check.line(), soft_wrap=True)
-
-
-def write_results(
-    path: Path,
+def report(
+    output: Path | None,
     document: Mapping[str, object],
     groups: Mapping[str, Timings],
     checks: Sequence[Target],
     label: str,
     scale: float,
+    console: Console,
 ) -> None:
-    """Write every figure as JSON, and a plot of the medians next to it."""
+    """Print a line per target; with an `output`, write every figure as JSON, and a plot of the medians next to it."""
+    for check in checks:
+        console.print(check.line(), soft_wrap=True)
+    if output is None:
+        return
     seconds = {name: timings.seconds for name, timings in groups.items()}
     whole = {**document, "seconds": seconds, "targets": [check.to_dict() for check in checks]}
-    write_text(path, json.dumps(whole, indent=1) + "\n")
-    bars(groups, path.with_suffix(".png"), label, scale)
+    write_text(output, json.dumps(whole, indent=1) + "\n")
+    bars(groups, output.with_suffix(".png"), label, scale)

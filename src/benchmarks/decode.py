@@ -8,7 +8,9 @@ step, and with a row cache. All share one backbone, so that they differ in nothi
 B batch.
 """
 
+import os
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,19 +25,18 @@ from src.benchmarks.common import (
     Target,
     Timings,
     add_common_options,
-    describe_run,
+    describe_machine,
     machine_line,
     model_config,
-    print_targets,
+    report,
     run_rounds,
-    write_results,
 )
 from src.benchmarks.memory_use import anonymous_bytes
 from src.benchmarks.workload import TextIds, load_text_ids, scratch_directory, write_runs
 from src.cli import add_reader_option, parser, run_verb
 from src.inference import InferenceModel, load_model
 from src.inference.disk_experts import DiskExperts
-from src.inference.generation import PREFILL_CHUNK_POSITIONS, PREFILL_CHUNK_TOKENS, prefill
+from src.inference.generation import PREFILL_CHUNK_TOKENS, prefill
 from src.lut import read_manifest
 from src.model import KeyValueCache
 from src.model.products import linear
@@ -67,7 +68,6 @@ class Contenders:
 
     @property
     def hit_rate(self) -> float:
-        """Of the row cache so far."""
         cached = self.models[CACHED].experts
         assert isinstance(cached, DiskExperts)
         return cached.store.stats.hit_rate
@@ -130,7 +130,6 @@ def measure_decode(contenders: Contenders, text: TextIds, batch: int, rounds: in
 def measure_prefill(contenders: Contenders, text: TextIds, rounds: int) -> Timings:
     """Time a prompt of 512 tokens of running text, for one sequence."""
     prompts = [text.window(PROMPT_TOKENS).unsqueeze(0) for _ in range(rounds + 1)]
-    chunk_tokens = min(PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_POSITIONS)
 
     def timed(name: str, model: InferenceModel) -> Callable[[int], float]:
         @torch.inference_mode()
@@ -139,7 +138,7 @@ def measure_prefill(contenders: Contenders, text: TextIds, rounds: int) -> Timin
             device = torch.device("cpu")
             cache = KeyValueCache(model.config, 1, PROMPT_TOKENS, device=device, dtype=torch.bfloat16)
             start = time.perf_counter()
-            prefill(model, prompts[number], cache, None, chunk_tokens)
+            prefill(model, prompts[number], cache, None, PREFILL_CHUNK_TOKENS)
             return time.perf_counter() - start
 
         return one
@@ -174,12 +173,7 @@ def matmuls_alone(dense: InferenceModel, batch: int) -> Callable[[int], float]:
 def read_bandwidth() -> float:
     """Return bytes per second that plain reads of memory reach: a sum over 512 MiB, the best of five."""
     values = torch.ones(2**26, dtype=torch.int64)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        values.sum()
-        best = min(best, time.perf_counter() - start)
-    return values.numel() * values.itemsize / best
+    return values.nbytes / min(timeit.repeat(values.sum, repeat=5, number=1))
 
 
 Memory = dict[str, dict[int, int]]
@@ -215,13 +209,6 @@ def print_timings(title: str, timings: Timings, console: Console) -> None:
     console.print(table)
 
 
-def measure_memory(runs: Mapping[str, Path], batches: Sequence[int], text: TextIds) -> Memory:
-    """Return peak anonymous bytes of each run at each batch, every one in a process of its own."""
-    return {
-        name: {batch: anonymous_bytes(run, batch, text.held_out) for batch in batches} for name, run in runs.items()
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, and write JSON and a plot."""
     example = "python -m src.benchmarks.decode --shape 160m-4e --batches 1 8 32 --output results/decode.json"
@@ -236,24 +223,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = load_text_ids(given.corpus, given.tokenizer, config.vocab_size)
     with scratch_directory(given.directory) as directory, ExitStack() as stack:
         mole, dense = write_runs(directory, config, given.dtype, text.counts)
-        memory = measure_memory({"dense": dense, "disk": mole}, given.batches, text)
+        memory: Memory = {
+            name: {batch: anonymous_bytes(run, batch, text.held_out) for batch in given.batches}
+            for name, run in (("dense", dense), ("disk", mole))
+        }
         contenders, before = Contenders(stack, mole, dense, given.reader), workload.bytes_read()
         decode = {batch: measure_decode(contenders, text, batch, given.rounds) for batch in given.batches}
         prefills = measure_prefill(contenders, text, given.prefill_rounds)
-        header = describe_run(given, disk_read_bytes=workload.bytes_read() - before)
+        read, machine, load = workload.bytes_read() - before, describe_machine(), os.getloadavg()
         bandwidth, hit_rate = read_bandwidth(), contenders.hit_rate
         weight_bytes = sum(weight.nbytes for weight in matmul_weights(contenders.models["dense"]))
     fraction = weight_bytes / decode[given.batches[0]].median(MATMULS) / bandwidth
     console, checks = Console(), targets(decode, prefills, memory)
-    console.print(f"{machine_line(header['machine'])}\n{given.shape}, table in {given.dtype}")
-    console.print(f"disk read {header['disk_read_bytes']:,} bytes; row cache hit rate {hit_rate:.3f}")
+    console.print(f"{machine_line(machine)}\n{given.shape}, table in {given.dtype}")
+    console.print(f"disk read {read:,} bytes; row cache hit rate {hit_rate:.3f}")
     console.print(f"matmuls alone read weights at {fraction:.2f} of this memory's {bandwidth / 1e9:.0f} GB/s")
     print_figures(decode, prefills, memory, console)
-    print_targets(checks, console)
-    if given.output is not None:
-        groups = {**{f"batch {batch}": timings for batch, timings in decode.items()}, "prefill": prefills}
-        document = {**header, "hit_rate": hit_rate, "anonymous_bytes": memory, "matmul_bandwidth_fraction": fraction}
-        write_results(given.output, document, groups, checks, "milliseconds", 1e3)
+    groups = {**{f"batch {batch}": timings for batch, timings in decode.items()}, "prefill": prefills}
+    document = {"machine": machine, "load": load, "shape": given.shape, "dtype": given.dtype, "disk_read_bytes": read}
+    document |= {"hit_rate": hit_rate, "anonymous_bytes": memory, "matmul_bandwidth_fraction": fraction}
+    report(given.output, document, groups, checks, "milliseconds", 1e3, console)
 
 
 def print_figures(decode: Mapping[int, Timings], prefills: Timings, memory: Memory, console: Console) -> None:

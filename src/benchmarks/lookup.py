@@ -5,6 +5,7 @@ round asks each contender for the same rows: the measured reader and two others,
 memory map, and bare O_DIRECT reads by 16 threads on the same files, which is the device's own limit.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +23,11 @@ from src.benchmarks.common import (
     Target,
     Timings,
     add_common_options,
-    describe_run,
+    describe_machine,
     machine_line,
     model_config,
-    print_targets,
+    report,
     run_rounds,
-    write_results,
 )
 from src.benchmarks.workload import BareReads, TextIds, load_text_ids, scratch_directory, write_table
 from src.cli import add_reader_option, parser, run_verb
@@ -189,15 +189,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hit_rate = measure_hit_rate(directory, text)
         row_bytes = read_manifest(directory).layout.row_bytes
     checks, console = targets(cells, given.reader, hit_rate), Console()
-    header = describe_run(given, disk_read_bytes=read)
-    console.print(f"{machine_line(header['machine'])}\n{given.shape} {given.dtype}, {row_bytes:,} bytes a row")
+    machine, load = describe_machine(), os.getloadavg()
+    console.print(f"{machine_line(machine)}\n{given.shape} {given.dtype}, {row_bytes:,} bytes a row")
     console.print(f"disk read {read:,} bytes; row cache hit rate {hit_rate:.3f}")
     print_cells(cells, row_bytes, console)
-    print_targets(checks, console)
-    if given.output is not None:
-        groups = {f"{state} {count}": timings for (state, count), timings in cells.items()}
-        document = {**header, "row_bytes": row_bytes, "hit_rate": hit_rate}
-        write_results(given.output, document, groups, checks, "microseconds per request", 1e6)
+    groups = {f"{state} {count}": timings for (state, count), timings in cells.items()}
+    document = {"machine": machine, "load": load, "shape": given.shape, "dtype": given.dtype, "disk_read_bytes": read}
+    document |= {"row_bytes": row_bytes, "hit_rate": hit_rate}
+    report(given.output, document, groups, checks, "microseconds per request", 1e6, console)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ from src.benchmarks.common import (
     add_text_options,
     describe_machine,
     machine_line,
-    print_targets,
+    report,
     run_rounds,
-    write_results,
 )
 from src.benchmarks.memory_use import peak_bytes
 from src.benchmarks.workload import load_text_ids
@@ -108,10 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(machine_line(machine))
     console.print(f"{given.tokens:,} tokens, hidden size {given.hidden_size}, vocabulary {given.vocab_size:,}")
     print_figures(timings, peaks, console)
-    print_targets(found, console)
-    if given.output is not None:
-        document = {"machine": machine, "tokens": given.tokens, "vocab_size": given.vocab_size, "peak_bytes": peaks}
-        write_results(given.output, document, {"loss": timings}, found, "milliseconds", 1e3)
+    document = {"machine": machine, "tokens": given.tokens, "vocab_size": given.vocab_size, "peak_bytes": peaks}
+    report(given.output, document, {"loss": timings}, found, "milliseconds", 1e3, console)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

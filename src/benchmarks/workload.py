@@ -172,15 +172,10 @@ class BareReads:
     """A reader alone: without a store's requests, checksums, cache and statistics."""
 
     def __init__(self, reader: Reader, row_bytes: int, capacity: int) -> None:
-        """Read at most `capacity` rows at a time."""
         self._reader, self._rows = reader, np.ones((capacity, row_bytes), dtype=np.uint8)
 
     def __call__(self, token_ids: Tensor) -> None:
         wanted = [(token_id, position) for position, token_id in enumerate(token_ids.tolist())]
-        finish = self._reader.start(wanted, self._rows, _unchecked)
+        finish = self._reader.start(wanted, self._rows, lambda _token_id, _position: None)
         if finish is not None:
             finish()
-
-
-def _unchecked(_token_id: int, _position: int) -> None:
-    """Accept every row."""

@@ -57,10 +57,9 @@ class Staging:
 
 
 class DiskExperts(nn.Module):
-    """Expert rows from a `LutStore`; has no parameters and holds no table."""
+    """Expert rows from a `LutStore`, which `close` closes; has no parameters and holds no table."""
 
     def __init__(self, store: LutStore) -> None:
-        """Read from `store`; `close` closes it."""
         super().__init__()
         self.store, self._staging = store, Staging(store.layout.row_bytes)
 
@@ -86,5 +85,4 @@ class DiskExperts(nn.Module):
         return layer_rows
 
     def close(self) -> None:
-        """Close the store."""
         self.store.close()

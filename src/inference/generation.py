@@ -5,7 +5,7 @@ B batch, T prompt tokens, S all tokens so far, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ class Sampling:
     """Makes drawing repeatable: row i of a batch draws as a batch of its own with seed + i would."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError on values out of range."""
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}, but it must not be negative; 0 is greedy")
         if self.top_k is not None and self.top_k < 1:
@@ -94,34 +93,22 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor,
     return token_ids, torch.arange(longest) >= longest - lengths.unsqueeze(1)
 
 
-def generate(
-    model: Transformer,
-    token_ids: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_ids: Sequence[int] = (),
-    seed: int | None = None,
-    attention_mask: Tensor | None = None,
-    overflow: Literal["refuse", "window"] = "refuse",
-    prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
-) -> Tensor:
-    """Continue `token_ids` (B, T) int64 and return (B, T + new); arguments as in `stream` and `Sampling`."""
-    steps = stream(
-        model,
-        token_ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_ids=stop_ids,
-        seed=seed,
-        attention_mask=attention_mask,
-        overflow=overflow,
-        prefill_chunk_tokens=prefill_chunk_tokens,
-    )
+class Options(TypedDict, total=False):
+    """What `stream` and `generate` may be given."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    stop_ids: Sequence[int]
+    seed: int | None
+    attention_mask: Tensor | None
+    overflow: Literal["refuse", "window"]
+    prefill_chunk_tokens: int
+
+
+def generate(model: Transformer, token_ids: Tensor, *, max_new_tokens: int, **options: Unpack[Options]) -> Tensor:
+    """Continue `token_ids` (B, T) int64 and return (B, T + new); arguments as in `stream`."""
+    steps = stream(model, token_ids, max_new_tokens=max_new_tokens, **options)
     return torch.cat([token_ids, *(step.unsqueeze(1) for step in steps)], dim=1)
 
 
@@ -139,24 +126,13 @@ def stream(
     overflow: Literal["refuse", "window"] = "refuse",
     prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
 ) -> Iterator[Tensor]:
-    """Yield the next token ids (B,) one step at a time.
+    """Yield the next token ids (B,) after prompts (B, T) int64, one step at a time; `model` is in eval mode.
 
-    Args:
-        model: either form, in eval mode.
-        token_ids: prompts, (B, T) int64 with T >= 1; shorter ones are padded on the left (see `left_pad`).
-        max_new_tokens: steps at most.
-        temperature: see `Sampling`, as for `top_k`, `top_p` and `seed`.
-        top_k: see `Sampling`.
-        top_p: see `Sampling`.
-        stop_ids: a sequence that produced one of these repeats it; all of them stopped ends the generation.
-        seed: see `Sampling`.
-        attention_mask: booleans (B, T), False where a prompt is padding; None when none is.
-        overflow: what happens to a prompt that leaves no room in the model's context for `max_new_tokens`: it is
-            refused, or only its last tokens are read (`window`).
-        prefill_chunk_tokens: prompt tokens per forward pass; fewer when the batch is large.
-
-    Raises:
-        ValueError: an argument is out of range, or prompt and new tokens exceed the model's `max_sequence_length`.
+    `temperature`, `top_k`, `top_p` and `seed` are those of `Sampling`. A sequence that produced one of `stop_ids`
+    repeats it; all of them stopped ends the generation. `attention_mask` (B, T) is False where a prompt is padding (see
+    `left_pad`). A prompt that leaves no room in the model's context for `max_new_tokens` is refused, or with `overflow`
+    `window` only its last tokens are read. The prompt is fed `prefill_chunk_tokens` at a time, fewer when the batch is
+    large. ValueError when an argument is out of range.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     token_ids, mask = _fit(model, token_ids, attention_mask, max_new_tokens, overflow)

@@ -2,13 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from src.errors import LutMismatchError, RunError
 from src.inference.disk_experts import DiskExperts
@@ -18,25 +16,22 @@ from src.lut.sources import require_lookup_form
 from src.model import ModelConfig, Transformer
 from src.model.experts import EmbeddingExperts
 from src.model.transformer import Block
-from src.run_directory import RunDirectory, read_metadata
+from src.run_directory import EXPERTS_PREFIX, RunDirectory, read_metadata
 
 ExpertForm = Literal["auto", "lut", "ffn"]
 
 
 class InferenceModel(Transformer):
-    """A `Transformer` in eval mode that closes its table when it is closed."""
+    """A `Transformer` in eval mode that closes its table, if it has one, when it is closed."""
 
     def close(self) -> None:
-        """Close the table, if this is the lookup form."""
         if isinstance(self.experts, DiskExperts):
             self.experts.close()
 
     def __enter__(self) -> "InferenceModel":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -92,7 +87,7 @@ def _backbone(run: RunDirectory, config: ModelConfig) -> InferenceModel:
     with torch.device("meta"):
         model = InferenceModel(config, with_experts=False)
     run.identity()  # refuses a missing or foreign file by name
-    _assign(model, _load(run.backbone_path), run.backbone_path)
+    _load(model, run.backbone_path)
     return model
 
 
@@ -107,8 +102,7 @@ def _experts(run: RunDirectory, config: ModelConfig) -> EmbeddingExperts:
         )
     with torch.device("meta"):
         experts = EmbeddingExperts(config)
-    weights = {name.removeprefix("experts."): tensor for name, tensor in _load(run.experts_path).items()}
-    _assign(experts, weights, run.experts_path)
+    _load(experts, run.experts_path, prefix=EXPERTS_PREFIX)
     return experts
 
 
@@ -124,15 +118,12 @@ def _open_store(run: RunDirectory, lut: str, reader: str, cache_mb: float, devic
     return store
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(module: torch.nn.Module, path: Path, prefix: str = "") -> None:
+    """Assign a file's tensors to the module, their names without the prefix."""
     try:
-        return load_file(path)
+        weights = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+        module.load_state_dict(weights, assign=True)
     except SafetensorError as error:
         raise RunError(f"{path}: not a readable safetensors file ({error}); copy or write it again") from error
-
-
-def _assign(module: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    try:
-        module.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise RunError(f"{path}: does not fit the model of config.yaml: {error}") from error

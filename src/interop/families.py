@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from src.interop.table import Progress
+from src.system.console import Progress
 
 
 class ImportCheckpoint(Protocol):

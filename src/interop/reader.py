@@ -24,60 +24,43 @@ class CheckpointTensors:
 
     def __init__(self, directory: Path) -> None:
         """Find and open the files; raises CheckpointError naming one that is missing or unreadable."""
-        self._files: dict[str, _SafetensorsFile | _PickleFile] = {}
+        self._tensors: dict[str, Any] = {}  # slices of safetensors, or tensors: both read what they are indexed with
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for path in _weight_files(directory):
-            opened = _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
-            for name in opened.shapes:
-                if name in self._files:
+            opened = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+            for name, (tensor, shape) in opened.items():
+                if name in self.shapes:
                     raise CheckpointError(f"{path}: holds {name}, and so does another shard; copy the checkpoint again")
-                self._files[name] = opened
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: opened.shapes[name] for name, opened in self._files.items()}
+                self._tensors[name], self.shapes[name] = tensor, shape
 
     def tensor(self, name: str) -> Tensor:
-        return self._files[name].tensor(name)
+        return self._tensors[name][:]
 
     def block(self, name: str, rows: slice, columns: slice) -> Tensor:
         """Read a block of a matrix and nothing else."""
-        return self._files[name].block(name, rows, columns)
+        return self._tensors[name][rows, columns]
 
 
-class _SafetensorsFile:
-    def __init__(self, path: Path) -> None:
-        try:
-            self._handle: Any = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
-        self.shapes = {name: tuple(self._handle.get_slice(name).get_shape()) for name in self._handle.keys()}  # noqa: SIM118
-
-    def tensor(self, name: str) -> Tensor:
-        return self._handle.get_tensor(name)
-
-    def block(self, name: str, rows: slice, columns: slice) -> Tensor:
-        return self._handle.get_slice(name)[rows, columns]
+def _open_safetensors(path: Path) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    try:
+        handle: Any = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
+    tensors = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+    return {name: (tensor, tuple(tensor.get_shape())) for name, tensor in tensors.items()}
 
 
-class _PickleFile:
-    def __init__(self, path: Path) -> None:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-            raise CheckpointError(
-                f"{path}: not a plain state dict that torch.load reads with weights_only=True "
-                f"({str(error).splitlines()[0]}); save it as safetensors"
-            ) from error
-        if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-            raise CheckpointError(f"{path}: holds more than tensors by name; save the bare state dict")
-        self._weights: Mapping[str, Tensor] = found
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-
-    def tensor(self, name: str) -> Tensor:
-        return self._weights[name]
-
-    def block(self, name: str, rows: slice, columns: slice) -> Tensor:
-        return self._weights[name][rows, columns]
+def _open_pickle(path: Path) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        raise CheckpointError(
+            f"{path}: not a plain state dict that torch.load reads with weights_only=True "
+            f"({str(error).splitlines()[0]}); save it as safetensors"
+        ) from error
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise CheckpointError(f"{path}: holds more than tensors by name; save the bare state dict")
+    return {name: (tensor, tuple(tensor.shape)) for name, tensor in found.items()}
 
 
 def _weight_files(directory: Path) -> list[Path]:

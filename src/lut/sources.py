@@ -131,7 +131,9 @@ class RunRows:
         self._dtype, self.rows_from = _compute_dtype(self.compute_dtype), f"experts in {self.compute_dtype}"
         require_lookup_form(self.config)
         if not self.run.experts_path.is_file():
-            raise LutError(f"{self.run.experts_path}: missing, so this run has no training form to build a table from")
+            raise LutError(
+                f"{self.run.experts_path}: missing, so this run holds no training form to build a table from"
+            )
 
     @torch.no_grad()
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:

@@ -19,15 +19,14 @@ FLOAT_COPY_BYTES = 8 * 2**20
 class KeyValueCache:
     """Keys and values of the tokens seen so far, allocated once for `max_tokens`.
 
-    It holds (L, B, H, max_tokens, K) twice; each forward pass appends to it, and `length` counts tokens. `scratch` is
-    float32 memory for what `_attend_one` casts up. Every step reuses it, because fresh memory would cost a page fault
-    per 4 KiB. It is empty where nothing is cast up.
+    It holds (L, B, H, max_tokens, K) twice. Each layer of a forward pass appends to it, and the model then adds to
+    `length`. `scratch` is float32 memory for what `_attend_one` casts up. Every step reuses it, because fresh memory
+    would cost a page fault per 4 KiB. It is empty where nothing is cast up.
     """
 
     def __init__(
         self, config: ModelConfig, batch_size: int, max_tokens: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Allocate room for `max_tokens` tokens of `batch_size` sequences."""
         shape = (config.num_layers, batch_size, config.num_heads, max_tokens, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
@@ -47,10 +46,6 @@ class KeyValueCache:
         all_keys.narrow(2, self.length, new_tokens).copy_(keys)  # half the time of an index, at each layer of each step
         all_values.narrow(2, self.length, new_tokens).copy_(values)
         return all_keys.narrow(2, 0, end), all_values.narrow(2, 0, end)
-
-    def advance(self, num_tokens: int) -> None:
-        """Count `num_tokens` as seen; called once per forward pass, after the last layer."""
-        self.length += num_tokens
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

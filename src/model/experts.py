@@ -75,7 +75,6 @@ class StackedExperts(nn.Module):
     """E two-matrix FFNs as batched matrix products; `up` is (E, D, F), `down` is (E, F, D)."""
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
-        """Create the stacked weights; indexing one expert out of them would cost a full-size gradient per expert."""
         super().__init__()
         self.up = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.down = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
@@ -94,7 +93,6 @@ class LayerExperts(nn.Module):
     """One layer's experts on the token embedding, behind that layer's own norm (arXiv:2503.15798, Appendix A)."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Create the norm and the experts of one layer."""
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.experts = StackedExperts(config.num_experts, config.hidden_size, config.expert_intermediate_size)
@@ -108,7 +106,6 @@ class EmbeddingExperts(nn.ModuleList):
     """The training form's source of rows: L `LayerExperts`, run on the embeddings of the ids asked for."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Create the experts of every layer."""
         super().__init__(LayerExperts(config) for _ in range(config.num_layers))
         self.gradient_checkpointing = config.gradient_checkpointing
 
@@ -158,22 +155,22 @@ def weighted_sum(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     least float32 first, because a frequent row's gradient sums hundreds of positions and bfloat16 would lose them.
     """
     dtype = torch.promote_types(table.dtype, torch.float32)
-    summed = F.embedding_bag(
-        index.flatten(0, -2),
-        table.to(dtype),
-        per_sample_weights=weights.flatten(0, -2).to(dtype),
-        mode="sum",
-    )
+    flat_weights = weights.flatten(0, -2).to(dtype)
+    summed = F.embedding_bag(index.flatten(0, -2), table.to(dtype), per_sample_weights=flat_weights, mode="sum")
     return summed.unflatten(0, index.shape[:-1])  # (..., D)
+
+
+def _run_grouped(grouped: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Run expert e of weights (E, D, F) and (E, F, D) on the next `counts[e]` rows of (N*K, D)."""
+    # `unbind` gives the stacked weight one gradient; indexing would give it a full-size one per expert.
+    groups = zip(grouped.split(counts.tolist()), up.unbind(0), down.unbind(0), strict=True)
+    return torch.cat([ffn(tokens, up, down) for tokens, up, down in groups if len(tokens)])
 
 
 class HiddenExperts(StackedExperts):
     """E two-matrix FFNs on hidden states, mixed by what the router decided; no token is ever dropped."""
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
-        """Create the stacked weights."""
-        super().__init__(num_experts, hidden_size, intermediate_size)
-        self._grouped: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = _run_grouped
+    _grouped: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = staticmethod(_run_grouped)
 
     def keep_groups_eager(self) -> None:
         """Keep the loop over groups out of compiled graphs, which its changing sizes would recompile every step."""
@@ -210,22 +207,13 @@ class HiddenExperts(StackedExperts):
         return weighted_sum(outputs, place.view(-1, top_k), weights)  # (N, D)
 
 
-def _run_grouped(grouped: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Run expert e of weights (E, D, F) and (E, F, D) on the next `counts[e]` rows of (N*K, D)."""
-    # `unbind` gives the stacked weight one gradient; indexing would give it a full-size one per expert.
-    groups = zip(grouped.split(counts.tolist()), up.unbind(0), down.unbind(0), strict=True)
-    return torch.cat([ffn(tokens, up, down) for tokens, up, down in groups if len(tokens)])
-
-
 class FeedForward(nn.Module):
     """Dense's FFN, MoLE's always-on shared expert."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        """Create `up` (F, D) and `down` (D, F)."""
         super().__init__()
         self.up = Linear(hidden_size, intermediate_size)
         self.down = Linear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map (..., D) to (..., D)."""
         return ffn(hidden_states, self.up.weight, self.down.weight, multiply=linear)

@@ -1,8 +1,5 @@
 """FSDP2 sharding of the model, in pure torch: the groups of modules, and how to gather whole weights."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -57,10 +54,6 @@ def whole_weights(model: torch.nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
     Every rank must call it; ranks that do not `keep` the weights get an empty dictionary.
     """
-    return {name: tensor.cpu() for name, tensor in _gathered(model) if keep}
-
-
-def _gathered(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    state: dict[str, Any] = model.state_dict()
-    for name, tensor in state.items():
-        yield name, whole(tensor.detach())
+    state: dict[str, Tensor] = model.state_dict()
+    gathered = ((name, whole(tensor.detach())) for name, tensor in state.items())
+    return {name: tensor.cpu() for name, tensor in gathered if keep}

@@ -36,10 +36,7 @@ class StepRows:
         return ExpertRows((self._live if last else self._leaves).__getitem__, self._inverse[index])
 
     def carried(self) -> Tensor:
-        """Return a scalar to add to the last objective: its gradient on the rows is that of the other micro-batches.
-
-        Its value has no meaning.
-        """
+        """Return a scalar without meaning to add to the last objective; its gradient is the other micro-batches'."""
         with torch.autocast(self._inverse.device.type, enabled=False):  # which would round the sums
             parts = [
                 live.transpose(0, 1).flatten() @ leaf.grad.transpose(0, 1).flatten()

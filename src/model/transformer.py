@@ -165,12 +165,12 @@ class Transformer(nn.Module):
         rotary = cosine.to(self.embedding.weight.dtype), sine.to(self.embedding.weight.dtype)  # once for all layers
         hidden_states = self.embedding(token_ids)  # (B, T, D)
         expert_rows = expert_rows or self.expert_rows(token_ids)
+        inverse = None if expert_rows is None else expert_rows.inverse
         router_logits: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
-            rows, inverse = None, None
+            rows = None
             if expert_rows is not None:
-                rows, inverse = expert_rows.layer_rows, expert_rows.inverse
-                rows = rows if expert_rows.awaited else rows(layer)
+                rows = expert_rows.layer_rows if expert_rows.awaited else expert_rows.layer_rows(layer)
             arguments = (hidden_states, rotary, mask, cache, layer, rows, inverse)
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states, logits = checkpoint(block, *arguments, use_reentrant=False)
@@ -179,8 +179,7 @@ class Transformer(nn.Module):
             if logits is not None:
                 router_logits.append(logits)
         if cache is not None:
-            cache.advance(token_ids.shape[1])
-        inverse = None if expert_rows is None else expert_rows.inverse
+            cache.length += token_ids.shape[1]
         return TrunkOutput(self.norm(hidden_states), router_logits, inverse)
 
     def expert_rows(self, token_ids: Tensor) -> ExpertRows | None:

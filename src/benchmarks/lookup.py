@@ -29,10 +29,10 @@ from src.benchmarks.common import (
     report,
     run_rounds,
 )
-from src.benchmarks.workload import BareReads, TextIds, load_text_ids, scratch_directory, write_table
+from src.benchmarks.workload import BareReads, RandomRows, TextIds, load_text_ids, scratch_directory
 from src.cli import add_reader_option, parser, run_verb
 from src.errors import LutFormatError
-from src.lut import LutStore, read_manifest
+from src.lut import LutStore, build_lut, read_manifest
 from src.lut.readers.direct import DirectReader
 from src.lut.readers.memory import MemmapReader
 from src.run_directory import Identity
@@ -184,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = model_config(given.shape)
     text = load_text_ids(given.corpus, given.tokenizer, config.vocab_size)
     with scratch_directory(given.directory) as directory:
-        write_table(directory, config, Identity("benchmark", "benchmark"), given.dtype, text.counts)
+        source = RandomRows(config, Identity("benchmark", "benchmark"))
+        build_lut(source, directory, dtype=given.dtype, token_counts=text.counts, progress=progress_bar)
         cells, read = measure(directory, text, given.reader, given.rounds)
         hit_rate = measure_hit_rate(directory, text)
         row_bytes = read_manifest(directory).layout.row_bytes

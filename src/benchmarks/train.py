@@ -75,7 +75,6 @@ class Parts:
         self._rows = self._run_experts().detach().requires_grad_()  # (U, E, D)
 
     def step(self) -> StepTimes:
-        """Time all layers' experts and mixtures."""
         seconds = [self._timed(work) for work in (self._run_experts, self._run_mixture)]
         forward, backward = (self._layers * sum(phase) for phase in zip(*seconds, strict=True))
         return StepTimes(forward=forward, backward=backward, optimizer=0.0)
@@ -107,7 +106,6 @@ class Contestant:
         self.optimizer = torch.optim.AdamW(parameters, fused=True)
 
     def step(self) -> StepTimes:
-        """Take one optimizer step on all micro-batches."""
         forward = backward = 0.0
         shared: StepRows | None = None
         if self.config.expert_execution == "unique_per_step":
@@ -121,7 +119,6 @@ class Contestant:
         return StepTimes(forward=forward, backward=backward, optimizer=optimizer)
 
     def peak_bytes(self) -> int | None:
-        """Memory that a step takes at its peak above what is resident before it; None where it cannot be told."""
         self.step()
         return peak_bytes(self.step, self.batch.device)
 
@@ -384,9 +381,7 @@ def _plain(measured: dict[str, Any]) -> dict[str, Any]:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser("benchmarks.train", __doc__ or "", "python -m src.benchmarks.train --shape 160m --experts 16")
-    options.add_argument(
-        "--shape", choices=SIZES, default="160m", help="widths of a model of the paper (default: 160m)"
-    )
+    options.add_argument("--shape", choices=SIZES, default="160m", help="widths of a paper's model (default: 160m)")
     options.add_argument("--layers", type=int, default=2, help="layers of the stack (default: 2)")
     options.add_argument("--experts", type=int, default=4, help="experts of the MoLE (default: 4)")
     options.add_argument("--windows", type=int, default=8, help="windows of a step (default: 8)")

@@ -111,14 +111,6 @@ class RandomRows:
         return block * (0.5 + ids / self.config.vocab_size)[:, None, None]  # (num_tokens, E, D)
 
 
-def write_table(
-    lut_dir: Path, config: ModelConfig, identity: Identity, dtype: str, token_counts: Tensor | None = None
-) -> None:
-    """Write a table of random rows with the builder of real ones."""
-    source = RandomRows(config, identity)
-    build_lut(source, lut_dir, dtype=dtype, token_counts=token_counts, progress=progress_bar)
-
-
 def write_runs(directory: Path, config: ModelConfig, dtype: str, token_counts: Tensor | None) -> tuple[Path, Path]:
     """Write a MoLE run with weights of both forms, and a Dense run of its backbone; return their paths."""
     torch.manual_seed(0)
@@ -132,7 +124,8 @@ def write_runs(directory: Path, config: ModelConfig, dtype: str, token_counts: T
         run.write_config({"model": run_config.to_dict()})
     identity = mole.write_weights(weights)
     dense.write_weights({name: tensor for name, tensor in weights.items() if name in kept})
-    write_table(mole.lut_path(), config, identity, dtype, token_counts)
+    source = RandomRows(config, identity)
+    build_lut(source, mole.lut_path(), dtype=dtype, token_counts=token_counts, progress=progress_bar)
     return mole.path, dense.path
 
 

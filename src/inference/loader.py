@@ -67,7 +67,10 @@ def load_model(
     )
     if use_lut:
         require_lookup_form(config)
-    model = _backbone(run, config)
+    run.identity()  # refuses a missing or foreign file by name
+    with torch.device("meta"):
+        model = InferenceModel(config, with_experts=False)
+    _load(model, run.backbone_path)
     if use_lut:
         model.experts = DiskExperts(_open_store(run, lut, reader, cache_mb, device))
     elif config.architecture == "mole":
@@ -80,14 +83,6 @@ def _widen_routers(model: InferenceModel) -> InferenceModel:
     for block in model.blocks:
         if (router := cast(Block, block).router) is not None:
             router.to(torch.promote_types(router.weight.dtype, torch.float32))
-    return model
-
-
-def _backbone(run: RunDirectory, config: ModelConfig) -> InferenceModel:
-    with torch.device("meta"):
-        model = InferenceModel(config, with_experts=False)
-    run.identity()  # refuses a missing or foreign file by name
-    _load(model, run.backbone_path)
     return model
 
 

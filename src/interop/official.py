@@ -49,12 +49,8 @@ def import_official(
 ) -> None:
     """Read one of the authors' checkpoints (Dense, MoE, MoLE or MoLE re-parameterized) into a new run directory.
 
-    Args:
-        checkpoint_dir: holds config.json and safetensors (whole or in shards) or pytorch_model.bin.
-        run_dir: new directory; must not exist.
-        top_k: experts per token of an MoE, which their config does not contain.
-        tokenizer: a tokenizer.json; by default the checkpoint's own, if it has one.
-        progress: shows the table being written.
+    A checkpoint holds config.json and safetensors (whole or in shards) or pytorch_model.bin. Its config does not say
+    how many experts an MoE mixes per token: `top_k` does. `tokenizer` replaces the checkpoint's own.
 
     Raises:
         CheckpointError: the directory is not a complete checkpoint of theirs, or `run_dir` exists.
@@ -82,13 +78,9 @@ def import_official(
 def export_official(
     run_dir: Path | str, checkpoint_dir: Path | str, *, lut: str = "lut", progress: Progress = no_progress
 ) -> None:
-    """Write a run as a Hugging Face directory that the authors' code loads.
+    """Write a run as a new Hugging Face directory that the authors' code loads.
 
-    Args:
-        run_dir: its training form is written; if it has none, its backbone and its table.
-        checkpoint_dir: new directory; must not exist.
-        lut: name of the table inside the run, if the table is written.
-        progress: shows the table being written.
+    Its training form is written; if it has none, its backbone and the table named `lut`.
 
     Raises:
         CheckpointError: the authors' code has no such model, or `checkpoint_dir` exists.

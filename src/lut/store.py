@@ -85,10 +85,10 @@ def decode(codes: Tensor, layout: TableLayout) -> Tensor:
 
 def layer_decoder(codes: Tensor, layout: TableLayout) -> Callable[[int], Tensor]:
     """Return a function from a layer to its rows (U, E, D), which decodes packed rows when it is called."""
-    row_codec, vectors = layout.codec, _vectors(codes, layout)
-    if row_codec.is_view:  # one view serves all layers
-        return row_codec.decode(vectors, layout.hidden_size).unbind(1).__getitem__
-    return lambda layer: row_codec.decode(vectors[:, layer], layout.hidden_size)
+    codec, vectors = layout.codec, _vectors(codes, layout)
+    if codec.is_view:  # one view serves all layers
+        return codec.decode(vectors, layout.hidden_size).unbind(1).__getitem__
+    return lambda layer: codec.decode(vectors[:, layer], layout.hidden_size)
 
 
 def _vectors(codes: Tensor, layout: TableLayout) -> Tensor:

@@ -196,7 +196,6 @@ class WorkerPool:
         reset_after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """Forget threads, which a forked child does not have."""
         self._lock, self._executor = threading.Lock(), None
 
     def start(self, perform: Callable[[Item], None], items: Sequence[Item]) -> Finish:

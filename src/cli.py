@@ -1,7 +1,10 @@
 """What the verbs share on the command line: parsers, common options, and one line for a user's mistake."""
 
 import argparse
+import errno
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +38,21 @@ def number(kind: type[int] | type[float], at_least: float, at_most: float = 2**6
         raise argparse.ArgumentTypeError(f"{text[:80]!r}, but it must be a {name} from {at_least} to {at_most}")
 
     return read
+
+
+def output_file(text: str) -> Path:
+    """Read an option that names a file to write; it is refused, before any work, where none can be written."""
+    path = Path(text)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be written ({reason}); name another file") from error
+    return path
 
 
 def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser:

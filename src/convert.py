@@ -1,11 +1,20 @@
 """`python -m src.convert`: read Hugging Face checkpoints into runs, and write runs back."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from src.cli import number, parser, run_verb
 from src.interop import FAMILIES
 from src.system.console import progress_bar, stderr_console
+from src.system.files import naming, require_writable
+
+
+@contextmanager
+def _writing(output: Path) -> Generator[None]:
+    require_writable("--output", output.parent)
+    with naming("--output", output):
+        yield
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,11 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.target is not None:
         if given.top_k is not None or given.tokenizer is not None:
             options.error("--top-k and --tokenizer belong to --from; a run knows both")
-        exports[given.target](given.input, given.output, lut=given.lut, progress=progress_bar)
+        with _writing(given.output):
+            exports[given.target](given.input, given.output, lut=given.lut, progress=progress_bar)
     else:
         top_k = 2 if given.top_k is None else given.top_k
         convert = FAMILIES[given.source].import_checkpoint
-        convert(given.input, given.output, top_k=top_k, tokenizer=given.tokenizer, progress=progress_bar)
+        with _writing(given.output):
+            convert(given.input, given.output, top_k=top_k, tokenizer=given.tokenizer, progress=progress_bar)
     stderr_console().print(f"{given.input} -> {given.output}", markup=False, highlight=False, soft_wrap=True)
 
 

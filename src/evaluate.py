@@ -8,7 +8,7 @@ from typing import cast
 
 from rich.console import Console
 
-from src.cli import add_form_options, number, parser, run_verb
+from src.cli import add_form_options, number, output_file, parser, run_verb
 from src.config import load_run_config
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import ConfigError
@@ -90,7 +90,7 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
         metavar="OTHER",
         help="another run, `lut` or `ffn` for this run's other form, or the name of another of its tables",
     )
-    options.add_argument("--json", type=Path, metavar="FILE", help="also write the scores as JSON")
+    options.add_argument("--json", type=output_file, metavar="FILE", help="also write the scores as JSON")
     return options.parse_args(arguments)
 
 

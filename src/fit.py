@@ -37,7 +37,7 @@ from src.evaluation.report import Report
 from src.evaluation.suite import Suite, prepare_suite
 from src.run_directory import RunDirectory
 from src.system.console import print_note, progress_report, stderr_console
-from src.system.files import write_text
+from src.system.files import naming, require_writable, write_text
 from src.system.private_api import run_hooks_without_steps
 from src.system.ranks import ReportedFailureError, is_rank_zero
 from src.system.signals import Preempted, StopSignals
@@ -54,7 +54,9 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
     """
     wandb_mode(config.wandb)  # names a mistake in the environment before any work
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    with progress_report(stderr_console()) as progress:
+    if is_rank_zero():
+        require_writable(*("output_dir", Path(config.output_dir)) if start is None else ("--resume", start.run.path))
+    with naming("data.cache_dir", Path(config.data.cache_dir)), progress_report(stderr_console()) as progress:
         corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=progress)
     if start is not None:
         start.require_corpus(corpus.fingerprint)

@@ -1,13 +1,12 @@
 """`python -m src.inspect_lut`: what a run's table holds for one token: rows, nearest tokens, routers' weights."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from tokenizers import Tokenizer
 
-from src.cli import add_run_options, number, parser, run_verb
+from src.cli import add_run_options, number, output_file, parser, run_verb
 from src.config import load_run_config
 from src.data.tokenizer import load_tokenizer
 from src.errors import UserError
@@ -101,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--token", required=True, help="text that is one token, most words with a space in front")
     options.add_argument("--layer", type=number(int, 0), help="show only this layer (default: all)")
     options.add_argument("--neighbors", type=number(int, 1), default=5, help="nearest tokens to show (default: 5)")
-    options.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
+    options.add_argument("--json", type=output_file, metavar="FILE", help="also write every figure as JSON")
     given = options.parse_args(arguments)
     run = RunDirectory(given.run).require()
     tokenizer, lut_dir = load_tokenizer(run.tokenizer_path), run.lut_path(given.lut)

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from src.cli import parser, run_verb
+from src.cli import output_file, parser, run_verb
 from src.config import load_config
 from src.data.cache import PreparedSource
 from src.data.packed_corpus import prepare_corpus
 from src.data.windows import training_windows
 from src.system.console import progress_report, stderr_console, text_table
-from src.system.files import write_json
+from src.system.files import naming, write_json
 
 _BLOCK_TOKENS, _MOST_BLOCKS = 1 << 14, 32
 
@@ -46,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m src.prepare_data --config configs/data/wikitext-103.yaml",
     )
     options.add_argument("--config", required=True, help="YAML config of a run; its data section is used")
-    options.add_argument("--json", type=Path, metavar="PATH", help="also write the figures as JSON")
+    options.add_argument("--json", type=output_file, metavar="PATH", help="also write the figures as JSON")
     options.add_argument("overrides", nargs="*", metavar="key=value", help="override a config key, such as data.seed=1")
     given = options.parse_args(arguments)
     config = load_config(given.config, given.overrides)
-    with progress_report(stderr_console()) as report:
+    with naming("data.cache_dir", Path(config.data.cache_dir)), progress_report(stderr_console()) as report:
         corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=report)
     reports = [describe_source(source, config.data.sequence_length) for source in corpus.sources]
     print_sources(reports, Console())

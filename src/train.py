@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from src.accounting import account, print_account
-from src.cli import number, parser, run_verb
+from src.cli import number, output_file, parser, run_verb
 from src.config import RunConfig, describe, load_config, load_run_config
 from src.evaluation.report import Report
 from src.run_directory import RunDirectory
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--unique-ids", type=number(int, 1), metavar="N", help="dry run: distinct ids per micro-batch to assume"
     )
-    options.add_argument("--json", type=Path, metavar="PATH", help="dry run: also write the figures there")
+    options.add_argument("--json", type=output_file, metavar="PATH", help="dry run: also write the figures there")
     options.add_argument("overrides", nargs="*", metavar="key=value", help="override a config key, such as seed=1")
     given = options.parse_args(arguments)
     if not given.dry_run and (given.unique_ids is not None or given.json is not None):

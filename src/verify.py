@@ -2,11 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
-from src.cli import add_run_options, parser, run_verb
+from src.cli import add_run_options, output_file, parser, run_verb
 from src.config import load_run_config
 from src.evaluation.equivalence import plot_costs
 from src.evaluation.held_out import held_out_of_run
@@ -32,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and check; exit code 1 when a check fails."""
     options = parser("verify", __doc__ or "", "python -m src.verify --run runs/quickstart")
     add_run_options(options)
-    options.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
-    options.add_argument("--plot", type=Path, metavar="FILE", help="also draw bytes per token against loss into a PNG")
+    options.add_argument("--json", type=output_file, metavar="FILE", help="also write every figure as JSON")
+    options.add_argument(
+        "--plot", type=output_file, metavar="FILE", help="also draw bytes per token against loss into a PNG"
+    )
     given = options.parse_args(arguments)
     run = RunDirectory(given.run).require()
     text, note = held_out_of_run(run, load_run_config(run).data)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src import evaluate, generate, reparameterize, train, verify
+from src import convert, evaluate, generate, prepare_data, reparameterize, train, verify
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, UserError
 from src.lut import LutStore, build_lut, read_manifest
@@ -320,3 +320,43 @@ def test_numbers_out_of_range_are_refused_before_any_work(
         last = capsys.readouterr().err.splitlines()[-1]
         assert f"argument {flag}: " in last
         assert "but it must be a" in last
+
+
+def unwritable(tmp_path: Path) -> Sequence[str]:
+    """Directories that cannot be made or take no files, also for root."""
+    (tmp_path / "file").write_text("not a directory")
+    return (f"{tmp_path}/file", f"{tmp_path}/file/runs", f"{tmp_path}/{'x' * 300}", "/proc/runs")
+
+
+@pytest.mark.parametrize("key", ["output_dir", "data.cache_dir"])
+def test_a_directory_of_the_config_that_cannot_be_written_is_named_by_its_key(
+    key: str, tmp_path: Path, small_overrides: Sequence[str]
+) -> None:
+    for place in unwritable(tmp_path):
+        others = [f"output_dir={tmp_path}/runs", f"data.cache_dir={tmp_path}/cache", f"{key}={place}"]
+        with pytest.raises(UserError, match=rf"^{key}: .* cannot be written \(.*\); name another place$"):
+            train.main([*small_overrides, *others])
+        assert not any((tmp_path / name).exists() for name in ("cache", "runs/quickstart"))
+        if key == "data.cache_dir":
+            config = ["--config", str(CONFIGS / "quickstart.yaml")]
+            with pytest.raises(UserError, match=rf"^{key}: .* cannot be written"):
+                prepare_data.main([*config, *small_overrides, f"{key}={place}"])
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_named_by_its_flag_before_any_work(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mains: dict[str, Callable[[Sequence[str]], None]] = {"evaluate": evaluate.main, "verify": verify.main}
+    for verb, main in mains.items() if flag == "--json" else [("verify", verify.main)]:
+        for place in ("", str(tmp_path), *(f"{each}/score.json" for each in unwritable(tmp_path)), "a\0b"):
+            with pytest.raises(SystemExit) as exit_:
+                main(["--run", "no-run", f"{flag}={place}"])
+            assert exit_.value.code == 2, verb
+            assert f"argument {flag}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_output_that_cannot_be_written_is_named_by_its_flag(trained: RunResult, tmp_path: Path) -> None:
+    for place in unwritable(tmp_path)[1:]:
+        with pytest.raises(UserError, match=r"^--output: .* cannot be written"):
+            convert.main(["--to", "official", "--input", str(trained.run_dir), "--output", place])

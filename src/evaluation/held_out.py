@@ -27,6 +27,7 @@ from src.model import Transformer
 from src.model.attention import document_mask
 from src.run_directory import RunDirectory, read_metadata, read_tensors, write_tensors
 from src.system.console import Advance, no_advance
+from src.system.files import naming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,8 @@ def held_out_of_run(run: RunDirectory, config: DataConfig) -> tuple[HeldOut, str
     tokenizer = load_bound_tokenizer(run.tokenizer_path, run.recorded_tokenizers())
     if run.held_out_path.is_file():
         return _read(run, config, tokenizer), None
-    corpus = prepare_corpus(config, tokenizer)
+    with naming("data.cache_dir", Path(config.cache_dir)):
+        corpus = prepare_corpus(config, tokenizer)
     found = held_out(corpus, config, run.model_config().vocab_size)
     note = f"{run.held_out_path}: missing, as in runs of version 0.1; the held-out text was read from the corpus"
     recorded = run.recorded_corpus("fingerprint")

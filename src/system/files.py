@@ -4,9 +4,12 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from src.errors import UserError
 
 
 def sync_directory(directory: Path) -> None:
@@ -50,6 +53,26 @@ def atomic_directory(path: Path) -> Generator[Path]:
         sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def naming(key: str, place: Path) -> Generator[None]:
+    """Turn a failure to create or write something in `place` into one line that names the key or flag behind it."""
+    try:
+        yield
+    except OSError as error:
+        inside, found = place.absolute(), Path(str(error.filename or "")).absolute()
+        if error.filename is None or not (found.is_relative_to(inside) or inside.is_relative_to(found)):
+            raise
+        raise UserError(f"{key}: {found} cannot be written ({error.strerror}); name another place") from error
+
+
+def require_writable(key: str, directory: Path) -> None:
+    """Create `directory` where it is missing; UserError naming `key` if it cannot be, or takes no files."""
+    with naming(key, directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory):
+            pass
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from src.errors import UserError
+from src.system.files import expand_home
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -56,14 +57,16 @@ def output_file(text: str) -> Path:
 
 
 def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Return a parser whose help ends with an example."""
-    return argparse.ArgumentParser(
+    """Return a parser whose help ends with an example; `~` in its paths is the home directory."""
+    options = argparse.ArgumentParser(
         prog=f"python -m src.{verb}",
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    options.register("type", Path, lambda text: Path(expand_home(text)))
+    return options
 
 
 def add_run_options(options: argparse.ArgumentParser) -> None:

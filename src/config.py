@@ -25,7 +25,8 @@ from src.errors import ConfigError, check_range
 from src.evaluation.config import EvaluationConfig
 from src.lut.codecs import CODECS
 from src.model.config import ModelConfig
-from src.run_directory import SCHEMA_VERSION, RunDirectory
+from src.run_directory import PATH_KEYS, PATH_OR_NAME_KEYS, SCHEMA_VERSION, RunDirectory
+from src.system.files import expand_home
 from src.training.config import (
     CheckpointConfig,
     ObjectiveConfig,
@@ -120,8 +121,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: naming file, dotted key, what was found and what is allowed.
     """
-    layers = [*_read_layers(Path(path), ()), *(_override_layer(override) for override in overrides)]
-    return _compose(layers, Path(path))
+    path = Path(expand_home(str(path)))
+    layers = [*_read_layers(path, ()), *(_override_layer(override) for override in overrides)]
+    return _compose(layers, path)
 
 
 def load_run_config(run: RunDirectory, overrides: Sequence[str] = ()) -> RunConfig:
@@ -178,7 +180,7 @@ def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[_Layer]:
             raise ConfigError(f"{path}: schema_version {version.value}, but this version reads {SCHEMA_VERSION}")
         values = _literal(values)
     base = _value(about["base"], str | None, "base", str(path)) if "base" in about else None
-    inherited = _read_layers(path.parent / base, (*chain, path.resolve())) if base is not None else []
+    inherited = _read_layers(path.parent / expand_home(base), (*chain, path.resolve())) if base is not None else []
     return [*inherited, (str(path), values)]
 
 
@@ -228,10 +230,12 @@ def _value(node: Node, hint: Any, key: str, where: str) -> Any:
         raise ConfigError(wrong)
     if NoneType in kinds and node.style is None and node.value in (("null",) if kind is str else _NULLS):
         return None
-    if "${" in node.value:
-        return node.value
+    leaf = key.rpartition(".")[2].partition("[")[0]
+    text = expand_home(node.value) if leaf in PATH_KEYS or leaf in PATH_OR_NAME_KEYS else node.value
+    if "${" in text:
+        return text
     try:
-        return _scalar(node.value, kind, may_be_empty=key == "evaluation.sample_prompt")
+        return _scalar(text, kind, may_be_empty=key == "evaluation.sample_prompt")
     except (ValueError, KeyError) as error:
         raise ConfigError(wrong) from error
 

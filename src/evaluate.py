@@ -25,7 +25,7 @@ from src.inference.loader import ExpertForm
 from src.lut.manifest import MANIFEST_NAME
 from src.run_directory import RunDirectory
 from src.system.console import print_note, progress_bar
-from src.system.files import write_json
+from src.system.files import expand_home, write_json
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
         type=lambda names: [name for name in names.split(",") if name],
         help="names with commas between, of those below (default: evaluation.tasks of the run)",
     )
-    options.add_argument("--local-data", metavar="DIR", help="folder of <task>.<split>.jsonl[.gz] files")
+    options.add_argument(
+        "--local-data", type=expand_home, metavar="DIR", help="folder of <task>.<split>.jsonl[.gz] files"
+    )
     options.add_argument(
         "--limit", type=number(int, 1), dest="task_limit", metavar="N", help="documents of each task at most"
     )
@@ -87,6 +89,7 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
     )
     options.add_argument(
         "--compare",
+        type=expand_home,
         metavar="OTHER",
         help="another run, `lut` or `ffn` for this run's other form, or the name of another of its tables",
     )

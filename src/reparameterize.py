@@ -23,6 +23,7 @@ from src.lut.scan import read_token_counts
 from src.lut.sources import COMPUTE_DTYPES, open_source
 from src.run_directory import RunDirectory, identify_weights
 from src.system.console import progress_bar, stderr_console
+from src.system.files import expand_home
 from src.training.checkpoints import read_weights
 
 DEFAULT_PRECISION = "bfloat16"
@@ -115,7 +116,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     example = "python -m src.reparameterize --run runs/quickstart --dtype nf4 --lut lut-nf4"
     options = parser("reparameterize", __doc__ or "", example)
     add_run_options(options)
-    options.add_argument("--checkpoint", help="take the weights of this checkpoint first: last, best, or a path")
+    options.add_argument("--checkpoint", type=expand_home, help="take its weights first: last, best, or a path")
     options.add_argument("--from-lut", metavar="NAME", help="recode this table of the run; needs no training form")
     options.add_argument(
         "--dtype",

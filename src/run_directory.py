@@ -26,6 +26,10 @@ from src.system.files import atomic_path, write_json, write_text
 
 SCHEMA_VERSION = 1
 EXPERTS_PREFIX = "experts."
+PATH_KEYS = {"output_dir", "cache_dir", "files", "path", "init_from", "local_data"}
+"""Keys of a config, in any section, whose values are paths on this machine."""
+PATH_OR_NAME_KEYS = {"hub"}
+"""Keys whose values are names or folders."""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,21 @@
 """Configs: composition, and one clear line for every mistake."""
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import yaml
 
+from src import generate, prepare_data, verify
+from src.benchmarks.workload import read_texts
+from src.cli import parser
 from src.config import RunConfig, _hint, _keys, describe, load_config, load_run_config
+from src.data.config import SourceConfig
 from src.errors import ConfigError, RunError
-from src.run_directory import RunDirectory
+from src.evaluation.held_out import EvaluationCorpus
+from src.run_directory import PATH_KEYS, PATH_OR_NAME_KEYS, RunDirectory
 from tests.conftest import CONFIGS
 
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -323,3 +329,58 @@ def test_values_that_no_machine_can_use_are_refused(override: str, message: str)
     with pytest.raises(ConfigError) as error:
         load_config(QUICKSTART, [override])
     assert str(error.value).startswith(f"{QUICKSTART}: {message}")
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text(f"base: {Path(QUICKSTART).resolve()}\ncheckpoint: {{}}\ninit_from: ~/weights\n")
+    (tmp_path / "mine.yaml").write_text(
+        "base: ~/base.yaml\n"
+        "output_dir: ~/runs/${name}\n"
+        "data: {cache_dir: ~/cache, sources: [{files: [~/a.txt, b~.txt]}, {hub: ~/set}], tokenizer: {path: ~/t.json}}\n"
+        "evaluation: {local_data: ~/tasks, corpora: [{name: ~/x, files: [~/c.txt]}]}\n"
+    )
+    config = load_config("~/mine.yaml", ["name=~n"])
+    assert config.output_dir == f"{tmp_path}/runs/~n"
+    assert config.init_from == f"{tmp_path}/weights"
+    assert config.data.cache_dir == f"{tmp_path}/cache"
+    assert config.data.tokenizer.path == f"{tmp_path}/t.json"
+    assert [source.files for source in config.data.sources] == [[f"{tmp_path}/a.txt", "b~.txt"], []]
+    assert config.data.sources[1].hub == f"{tmp_path}/set"
+    assert config.evaluation.local_data == f"{tmp_path}/tasks"
+    assert [(corpus.name, corpus.files) for corpus in config.evaluation.corpora] == [("~/x", [f"{tmp_path}/c.txt"])]
+    typed = load_config(QUICKSTART, ["output_dir=~/r", "data.files=~/d.txt", "evaluation.sample_prompt=~/p"])
+    assert (typed.output_dir, typed.data.files) == (f"{tmp_path}/r", [f"{tmp_path}/d.txt"])
+    assert typed.evaluation.sample_prompt == "~/p"
+    assert load_config(QUICKSTART, ["output_dir=~nobody-here/r"]).output_dir == "~nobody-here/r"
+
+
+def test_path_keys_are_all_that_name_paths() -> None:
+    """A new key whose meaning speaks of a path, file or folder must be added to the list or stated here."""
+    leaves = set(re.findall(r"^ *(\w+):", describe(load_config(QUICKSTART)), re.MULTILINE))
+    for section in (SourceConfig, EvaluationCorpus):
+        leaves |= {item.name for item in fields(section)}
+    assert leaves >= PATH_KEYS | PATH_OR_NAME_KEYS
+    named = {
+        leaf for leaf in leaves if any(word in leaf for word in ("dir", "path", "file", "folder", "local", "from"))
+    }
+    assert named <= PATH_KEYS
+
+
+@pytest.mark.parametrize("text", ["~/run", "~"])
+def test_a_tilde_is_the_home_directory_in_paths_of_verbs(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(RunError, match=str(tmp_path)):
+        verify.main([f"--run={text}"])
+    with pytest.raises(RunError, match=str(tmp_path)):
+        generate.main([f"--run={text}", "--prompt", "~"])
+    with pytest.raises(ConfigError, match=f"{tmp_path}"):
+        prepare_data.main([f"--config={text}"])
+    options = parser("x", "y", "z")
+    options.add_argument("--path", type=Path, nargs="+")
+    assert options.parse_args(["--path", text, "a"]).path == [Path(text.replace("~", str(tmp_path))), Path("a")]
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "t.txt").write_text("text")
+    assert list(read_texts(["~/corpus/*.txt"])) == list(read_texts(["~/corpus"])) == ["text"]

@@ -35,7 +35,7 @@ from src.model.experts import LayerExperts, mix
 from src.model.router import Routing, router_probs
 from src.model.step_rows import StepRows
 from src.system.console import progress_bar
-from src.system.files import atomic_path, write_text
+from src.system.files import atomic_path, expand_home, write_text
 from src.system.hardware import matmul_rate, native_precision, synchronize
 
 PARTS = "added parts"
@@ -388,7 +388,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--sequence-length", type=int, default=2048, help="tokens of a window (default: 2048)")
     options.add_argument("--rounds", type=int, default=5, help="rounds that every contestant takes (default: 5)")
     options.add_argument("--files", nargs="*", default=[], help="text files; Python's standard library by default")
-    options.add_argument("--tokenizer", help="tokenizer.json; a BPE trained on the files by default")
+    options.add_argument("--tokenizer", type=expand_home, help="tokenizer.json; a BPE trained on the files by default")
     options.add_argument("--vocab-size", type=int, default=16384, help="entries of that BPE (default: 16384)")
     options.add_argument("--cache-dir", default=".cache/data", help="where tokenized text is kept")
     options.add_argument("--device", default="cpu", help="cpu (default) or cuda")

@@ -19,6 +19,7 @@ import zstandard
 
 from src.data.config import SourceConfig
 from src.errors import DataError
+from src.system.files import expand_home
 
 READ_BYTES = 1 << 20
 _ZSTANDARD_BYTES = 1 << 10
@@ -89,7 +90,7 @@ def expand_files(patterns: Sequence[str]) -> list[Path]:
         DataError: one of them holds no file, or a file of a format that is not read.
     """
     files: set[Path] = set()
-    for pattern in patterns:
+    for pattern in map(expand_home, patterns):
         matches = [Path(match) for match in glob.glob(glob.escape(pattern)) or glob.glob(pattern, recursive=True)]
         found = [path for path in matches if path.is_file()]
         found += _files_below([path for path in matches if path.is_dir()])

@@ -12,6 +12,11 @@ from pathlib import Path
 from src.errors import UserError
 
 
+def expand_home(path: str) -> str:
+    """Return a path with `~` or `~user` at its start as that home directory; unchanged where there is none."""
+    return os.path.expanduser(path)  # noqa: PTH111 - pathlib raises for an unknown user
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames inside `directory` survive a power cut (no effect where directories cannot be opened)."""
     with suppress(OSError):

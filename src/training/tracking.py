@@ -23,18 +23,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from src.errors import ConfigError
-from src.run_directory import RunDirectory
+from src.run_directory import PATH_KEYS, PATH_OR_NAME_KEYS, RunDirectory
 from src.system.files import write_text
 from src.system.private_api import drop_anonymous, has_started
 from src.system.ranks import is_rank_zero
 from src.training.config import WandbConfig
 
 NOT_LOGGED = "(a path: not logged)"
-_PATHS = {"output_dir", "cache_dir", "files", "path", "init_from", "local_data"}
-"""Keys of a config, in any section, whose values are paths on this machine."""
-_PATHS_OR_NAMES = {"hub"}
-"""Keys whose values are names or folders."""
-
 _DATA_DIR = "WANDB_DATA_DIR"
 
 
@@ -48,7 +43,7 @@ def _without_paths(key: str, value: Any) -> Any:
         return without_paths(value)
     if value is None or value == []:
         return value
-    if key in _PATHS or (key in _PATHS_OR_NAMES and _is_path(str(value))):
+    if key in PATH_KEYS or (key in PATH_OR_NAME_KEYS and _is_path(str(value))):
         return [NOT_LOGGED] * len(value) if isinstance(value, list) else NOT_LOGGED
     if isinstance(value, list):
         return [without_paths(item) if isinstance(item, Mapping) else item for item in value]

@@ -29,6 +29,8 @@ LINE_BYTES = 64 << 20
 """A longer line is refused: it is not text, or not one record a line."""
 _ITEM_CHARACTERS = 64 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
+_JSON_MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 _BATCH_ROWS = 64
 
 
@@ -88,13 +90,17 @@ def read_records(path: Path, text_field: str, *, lines: bool, skip: int = 0) -> 
 
 
 def text_of(row: object, text_field: str) -> str | Malformed:
-    """Return the text of a decoded row, or what is wrong with it."""
-    value: object = row.get(text_field) if isinstance(row, dict) else row
+    """Return the text of a decoded row, or what is wrong with it; null is an empty text."""
+    if isinstance(row, dict) and text_field not in row:
+        return Malformed("missing text", f"no key {text_field!r} (found {', '.join(map(str, row))[:100] or 'no keys'})")
+    value: object = row[text_field] if isinstance(row, dict) else row
     if isinstance(value, bytes):
         return _decode(value)
+    if value is None:
+        return ""
     if not isinstance(value, str):
-        keys = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
-        return Malformed("missing text", f"no text in {text_field!r} (found {keys[:100]})")
+        found = _KINDS.get(type(value), f"a value of type {type(value).__name__}")
+        return Malformed("missing text", f"no text in {text_field!r} (found {found})")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -164,9 +170,13 @@ def _json_text(line: bytes, text_field: str) -> str | Malformed:
         return text
     try:
         row = json.loads(text.rstrip())
-    except (json.JSONDecodeError, RecursionError) as error:
-        return Malformed("broken JSON", f"not JSON: {error}")
+    except (ValueError, RecursionError) as error:
+        return _broken(error)
     return text_of(row, text_field)
+
+
+def _broken(error: ValueError | RecursionError) -> Malformed:
+    return Malformed("broken JSON", f"not JSON: {str(error).partition(';')[0]}")  # without the library's advice
 
 
 def _starts_with_bracket(data: BinaryIO) -> bool:
@@ -187,7 +197,7 @@ def _json_items(data: BinaryIO, path: Path, text_field: str, skip: int) -> Itera
     for number in count():
         item = array.item()
         if number >= skip:
-            yield array.line, text_of(item, text_field)
+            yield array.line, item if isinstance(item, Malformed) else text_of(item, text_field)
         if array.peek() == "]":
             return
         array.take(",")
@@ -215,12 +225,17 @@ class _JsonArray:
         self._advance(self._at + 1)
 
     def item(self) -> object:
+        """Return the next item; Malformed where it is JSON, but too deep or with too long a number."""
         self.peek()
         wanted = READ_BYTES
         while True:
             try:
                 item, end = self._decoder.raw_decode(self._text, self._at)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
+                end = None if isinstance(error, json.JSONDecodeError) else self._end_of_item()
+                if end is not None:
+                    self._advance(end)
+                    return _broken(error)
                 if len(self._text) - self._at > _ITEM_CHARACTERS or not self._read(wanted):
                     self._fail(str(error))
                 wanted *= 2  # so that a long item is not parsed from its start too often
@@ -228,6 +243,20 @@ class _JsonArray:
             if end < len(self._text) or not self._read(READ_BYTES):  # a number may continue in the next piece
                 self._advance(end)
                 return item
+
+    def _end_of_item(self) -> int | None:
+        """Return where the item ends by its brackets; None if that is not read yet."""
+        depth = 0
+        for found in _JSON_MARK.finditer(self._text, self._at):
+            mark = found[0]
+            if mark == '"':
+                return None
+            if depth == 0 and mark in "],}":
+                return found.start()
+            depth += (mark in "[{") - (mark in "]}")
+            if depth == 0 and mark in "]}":
+                return found.end()
+        return None
 
     def _advance(self, end: int) -> None:
         self.line += self._text.count("\n", self._at, end)

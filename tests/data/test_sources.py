@@ -127,8 +127,8 @@ def test_what_is_wrong_with_a_record_is_told_with_its_line(tmp_path: Path) -> No
     assert skipped_of(source) == [
         ("malformed UTF-8", "t.jsonl:2", "not UTF-8 at byte 13 of the line"),
         ("broken JSON", "t.jsonl:3", "not JSON: Unterminated string starting at: line 1 column 10 (char 9)"),
-        ("missing text", "t.jsonl:4", "no text in 'text' (found title, id)"),
-        ("missing text", "t.jsonl:5", "no text in 'text' (found text)"),
+        ("missing text", "t.jsonl:4", "no key 'text' (found title, id)"),
+        ("empty", "t.jsonl:5", "no text"),
         ("empty", "t.jsonl:6", "no text"),
         ("empty", "t.jsonl:7", "no text"),
         ("malformed UTF-8", "t.jsonl:9", "half a surrogate pair at character 5"),
@@ -156,7 +156,7 @@ def test_parquet_with_nulls_and_other_columns(tmp_path: Path) -> None:
     source = SourceConfig(files=[str(path)], text_field="content")
     assert texts_of(source) == ["one", "four"]
     assert [(problem, where) for problem, where, _ in skipped_of(source)] == [
-        ("missing text", "t.parquet:2"),
+        ("empty", "t.parquet:2"),
         ("empty", "t.parquet:3"),
     ]
     raw = pyarrow.array([b"good", b"caf\xe9"], pyarrow.binary())
@@ -340,3 +340,55 @@ def test_zstandard_files_of_long_windows_are_read(name: str, window_log: int, tm
     (tmp_path / name).write_bytes(packed[:-9])
     with pytest.raises(DataError, match=rf"{name}: damaged or cut off \(the last frame has no end\); fetch"):
         texts_of(SourceConfig(files=[f"{tmp_path}/{name}"]))
+
+
+BROKEN = {
+    "a long integer": ("1" * 5000, "not JSON: Exceeds the limit (4300 digits) for integer string conversion"),
+    "a long integer in a record": (f'{{"text": "]}},", "n": [-{"7" * 9999}]}}', "not JSON: Exceeds the limit (4300 digi"),
+    "deep lists": ("[" * 100_000 + "]" * 100_000, "not JSON: maximum recursion depth exceeded"),
+    "deep objects": ('{"text":' * 9999 + '"\\"]"' + "}" * 9999, "not JSON: maximum recursion depth exceeded"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.json.gz"])
+def test_json_that_cannot_be_held_is_a_broken_record(name: str, kind: str, tmp_path: Path) -> None:
+    broken, detail = BROKEN[kind]
+    items = [json.dumps({"text": "one"}), broken, json.dumps({"text": "two"}), broken]
+    text = "\n".join(items) if name == "t.jsonl" else "[" + ",\n".join(items) + " ]"
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    source = SourceConfig(files=[f"{tmp_path}/{name}"])
+    assert texts_of(source) == ["one", "two"]
+    assert [(problem, where) for problem, where, _ in skipped_of(source)] == [
+        ("broken JSON", f"{name}:2"),
+        ("broken JSON", f"{name}:4"),
+    ]
+    assert all(found.startswith(detail) and "sys." not in found for _, _, found in skipped_of(source))
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [([], "a list"), (["a"], "a list"), (3, "a number"), (2.5, "a number"), (True, "true or false"), ({}, "an object")],
+)
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_what_stands_in_the_place_of_text_is_told(name: str, value: object, found: str, tmp_path: Path) -> None:
+    rows = [{"text": None}, {"text": value}, {"text": "good"}]
+    raw = json.dumps(rows) if name == "t.json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_text(raw)
+    source, last = SourceConfig(files=[f"{tmp_path}/{name}"]), 2 if name == "t.jsonl" else 1
+    assert texts_of(source) == ["good"]
+    assert skipped_of(source) == [
+        ("empty", f"{name}:1", "no text"),
+        ("missing text", f"{name}:{last}", f"no text in 'text' (found {found})"),
+    ]
+
+
+def test_null_and_other_types_of_parquet_columns(tmp_path: Path) -> None:
+    for values, expected in (
+        ([None, "b"], [("empty", "no text")]),
+        ([["x"], None], [("missing text", "no text in 'text' (found a list)"), ("empty", "no text")]),
+        ([4], [("missing text", "no text in 'text' (found a number)")]),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "t.parquet")
+        found = skipped_of(SourceConfig(files=[f"{tmp_path}/t.parquet"]))
+        assert [(problem, detail) for problem, _, detail in found] == expected

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.data.config import DataConfig, SourceConfig
-from src.data.corpus import START, Document, Position, Skipped, is_held_out, read_source
+from src.data.corpus import START, Document, Position, Skipped, read_source, sides
 from src.data.shards import FinishedShard, Tally, require_within_budgets, shard_hashes, total
 
 _BATCH_CHARACTERS = 1 << 20
@@ -98,8 +98,9 @@ class BatchPlanner:
         config: DataConfig,
         finished: Sequence[FinishedShard],
         directory: Path,
+        held_out_part: float = 0.0,
     ) -> None:
-        self._source, self._files, self._config = source, list(files), config
+        self._source, self._files, self._config, self._held_out_part = source, list(files), config, held_out_part
         self._done = total(record.tally for record in finished)
         self._start, self._shard = finished[-1].end if finished else START, len(finished)
         self._seen = HashSet(config.duplicate_memory_mb)
@@ -131,7 +132,7 @@ class BatchPlanner:
         require_within_budgets(self._done + self._tally, self._config, self._source.label, at_end=False)
 
     def _add(self, document: Document, batch: Batch) -> None:
-        content_hash, num_bytes = document.content_hash, len(document.text.encode())
+        content_hash = document.content_hash
         self._end = document.end
         self._tally.records += document.num_records
         value = int(content_hash[:16], 16)
@@ -140,13 +141,13 @@ class BatchPlanner:
             return
         self._tally.unremembered += self._seen.is_full
         self._hashes.append(value)
-        held_out = is_held_out(content_hash, self._config.validation_fraction, self._config.seed)
-        side = self._tally.validation if held_out else self._tally.train
-        side.documents += 1
-        side.bytes += num_bytes
-        self._shard_bytes += num_bytes
-        batch.texts.append(document.text)
-        batch.held_out.append(held_out)
+        for text, held_out in sides(document, content_hash, self._config, self._held_out_part):
+            side, num_bytes = self._tally.validation if held_out else self._tally.train, len(text.encode())
+            side.documents += 1
+            side.bytes += num_bytes
+            self._shard_bytes += num_bytes
+            batch.texts.append(text)
+            batch.held_out.append(held_out)
 
     def _close(self, *, is_last: bool) -> Closing:
         closing = Closing(self._tally, self._hashes, self._end, is_last)

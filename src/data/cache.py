@@ -52,6 +52,7 @@ def prepare_shards(
     tokenizer: Tokenizer,
     config: DataConfig,
     report: ShowReading,
+    held_out_part: float = 0.0,
 ) -> list[FinishedShard]:
     """Write the shards of `source` that `directory` lacks, and return the records of all shards.
 
@@ -61,7 +62,7 @@ def prepare_shards(
     directory.mkdir(parents=True, exist_ok=True)
     finished = finished_shards(directory)
     if not finished or not finished[-1].is_last:
-        planner = BatchPlanner(source, files, config, finished, directory)
+        planner = BatchPlanner(source, files, config, finished, directory, held_out_part)
         _write_shards(planner, directory, tokenizer, processes(config), _SourceProgress(source, files, report))
         finished = finished_shards(directory)
     require_within_budgets(total(record.tally for record in finished), config, source.label, at_end=True)
@@ -120,6 +121,8 @@ class PreparedSource:
     fingerprint: str
     """Hash of its tokens and of the tokenizer they were made with."""
     dtype: str
+    held_out_part: float
+    """Share at the end of each document that is held out; 0 where whole documents are."""
     tally: Tally
     shard_tokens: tuple[dict[str, int], ...]
     """Per shard, ids of each split."""
@@ -135,15 +138,16 @@ class PreparedSource:
 
 
 def prepare_source(
-    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, report: ShowReading
+    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, report: ShowReading, held_out_part: float = 0.0
 ) -> PreparedSource:
-    """Tokenize a source, or open its entry if the cache has it.
+    """Tokenize a source, or open its entry if the cache has it; `held_out_part` is as in `corpus.sides`.
 
     Raises:
         DataError: the source cannot be read, is over a budget, or its files change while they are read.
     """
     files = source_files(source)
-    key = entry_key(source, files, config, f"{fingerprint(tokenizer)} {config.shard_mb} {config.duplicate_memory_mb}")
+    recipe = f"{fingerprint(tokenizer)} {config.shard_mb} {config.duplicate_memory_mb}"
+    key = entry_key(source, files, config, f"{recipe} parts {held_out_part}" if held_out_part else recipe)
     target = Path(config.cache_dir) / key
     if not (target / _INDEX).is_file():
         with exclusive(target.with_suffix(".lock")):
@@ -151,12 +155,12 @@ def prepare_source(
                 building = target.with_suffix(".building")
                 _name_unknown(unknown_formats(files) if source.files else [])
                 before = inputs_of(files)
-                records = prepare_shards(building, source, files, tokenizer, config, report)
+                records = prepare_shards(building, source, files, tokenizer, config, report, held_out_part)
                 _require_unchanged(before, inputs_of(files), source, building)
                 _write_index(building, records, tokenizer)
                 building.replace(target)
                 sync_directory(target.parent)
-    return _open(target, source, tokenizer)
+    return _open(target, source, tokenizer, held_out_part)
 
 
 def _name_unknown(files: Sequence[Path]) -> None:
@@ -202,7 +206,7 @@ def _write_index(directory: Path, records: Sequence[FinishedShard], tokenizer: T
     write_text(directory / _INDEX, json.dumps(index, indent=1))
 
 
-def _open(path: Path, source: SourceConfig, tokenizer: Tokenizer) -> PreparedSource:
+def _open(path: Path, source: SourceConfig, tokenizer: Tokenizer, held_out_part: float) -> PreparedSource:
     index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
     require_same(index["tokenizer"], str(path), fingerprint(tokenizer), "data.tokenizer")
     prepared = PreparedSource(
@@ -211,6 +215,7 @@ def _open(path: Path, source: SourceConfig, tokenizer: Tokenizer) -> PreparedSou
         path=path,
         fingerprint=index["fingerprint"],
         dtype=index["dtype"],
+        held_out_part=held_out_part,
         tally=Tally.from_dict(index["tally"]),
         shard_tokens=tuple(index["shard_tokens"]),
     )

@@ -103,7 +103,8 @@ class DataConfig:
     document_mask: bool = False
     """Hide the other documents of a packed window from attention, in training and wherever its text is scored."""
     validation_fraction: float = 0.05
-    """Share of documents held out, chosen by a hash of their content; above 0 and below 1."""
+    """Share of documents held out, chosen by a hash of their content; above 0 and below 1. Where documents are too few
+    for that, this much at the end of each (more in short ones) is held out."""
     validation_windows: int = 128
     """Held-out windows that each evaluation during training scores, the same each time; fewer if there are fewer."""
     seed: int = 0

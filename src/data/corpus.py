@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from src.data.config import SourceConfig
+from src.data.config import DataConfig, SourceConfig
 from src.data.records import TEXT_BYTES, Problem, Record, read_hub, read_records
 
 
@@ -78,6 +78,24 @@ def is_held_out(content_hash: str, fraction: float, seed: int) -> bool:
     """Decide by content, so that a document stays on its side whatever else the corpus holds."""
     digest = hashlib.sha256(f"{seed} {content_hash}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def sides(document: Document, content_hash: str, config: DataConfig, held_out_part: float) -> list[tuple[str, bool]]:
+    """Return the texts that a document gives, and whether each is held out.
+
+    Args:
+        document: its whole text is on one side, chosen by `is_held_out`, unless `held_out_part` is above 0.
+        content_hash: of the document.
+        config: decides which documents are held out.
+        held_out_part: share at the end of each document that is held out, cut at a line end if one is near; below 1.
+    """
+    text = document.text
+    if not held_out_part:
+        return [(text, is_held_out(content_hash, config.validation_fraction, config.seed))]
+    cut = int(len(text) * (1 - held_out_part))
+    cut = text.rfind("\n", cut - (len(text) - cut) // 2, cut) + 1 or cut
+    parts = [(text[:cut], False), (text[cut:], True)]
+    return parts if all(part.strip() for part, _ in parts) else [(text, False)]
 
 
 def _documents(

@@ -18,20 +18,25 @@ from torch import Tensor
 
 from src.data.cache import PreparedSource, entry_key, exclusive, prepare_source
 from src.data.config import DataConfig, SourceConfig
-from src.data.corpus import Document, is_held_out, read_source
+from src.data.corpus import Document, read_source, sides
 from src.data.files import source_files
 from src.data.shards import SplitCount, TokenSequence
 from src.data.tokenizer import fingerprint, load_hub_tokenizer, load_tokenizer, require_room, train_bpe
 from src.errors import DataError
-from src.system.console import Reading, ShowReading, show_nothing
+from src.system.console import Reading, ShowReading, print_note, show_nothing
 from src.system.files import write_text
 
+_FEW_DOCUMENTS = 100
+_TOKEN_BYTES = 8
+"""More than a token of text has on average: this much for each token of a window fills the window."""
 _SMALL = 4
 """How much a compressed file may expand; a source smaller than its budget divided by this is read whole."""
 
 
-def choose_tokenizer(config: DataConfig, report: ShowReading) -> Tokenizer:
+def choose_tokenizer(config: DataConfig, report: ShowReading, held_out_parts: Sequence[float] = ()) -> Tokenizer:
     """Return the tokenizer that `config.tokenizer` names, trained if it names none.
+
+    `held_out_parts` are as in `corpus.sides`, one for each source; none are 0.
 
     Raises:
         DataError: it cannot be loaded or downloaded, or has no document separator.
@@ -42,33 +47,38 @@ def choose_tokenizer(config: DataConfig, report: ShowReading) -> Tokenizer:
         return load_hub_tokenizer(config.tokenizer.hub)
     sources = config.all_sources()
     files = [source_files(source) for source in sources]
-    path = Path(config.cache_dir) / f"tokenizer-{_key(config, sources, files)}.json"
+    parts = held_out_parts or [0.0] * len(sources)
+    path = Path(config.cache_dir) / f"tokenizer-{_key(config, sources, files, parts)}.json"
     if not path.is_file():
         with exclusive(path.with_suffix(".lock")):
             if not path.is_file():
                 report(Reading("training a tokenizer", 0, 1, "steps"))
-                texts = _training_texts(config, sources, files)
+                texts = _training_texts(config, sources, files, parts)
                 write_text(path, train_bpe(texts, config.tokenizer.vocab_size).to_str(pretty=True))
                 report(Reading("training a tokenizer", 1, 1, "steps"))
     return load_tokenizer(path)
 
 
-def _key(config: DataConfig, sources: Sequence[SourceConfig], files: Sequence[list[Path]]) -> str:
-    recipe = f"bpe {config.tokenizer.vocab_size} {config.tokenizer.training_mb}"
+def _key(
+    config: DataConfig, sources: Sequence[SourceConfig], files: Sequence[list[Path]], parts: Sequence[float]
+) -> str:
+    recipe = f"bpe {config.tokenizer.vocab_size} {config.tokenizer.training_mb}" + (f" {parts}" if any(parts) else "")
     keys = [entry_key(source, paths, config, recipe) for source, paths in zip(sources, files, strict=True)]
     return keys[0] if len(keys) == 1 else entry_key(sources[0], [], config, json.dumps(keys))
 
 
-def _training_texts(config: DataConfig, sources: Sequence[SourceConfig], files: Sequence[list[Path]]) -> Iterator[str]:
+def _training_texts(
+    config: DataConfig, sources: Sequence[SourceConfig], files: Sequence[list[Path]], parts: Sequence[float]
+) -> Iterator[str]:
     """Yield training documents, at most `training_mb` of text, in equal parts from sources and from their files."""
     budget = config.tokenizer.training_mb * 10**6 // len(sources)
-    for source, paths in zip(sources, files, strict=True):
+    for source, paths, held_out_part in zip(sources, files, parts, strict=True):
         stored = sum(path.stat().st_size for path in paths)
         share = budget if source.hub is not None or stored * _SMALL <= budget else budget // len(paths)
         left = budget
         for part in [paths] if source.hub is not None else [[path] for path in paths]:
             taken = 0
-            for text in _training_documents(source, part, config):
+            for text in _training_documents(source, part, config, held_out_part):
                 taken += len(text)
                 yield text
                 if taken >= min(share, left):
@@ -78,10 +88,12 @@ def _training_texts(config: DataConfig, sources: Sequence[SourceConfig], files: 
                 break
 
 
-def _training_documents(source: SourceConfig, files: list[Path], config: DataConfig) -> Iterator[str]:
+def _training_documents(
+    source: SourceConfig, files: list[Path], config: DataConfig, held_out_part: float
+) -> Iterator[str]:
     for item in read_source(source, files):
-        if isinstance(item, Document) and not is_held_out(item.content_hash, config.validation_fraction, config.seed):
-            yield item.text
+        if isinstance(item, Document):
+            yield from (text for text, is_out in sides(item, item.content_hash, config, held_out_part) if not is_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +149,8 @@ class PackedCorpus:
 def _facts(source: PreparedSource) -> dict[str, object]:
     counts = asdict(source.tally)
     del counts["examples"]  # they name files
+    if source.held_out_part:
+        counts["held_out_part"] = source.held_out_part
     return {"name": Path(source.label).name, **counts}
 
 
@@ -149,6 +163,9 @@ def prepare_corpus(
 ) -> PackedCorpus:
     """Read, split, tokenize and cache the corpus of `config`, or open the parts that are cached.
 
+    Whole documents are held out. Where that leaves a split without a full window, because documents are few, the last
+    part of each document is held out instead.
+
     Args:
         config: what to read.
         tokenizer: use this one (a run's own) instead of what the config says.
@@ -158,14 +175,47 @@ def prepare_corpus(
     Raises:
         DataError: text or tokenizer cannot be used, or a split has no full window.
     """
-    if tokenizer is None:
-        tokenizer = choose_tokenizer(config, report)
+    chosen = choose_tokenizer(config, report) if tokenizer is None else tokenizer
     if vocab_size is not None:
-        require_room(tokenizer, vocab_size)
-    sources = [prepare_source(source, config, tokenizer, report) for source in config.all_sources()]
-    corpus = PackedCorpus(sources=sources, tokenizer=tokenizer)
+        require_room(chosen, vocab_size)
+    corpus = _prepare(config, chosen, report, [0.0] * len(config.all_sources()))
+    if parts := _held_out_parts(corpus, config):
+        if tokenizer is None and config.tokenizer.is_trained_here:  # on the training parts; they alone decide the rest
+            return prepare_corpus(config, choose_tokenizer(config, report, parts), vocab_size=vocab_size, report=report)
+        corpus = _prepare(config, chosen, report, parts)
+        print_note(
+            f"the corpus has too few documents to hold out whole ones, so the last {max(parts):.1%} of each document "
+            "is held out"
+        )
     _require_windows(corpus, config)
     return corpus
+
+
+def _prepare(
+    config: DataConfig, tokenizer: Tokenizer, report: ShowReading, parts: Sequence[float]
+) -> PackedCorpus:
+    sources = [
+        prepare_source(source, config, tokenizer, report, part)
+        for source, part in zip(config.all_sources(), parts, strict=True)
+    ]
+    return PackedCorpus(sources=sources, tokenizer=tokenizer)
+
+
+def _held_out_parts(corpus: PackedCorpus, config: DataConfig) -> list[float]:
+    """Return for each source the part of its documents to hold out, where whole ones fill no window of a split."""
+
+    def lacks(count: SplitCount) -> bool:
+        return count.tokens <= config.sequence_length
+
+    together = lacks(corpus.validation) or (corpus.sources[0].weight is None and lacks(corpus.train))
+    few = [together or (source.weight is not None and lacks(source.tally.train)) for source in corpus.sources]
+    both = [source.tally.train + source.tally.validation for source in corpus.sources]
+    counts = sum((count for count, is_few in zip(both, few, strict=True) if is_few), SplitCount())
+    if not 0 < counts.documents <= _FEW_DOCUMENTS:
+        return []
+    window_bytes = _TOKEN_BYTES * (config.sequence_length + 1)
+    part = max(config.validation_fraction, min(0.5, window_bytes / counts.bytes))
+    return [part if is_few else 0.0 for is_few in few]
 
 
 def _require_windows(corpus: PackedCorpus, config: DataConfig) -> None:
@@ -173,8 +223,8 @@ def _require_windows(corpus: PackedCorpus, config: DataConfig) -> None:
         for count, label in sources:
             if not count.documents:
                 raise DataError(
-                    f"data: the {split} split of {label} has no document with text in it; add documents or change "
-                    f"data.validation_fraction ({config.validation_fraction})"
+                    f"data: the {split} split of {label} has no document with text in it; add documents, or change "
+                    f"data.validation_fraction ({config.validation_fraction}) if they are many"
                 )
             if count.tokens <= config.sequence_length:
                 raise DataError(

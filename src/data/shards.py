@@ -37,6 +37,7 @@ class SplitCount:
     """Size of one side of the split."""
 
     documents: int = 0
+    """Documents, or parts of them where each is cut in two."""
     tokens: int = 0
     """Ids, each document's separator included."""
     bytes: int = 0

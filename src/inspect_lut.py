@@ -25,6 +25,9 @@ MAX_WINDOWS = 64
 
 def single_token(text: str, tokenizer: Tokenizer) -> int:
     """Return the id of a text that is one token; UserError shows the pieces of any other."""
+    special = tokenizer.token_to_id(text)
+    if special is not None and special in tokenizer.get_added_tokens_decoder():
+        return special
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if len(ids) != 1:
         pieces = ", ".join(f"{token_text(token_id, tokenizer)} (id {token_id})" for token_id in ids)

@@ -32,6 +32,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, separator_id: int) -> None:
         self._tokenizer, self._separator_id = tokenizer, separator_id
+        tokenizer.encode_special_tokens = True  # not part of its JSON
         self.dtype = token_dtype(tokenizer)
         self._code = "H" if self.dtype == "<u2" else "I"
 

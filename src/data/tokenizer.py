@@ -15,6 +15,8 @@ from src.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 """Separates documents, as in GPT-NeoX's vocabulary."""
+WORD_CHARACTERS = 128
+"""Longer words of a pre-tokenizer (DNA, lines of signs, white space) are cut: merging takes time quadratic in a word."""
 _METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What SentencePiece vocabularies write for a space."""
 _FIELDS = {
@@ -53,6 +55,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    _take_text_as_text(tokenizer)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
@@ -125,13 +128,23 @@ class _Number(str):
 def canonical_json(text: str) -> str:
     """Write a tokenizer's JSON in one way, whichever release of the library wrote `text`.
 
-    Fields come in the order of `_FIELDS`. Fields that are not listed there are left out if the library makes the same
+    The cut of long words is left out, since other words keep their ids. Fields come in the order of `_FIELDS`. Fields that are not listed there are left out if the library makes the same
     tokenizer without them, so that a new field with its default value changes nothing. For releases up to 0.23 the
     result is what the library itself writes, whose hash is recorded in runs, tables and caches.
     """
     whole = json.loads(text, parse_float=_Number)
+    whole["pre_tokenizer"] = _uncut(whole["pre_tokenizer"])
     full, known = _written(whole, "", with_unlisted=True), _written(whole, "", with_unlisted=False)
-    return known if full != known and _same_tokenizer(known, text) else full
+    return known if full != known and _same_tokenizer(known, full) else full
+
+
+def _uncut(pre_tokenizer: Any) -> Any:
+    """Return a pre-tokenizer of a tokenizer's JSON without the cut of long words."""
+    match pre_tokenizer:
+        case {"type": "Sequence", "pretokenizers": [inner, {"type": "FixedLength", "length": length}]}:
+            return inner if length == WORD_CHARACTERS else pre_tokenizer
+        case _:
+            return pre_tokenizer
 
 
 def _same_tokenizer(one: str, other: str) -> bool:
@@ -222,4 +235,14 @@ def _with_separator(tokenizer: Tokenizer, where: str) -> Tokenizer:
         raise DataError(f"{where}: has no {END_OF_TEXT} token to separate documents; add it to the tokenizer")
     tokenizer.no_truncation()  # a tokenizer.json may carry limits of the model it was made for
     tokenizer.no_padding()
+    _take_text_as_text(tokenizer)
     return tokenizer
+
+
+def _take_text_as_text(tokenizer: Tokenizer) -> None:
+    """Have special tokens that are written in a text encoded as text, and long words cut."""
+    tokenizer.encode_special_tokens = True
+    found = json.loads(tokenizer.to_str())["pre_tokenizer"]
+    if found is not None and _uncut(found) is found:
+        cut = pre_tokenizers.FixedLength(WORD_CHARACTERS)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([tokenizer.pre_tokenizer, cut])

@@ -191,9 +191,7 @@ def prepare_corpus(
     return corpus
 
 
-def _prepare(
-    config: DataConfig, tokenizer: Tokenizer, report: ShowReading, parts: Sequence[float]
-) -> PackedCorpus:
+def _prepare(config: DataConfig, tokenizer: Tokenizer, report: ShowReading, parts: Sequence[float]) -> PackedCorpus:
     sources = [
         prepare_source(source, config, tokenizer, report, part)
         for source, part in zip(config.all_sources(), parts, strict=True)

@@ -30,7 +30,7 @@ LINE_BYTES = 64 << 20
 _ITEM_CHARACTERS = 64 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 _JSON_MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
-_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_KINDS = {"bool": "true or false", "int": "a number", "float": "a number", "list": "a list", "dict": "an object"}
 _BATCH_ROWS = 64
 
 
@@ -99,7 +99,7 @@ def text_of(row: object, text_field: str) -> str | Malformed:
     if value is None:
         return ""
     if not isinstance(value, str):
-        found = _KINDS.get(type(value), f"a value of type {type(value).__name__}")
+        found = _KINDS.get(kind := type(value).__name__, f"a value of type {kind}")
         return Malformed("missing text", f"no text in {text_field!r} (found {found})")
     try:
         value.encode()

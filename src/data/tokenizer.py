@@ -16,7 +16,7 @@ from src.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 """Separates documents, as in GPT-NeoX's vocabulary."""
 WORD_CHARACTERS = 128
-"""Longer words of a pre-tokenizer (DNA, lines of signs, white space) are cut: merging takes time quadratic in a word."""
+"""Longer words of a pre-tokenizer (DNA, white space) are cut: merging takes time quadratic in a word."""
 _METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What SentencePiece vocabularies write for a space."""
 _FIELDS = {
@@ -128,9 +128,10 @@ class _Number(str):
 def canonical_json(text: str) -> str:
     """Write a tokenizer's JSON in one way, whichever release of the library wrote `text`.
 
-    The cut of long words is left out, since other words keep their ids. Fields come in the order of `_FIELDS`. Fields that are not listed there are left out if the library makes the same
-    tokenizer without them, so that a new field with its default value changes nothing. For releases up to 0.23 the
-    result is what the library itself writes, whose hash is recorded in runs, tables and caches.
+    The cut of long words is left out, since other words keep their ids. Fields come in the order of `_FIELDS`. Fields
+    that are not listed there are left out if the library makes the same tokenizer without them, so that a new field
+    with its default value changes nothing. For releases up to 0.23 the result is what the library itself writes, whose
+    hash is recorded in runs, tables and caches.
     """
     whole = json.loads(text, parse_float=_Number)
     whole["pre_tokenizer"] = _uncut(whole["pre_tokenizer"])

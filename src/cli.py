@@ -65,8 +65,12 @@ def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    options.register("type", Path, lambda text: Path(expand_home(text)))
+    options.register("type", Path, _path)
     return options
+
+
+def _path(text: str) -> Path:
+    return Path(expand_home(text))
 
 
 def add_run_options(options: argparse.ArgumentParser) -> None:

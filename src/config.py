@@ -230,8 +230,9 @@ def _value(node: Node, hint: Any, key: str, where: str) -> Any:
         raise ConfigError(wrong)
     if NoneType in kinds and node.style is None and node.value in (("null",) if kind is str else _NULLS):
         return None
-    leaf = key.rpartition(".")[2].partition("[")[0]
-    text = expand_home(node.value) if leaf in PATH_KEYS or leaf in PATH_OR_NAME_KEYS else node.value
+    leaf, text = key.rpartition(".")[2].partition("[")[0], node.value
+    if leaf in PATH_KEYS or (leaf in PATH_OR_NAME_KEYS and "/" in text):
+        text = expand_home(text)
     if "${" in text:
         return text
     try:

@@ -165,7 +165,7 @@ TYPED = (
 TEXT_KEYS = (
     "name",
     "data.tokenizer.hub",
-    "evaluation.local_data",
+    "wandb.project",
     "evaluation.sample_prompt",
     "wandb.entity",
 )

@@ -165,7 +165,6 @@ TYPED = (
 TEXT_KEYS = (
     "name",
     "data.tokenizer.hub",
-    "wandb.project",
     "evaluation.sample_prompt",
     "wandb.entity",
 )

@@ -12,9 +12,6 @@ from pathlib import Path
 from src.errors import UserError
 from src.system.files import expand_home
 
-USAGE_ERROR = 2
-INTERRUPTED = 130
-
 
 def run_verb(main: Callable[[], None]) -> None:
     """Run a verb; a `UserError` becomes one line on stderr and exit code 2."""
@@ -22,10 +19,10 @@ def run_verb(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(USAGE_ERROR)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(130)  # 128 + SIGINT
 
 
 def number(kind: type[int] | type[float], at_least: float, at_most: float = 2**63 - 1) -> Callable[[str], int | float]:

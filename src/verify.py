@@ -14,8 +14,6 @@ from src.run_directory import RunDirectory
 from src.system.console import print_note, progress_bar, text_table
 from src.system.files import atomic_path, write_json
 
-FAILED = 1
-
 
 def print_checks(checks: Sequence[Check], title: str, console: Console) -> None:
     """Print the checks as a table."""
@@ -48,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with atomic_path(given.plot) as temporary:
             plot_costs(costs, f"{run.path.name}: what a table's precision costs", temporary)
     if any(check.holds is False for check in checks):
-        sys.exit(FAILED)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -72,11 +72,10 @@ def offloaded_bytes(model: ModelConfig, parameters: Parameters) -> tuple[list[Of
     """Return the offloaded part in each precision, and why a table cannot have the others."""
     offload: list[Offload] = []
     skipped: dict[str, str] = {}
-    sizes = {name: getattr(model, name) for name in ("vocab_size", "num_layers", "num_experts", "hidden_size")}
     for precision, codec in CODECS.items():
         try:
             if model.architecture == "mole":
-                layout = TableLayout(**sizes, precision=precision)
+                layout = TableLayout.of(model, precision)
                 total, per_token = layout.table_bytes, layout.row_bytes
             elif model.architecture == "moe" and codec.is_view:
                 size = codec.dtype.itemsize

@@ -166,7 +166,7 @@ def precision_costs(
     base = 0.0
     for precision in CODECS:
         try:
-            layout = _layout(reference, precision)
+            layout = TableLayout.of(reference.config, precision)
             row_bytes = layout.row_bytes
         except LutError:  # a block that does not divide this hidden size
             continue
@@ -195,14 +195,3 @@ def plot_costs(costs: list[PrecisionCost], title: str, path: Path) -> None:
     axes.margins(0.15)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150, format="png")
-
-
-def _layout(model: InferenceModel, precision: str) -> TableLayout:
-    config = model.config
-    return TableLayout(
-        vocab_size=config.vocab_size,
-        num_layers=config.num_layers,
-        num_experts=config.num_experts,
-        hidden_size=config.hidden_size,
-        precision=precision,
-    )

@@ -144,19 +144,18 @@ def _scores_table(report: Report) -> Table:
 
 def _memory_table(report: Report) -> Table:
     table = text_table("what each form takes", "", "weights in memory", "on disk", "read per token")
-    table.add_row("training form", mebibytes(report.training_form_bytes), "", "")
+    table.add_row("training form", _mebibytes(report.training_form_bytes), "", "")
     if report.table is not None and report.lookup_form_bytes is not None:
         table.add_row(
             f"lookup form ({report.table.precision})",
-            mebibytes(report.lookup_form_bytes),
-            mebibytes(report.table.table_bytes),
+            _mebibytes(report.lookup_form_bytes),
+            _mebibytes(report.table.table_bytes),
             f"{report.table.bytes_per_token / 1024:,.1f} KiB",
         )
     return table
 
 
-def mebibytes(count: int) -> str:
-    """Format a number of bytes."""
+def _mebibytes(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 

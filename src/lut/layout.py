@@ -17,6 +17,7 @@ from zlib_ng.zlib_ng import crc32  # as zlib's, but 3 us for a row of 72 KiB ins
 
 from src.errors import LutFormatError
 from src.lut.codecs import Codec, find_codec
+from src.model.config import ModelConfig
 
 SHARD_BYTES = 512 * 2**20
 ALIGNMENT = 4096
@@ -35,6 +36,12 @@ class TableLayout:
     precision: str
     shard_bytes: int = SHARD_BYTES
     """Rows of a shard fit in this many bytes, unless a single row is larger."""
+
+    @classmethod
+    def of(cls, sizes: "ModelConfig | TableLayout", precision: str, shard_bytes: int = SHARD_BYTES) -> "TableLayout":
+        """Return the layout of a model's table, or of a table in another precision."""
+        names = ("vocab_size", "num_layers", "num_experts", "hidden_size")
+        return cls(**{name: getattr(sizes, name) for name in names}, precision=precision, shard_bytes=shard_bytes)
 
     @cached_property
     def codec(self) -> Codec:

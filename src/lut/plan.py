@@ -100,15 +100,7 @@ def plan(
     """
     if isinstance(source, TableRows) and source.lut_dir.resolve() == lut_dir.resolve():
         raise LutError(f"{lut_dir}: is the table that the rows come from; give the new one another --lut name")
-    sizes = source.config
-    layout = TableLayout(
-        vocab_size=sizes.vocab_size,
-        num_layers=sizes.num_layers,
-        num_experts=sizes.num_experts,
-        hidden_size=sizes.hidden_size,
-        precision=dtype,
-        shard_bytes=shard_bytes,
-    )
+    layout = TableLayout.of(source.config, dtype, shard_bytes)
     if isinstance(source, TableRows):
         tokenizer = source.tokenizer if tokenizer is None else tokenizer
         token_counts = source.token_counts if token_counts is None else token_counts

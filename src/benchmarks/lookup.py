@@ -1,18 +1,21 @@
 """`python -m src.benchmarks.lookup`: how fast rows come from disk, cold and warm, against what the device can do.
 
 A table of random rows is written in the real format. Ids come from real text and never repeat within a request. Every
-round asks each contender for the same rows: the measured reader and two others, with and without checksums, a numpy
-memory map, and bare O_DIRECT reads by 16 threads on the same files, which is the device's own limit.
+round asks each contender for the same rows: the measured reader and `memmap`, with and without checksums, a bare memory
+map, and bare O_DIRECT reads by 16 threads on the same files, which is the device's own limit.
 """
 
+import mmap
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -33,22 +36,55 @@ from src.benchmarks.workload import BareReads, RandomRows, TextIds, load_text_id
 from src.cli import add_reader_option, parser, run_verb
 from src.errors import LutFormatError
 from src.lut import LutStore, build_lut, read_manifest
-from src.lut.readers.direct import DirectReader
+from src.lut.layout import ALIGNMENT, TableLayout
 from src.lut.readers.memory import MemmapReader
+from src.lut.readers.reader import ShardFiles
 from src.run_directory import Identity
 from src.system.console import Advance, progress_bar
 
 COUNTS = (1, 8, 32, 256, 2048)
 CACHED_ROWS = 1024
 HIT_RATE_TOKENS = 30_000
-OTHERS = ("direct", "memmap")
+OTHERS = ("memmap",)
 """Readers that the measured one is compared with."""
+RAW_THREADS = 16
 SLOW = ("memmap", "memmap copy")
 SLOW_LIMIT = 256
 """Most rows requested from cold memory maps: at 2,048 a round would take 15 seconds."""
 REPEATS = {1: 20, 8: 5}
 """Requests per round; a round's figure is their median."""
 Cells = dict[tuple[str, int], Timings]
+
+
+class RawReads:
+    """Bare O_DIRECT reads of whole blocks into aligned memory, several at once: the device's own limit."""
+
+    def __init__(self, lut_dir: Path, layout: TableLayout, capacity: int) -> None:
+        """Open the shards past the page cache, for at most `capacity` rows at a time."""
+        self._files = ShardFiles(lut_dir, layout, flags=os.O_DIRECT)
+        self._block_bytes = (layout.row_bytes + 2 * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+        memory = mmap.mmap(-1, capacity * self._block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._rows = np.frombuffer(memory, dtype=np.uint8).reshape(capacity, self._block_bytes)
+        self._rows.fill(1)
+        self._pool = ThreadPoolExecutor(RAW_THREADS)
+
+    def __call__(self, token_ids: Tensor) -> None:
+        items = iter(list(enumerate(sorted(token_ids.tolist()))))
+        helpers = [self._pool.submit(self._take, items) for _ in range(min(RAW_THREADS, len(token_ids)) - 1)]
+        self._take(items)
+        for helper in helpers:
+            helper.result()
+
+    def _take(self, items: Iterator[tuple[int, int]]) -> None:
+        for position, token_id in items:
+            shard, offset = self._files.locate(token_id)
+            first = offset // ALIGNMENT * ALIGNMENT
+            length = -(-(offset + self._files.row_bytes - first) // ALIGNMENT) * ALIGNMENT
+            os.preadv(self._files.descriptors[shard], [self._rows[position, :length].data], first)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._files.close()
 
 
 def measure(lut_dir: Path, text: TextIds, measured: str, rounds: int) -> tuple[Cells, int]:
@@ -65,11 +101,12 @@ def measure(lut_dir: Path, text: TextIds, measured: str, rounds: int) -> tuple[C
                 if isinstance(store.reader, MemmapReader):
                     release.append(store.reader.release_pages)
         store = stack.enter_context(LutStore.open(lut_dir, reader="pread"))
-        copy, direct = MemmapReader(lut_dir, store.layout), DirectReader(lut_dir, store.layout)
+        copy, raw = MemmapReader(lut_dir, store.layout), RawReads(lut_dir, store.layout, max(COUNTS))
+        stack.callback(copy.close)
+        stack.callback(raw.close)
         release.append(copy.release_pages)
-        for name, bare in (("memmap copy", copy), ("raw O_DIRECT", direct)):
-            stack.callback(bare.close)
-            contenders[name] = BareReads(bare, store.layout.row_bytes, max(COUNTS))
+        contenders["memmap copy"] = BareReads(copy, store.layout.row_bytes, max(COUNTS))
+        contenders["raw O_DIRECT"] = raw
         drop = partial(workload.drop, lut_dir, release)
         with progress_bar("rounds", rounds * len(COUNTS) * 2) as advance:
             for state in ("cold", "warm"):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -69,6 +70,10 @@ class RowRequest:
 
     def wait(self) -> Tensor:
         """Return the rows (U, L, E, D) in the codec's dtype."""
+        if self._layout.codec.is_view:
+            rows = decode(self._codes, self._layout)  # a view, made while the disk works
+            self.codes()
+            return rows
         return decode(self.codes(), self._layout)
 
     def layer(self, layer: int) -> Tensor:
@@ -124,6 +129,31 @@ class Gate:
             self._changed.wait_for(lambda: not self._inside)
 
 
+class BufferPool:
+    """Memory for rows, reused once no tensor refers to it: a page of fresh memory costs a page fault."""
+
+    def __init__(self, row_bytes: int) -> None:
+        self._row_bytes, self._free = row_bytes, list[Bytes]()
+
+    def take(self, num_rows: int) -> Bytes:
+        """Return (num_rows, row_bytes) uint8. A tensor made of it keeps it; the last one gone gives it back."""
+        try:
+            memory = self._free.pop()  # atomic, so two threads never share one
+        except IndexError:
+            memory = None
+        if memory is None or len(memory) < num_rows:
+            memory = np.empty((num_rows, self._row_bytes), dtype=np.uint8)
+        rows = memory[:num_rows]
+        finalize(rows, self._give_back, memory).atexit = False
+        return rows
+
+    def _give_back(self, memory: Bytes) -> None:
+        if len(self._free) < SPARE_BUFFERS:
+            self._free.append(memory)
+
+
+SPARE_BUFFERS = 2
+"""Buffers kept: one is read into while another is used."""
 SEED_ROWS = 256
 """Rows read at a time when the cache is seeded."""
 
@@ -143,7 +173,7 @@ class LutStore:
         """Use `LutStore.open`, which checks the directory first."""
         self.lut_dir, self.manifest, self.layout = lut_dir, manifest, manifest.layout
         self._gate = Gate(f"{lut_dir}: the store is closed; open it again to read")
-        self._stats = ReadStats()
+        self._stats, self._buffers = ReadStats(), BufferPool(self.layout.row_bytes)
         self._checksums = read_checksums(lut_dir, self.layout) if verify_rows else None
         self.reader: Reader | ResidentTable = READERS[reader].open(lut_dir, self.layout, torch.device(device))
         self._cache: RowCache | None = None
@@ -207,8 +237,8 @@ class LutStore:
             self._stats.rows += len(ids)
             if isinstance(self.reader, ResidentTable):
                 return RowRequest(layout, self.reader.gather(token_ids, out), None)
-            codes = torch.empty(len(ids), layout.row_bytes, dtype=torch.uint8) if out is None else out
-            rows, wanted, keep = codes.numpy(), list(zip(ids, range(len(ids)), strict=True)), None
+            rows = self._buffers.take(len(ids)) if out is None else out.numpy()
+            wanted, keep = list(zip(ids, range(len(ids)), strict=True)), None
             if self._cache is not None:
                 id_array = np.array(ids, dtype=np.int64)
                 missing = self._cache.copy_hits(id_array, rows)
@@ -218,6 +248,7 @@ class LutStore:
                 self._stats.cache_misses += len(wanted)
             self._stats.bytes += len(wanted) * layout.row_bytes
             finish = self.reader.start(wanted, rows, partial(self._arrived, rows))
+        codes = torch.from_numpy(rows) if out is None else out
         done = finish is None and keep is None
         return RowRequest(layout, codes, None if done else partial(self._finish, finish, keep))
 

@@ -67,7 +67,7 @@ def test_rows_stay_right_while_later_ones_are_read(tmp_path: Path) -> None:
 
 
 @cuda
-@pytest.mark.parametrize("reader", ["auto", "direct", "memory"])
+@pytest.mark.parametrize("reader", ["auto", "memmap", "memory"])
 def test_a_gpu_writes_the_text_of_the_training_form(tmp_path: Path, reader: str) -> None:
     run, token_ids = write_run(tmp_path), prompts(3, 20).cuda()
     with load_model(run, experts="ffn", device="cuda") as model:

@@ -1,5 +1,6 @@
 """Inference from disk needs the memory of a dense model, and little more than that is enough."""
 
+import mmap
 import resource
 import time
 from dataclasses import replace
@@ -13,7 +14,6 @@ from src.benchmarks.memory_use import anonymous_bytes, sampled_peak
 from src.benchmarks.workload import write_runs
 from src.inference.disk_experts import DiskExperts
 from src.lut import LutStore
-from src.lut.readers.direct import aligned_bytes
 from tests.inference.cgroups import memory_cgroup
 from tests.lut.tables import write_table
 
@@ -27,11 +27,10 @@ def anonymous() -> int:
 
 def test_the_sampler_sees_memory_that_is_given_back() -> None:
     before = anonymous()
-    with sampled_peak(anonymous, 0.002) as peak:
-        given_back = aligned_bytes(64 * MEBIBYTE)  # a mapping of its own, whatever the allocator keeps
-        given_back.fill(1)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a mapping of its own, whatever the allocator keeps
+    with sampled_peak(anonymous, 0.002) as peak, mmap.mmap(-1, 64 * MEBIBYTE, flags=private) as given_back:
+        given_back.write(b"1" * (64 * MEBIBYTE))
         time.sleep(0.1)
-        del given_back
     assert peak[0] - before >= 60 * MEBIBYTE
 
 

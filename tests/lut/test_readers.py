@@ -4,7 +4,6 @@ import errno
 import gc
 import os
 import random
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +21,11 @@ from src.lut.manifest import read_manifest
 from src.lut.readers import READERS, Reader, ResidentTable
 from src.lut.readers import pread as pread_module
 from src.lut.readers import reader as reader_module
-from src.lut.readers.pread import PreadReader
 from src.lut.readers.reader import Bytes, WorkerPool
 from tests.lut.tables import shard_path, write_table
 
 VOCAB = 300
 NAMES = tuple(name for name in READERS if name != "memory")
-linux = pytest.mark.skipif(sys.platform != "linux", reason="O_DIRECT and RWF_NOWAIT exist on Linux alone")
 
 
 @pytest.fixture(params=["bfloat16", "int8"])
@@ -97,18 +94,17 @@ def test_any_ids_in_any_order(table: tuple[Path, Bytes], ids: list[int], cold: b
         reader.close()
 
 
-@pytest.mark.parametrize("name", ["pread", "direct"])
 def test_short_reads_are_continued(
-    name: str, table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch, reads: list[int]
+    table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch, reads: list[int]
 ) -> None:
     lut_dir, expected = table
-    reader = open_named(name, lut_dir)
+    reader = open_named("pread", lut_dir)
     whole = os.preadv
 
     def short(descriptor: int, targets: Sequence[memoryview], offset: int, flags: int = 0) -> int:
         first = memoryview(targets[0])
         reads.append(len(first))
-        if len(first) > 512:  # O_DIRECT stops at sectors
+        if len(first) > 512:
             first = first[:512]
         return whole(descriptor, [first], offset, flags)
 
@@ -117,13 +113,10 @@ def test_short_reads_are_continued(
     assert len(reads) > 6
 
 
-@pytest.mark.parametrize("name", ["pread", "direct"])
 @pytest.mark.parametrize("count", [1, 20])
-def test_a_failing_disk_is_named(
-    name: str, count: int, table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_disk_is_named(count: int, table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     lut_dir, expected = table
-    reader = open_named(name, lut_dir)
+    reader = open_named("pread", lut_dir)
 
     def fail(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -138,7 +131,7 @@ def reads() -> list[int]:
     return []
 
 
-@pytest.mark.parametrize("name", ["memmap", "pread", "direct"])
+@pytest.mark.parametrize("name", ["memmap", "pread"])
 def test_a_file_truncated_after_opening_is_named(name: str, table: tuple[Path, Bytes]) -> None:
     lut_dir, expected = table
     reader, path = open_named(name, lut_dir), shard_path(lut_dir, read_manifest(lut_dir).layout)
@@ -156,18 +149,17 @@ def test_use_after_close_is_an_error(reader: Reader, table: tuple[Path, Bytes]) 
 
 def test_reads_that_outlive_their_reader_fail_or_are_whole(table: tuple[Path, Bytes]) -> None:
     lut_dir, expected = table
-    for name in ("pread", "direct"):
-        drop_page_cache(lut_dir)
-        reader, rows = open_named(name, lut_dir), np.zeros((VOCAB, expected.shape[1]), dtype=np.uint8)
-        finish = reader.start([(i, i) for i in range(VOCAB)], rows, unchecked)
-        reader.close()
-        try:
-            if finish is not None:
-                finish()
-        except LutError as error:
-            assert "closed" in str(error)
-        else:
-            assert np.array_equal(rows, expected)
+    drop_page_cache(lut_dir)
+    reader, rows = open_named("pread", lut_dir), np.zeros((VOCAB, expected.shape[1]), dtype=np.uint8)
+    finish = reader.start([(i, i) for i in range(VOCAB)], rows, unchecked)
+    reader.close()
+    try:
+        if finish is not None:
+            finish()
+    except LutError as error:
+        assert "closed" in str(error)
+    else:
+        assert np.array_equal(rows, expected)
 
 
 def test_a_read_only_folder_is_enough(table: tuple[Path, Bytes]) -> None:
@@ -182,27 +174,9 @@ def test_a_read_only_folder_is_enough(table: tuple[Path, Bytes]) -> None:
         lut_dir.chmod(0o755)
 
 
-@linux
-def test_refused_unbuffered_reads_are_said_once(table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    lut_dir, expected = table
-    whole = os.open
-
-    def refuse(path: str, flags: int, mode: int = 0o777) -> int:
-        if flags & os.O_DIRECT:
-            raise OSError(22, "Invalid argument")
-        return whole(path, flags, mode)
-
-    monkeypatch.setattr(os, "open", refuse)
-    with pytest.warns(UserWarning, match="refuses O_DIRECT") as warned:
-        reader = open_named("direct", lut_dir)
-    assert len(warned) == 1
-    assert np.array_equal(read(reader, [3], expected.shape[1]), expected[[3]])
-    assert isinstance(open_named("auto", lut_dir), PreadReader)  # without a word
-
-
 def test_systems_without_linux_calls_read_too(table: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     lut_dir, expected = table
-    for name in ("O_DIRECT", "posix_fadvise", "RWF_NOWAIT"):
+    for name in ("posix_fadvise", "RWF_NOWAIT"):
         monkeypatch.delattr(os, name, raising=False)
     for name in ("auto", "pread"):
         reader = open_named(name, lut_dir)

@@ -13,8 +13,8 @@ from tests.model.models import CONFIGS, DENSE, MOE, MOLE
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (DENSE, {"vocab_size": 0}, "model.vocab_size: 0, but it must be at least 1"),
-        (DENSE, {"num_layers": -2}, "model.num_layers: -2, but it must be at least 1"),
+        (DENSE, {"vocab_size": 0}, "model.vocab_size: 0, but it must be at least 1 and at most 2147483647"),
+        (DENSE, {"num_layers": -2}, "model.num_layers: -2, but it must be at least 1 and at most 4096"),
         (DENSE, {"init_std": -0.1}, "model.init_std: -0.1, but it must be at least 0"),
         (DENSE, {"norm_eps": 0.0}, "model.norm_eps: 0.0, but it must be above 0"),
         (DENSE, {"rope_theta": -1.0}, "model.rope_theta: -1.0, but it must be above 0"),

@@ -297,7 +297,7 @@ def _parquet_rows(data: BinaryIO, path: Path, column: str, skip: int) -> Iterato
                     if number > skip:
                         yield number, text_of(value, column)
             first += num_rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}); fetch it again") from error
 
 

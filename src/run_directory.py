@@ -8,7 +8,8 @@ imported or copied directory is a run too.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,8 @@ class RunDirectory:
         return {where: value for where, value in found.items() if isinstance(value, str)}
 
     def write_config(self, values: Mapping[str, object]) -> None:
-        document = {"schema_version": SCHEMA_VERSION, **values}
+        """Write config.yaml from plain values, with absolute paths: a verb may run in another directory."""
+        document = {"schema_version": SCHEMA_VERSION, **absolute_paths(values)}
         write_text(self.config_path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
     def write_weights(self, weights: Mapping[str, Tensor]) -> Identity:
@@ -167,6 +169,29 @@ class RunDirectory:
             raise RunError(
                 f"{self.backbone_path}: no {error} identity in its metadata; it was not written here"
             ) from error
+
+
+def map_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Return a config's values with every path changed."""
+    return {key: _map_path(key, value, change) for key, value in values.items()}
+
+
+def _map_path(key: str, value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, Mapping):
+        return map_paths(value, change)
+    if isinstance(value, list):
+        return [_map_path(key, item, change) for item in value]
+    is_path = isinstance(value, str) and (key in PATH_KEYS or (key in PATH_OR_NAME_KEYS and _is_path(value)))
+    return change(value) if is_path else value
+
+
+def _is_path(value: str) -> bool:
+    return value.startswith((".", "~", os.sep)) or Path(value).exists()
+
+
+def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config's values with paths that mean the same in every working directory."""
+    return map_paths(values, lambda path: os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111 - patterns
 
 
 def identify_weights(weights: Mapping[str, Tensor]) -> Identity:

@@ -14,7 +14,7 @@ from src.accounting import account, print_account
 from src.cli import number, output_file, parser, run_verb
 from src.config import RunConfig, describe, load_config, load_run_config
 from src.evaluation.report import Report
-from src.run_directory import RunDirectory
+from src.run_directory import RunDirectory, absolute_paths
 from src.system.console import stderr_console
 from src.system.files import write_text
 from src.system.hardware import keep_freed_memory
@@ -87,7 +87,7 @@ def resumed_config(run: RunDirectory, path: str | None, overrides: Sequence[str]
     """
     before = load_run_config(run.require())
     now = load_run_config(run, overrides) if path is None else load_config(path, overrides)
-    for difference in compare_configs(run, before.to_dict(), now.to_dict()):
+    for difference in compare_configs(run, absolute_paths(before.to_dict()), absolute_paths(now.to_dict())):
         _tell(f"{run.path} continues with {difference}")
     return now
 

@@ -129,7 +129,7 @@ def test_description_is_the_config_with_a_meaning_for_every_key() -> None:
 
 
 def test_a_run_gives_its_config_back(tmp_path: Path) -> None:
-    config: RunConfig = load_config(QUICKSTART, ["seed=3", "data.files=[a.txt]"])
+    config: RunConfig = load_config(QUICKSTART, ["seed=3", "data.files=[/a.txt]", "output_dir=/b", "data.cache_dir=/c"])
     run = RunDirectory(tmp_path)
     run.write_config(config.to_dict())
     assert load_run_config(run) == config
@@ -191,13 +191,13 @@ def test_text_in_lists_and_sections_keeps_what_was_typed(tmp_path: Path) -> None
     config = load_config(
         QUICKSTART,
         [
-            "data.sources=[{hub: 1e3, subset: no, revision: 12e5678, split: 0x1}, {files: 12:30, name: null}]",
+            "data.sources=[{hub: 1e3, subset: no, revision: 12e5678, split: 0x1}, {files: /12:30, name: null}]",
             "wandb.tags=[on, 1.0, null]",
         ],
     )
     first, second = config.data.sources
     assert (first.hub, first.subset, first.revision, first.split) == ("1e3", "no", "12e5678", "0x1")
-    assert (second.files, second.name) == (["12:30"], None)
+    assert (second.files, second.name) == (["/12:30"], None)
     assert config.wandb.tags == ["on", "1.0", "null"]
     run = RunDirectory(tmp_path)
     run.write_config(config.to_dict())

@@ -175,7 +175,7 @@ def held_out_of_run(run: RunDirectory, config: DataConfig) -> tuple[HeldOut, str
     Returns them and, where they were cut again, a sentence that says so and whether the text is another one.
 
     Raises:
-        RunError: `held_out.safetensors` is damaged.
+        RunError: `held_out.safetensors` is damaged, or relative paths name other text than the run was trained on.
         DataError: the tokenizer is not the one the run was made with, or the corpus has to be read and cannot be.
     """
     tokenizer = load_bound_tokenizer(run.tokenizer_path, run.recorded_tokenizers())
@@ -188,6 +188,11 @@ def held_out_of_run(run: RunDirectory, config: DataConfig) -> tuple[HeldOut, str
     recorded = run.recorded_corpus("fingerprint")
     if recorded is None or recorded == corpus.fingerprint:
         return found, note
+    if any(not Path(pattern).is_absolute() for source in config.all_sources() for pattern in source.files):
+        raise RunError(
+            f"{run.config_path}: data.files is relative to the directory that the run was made in, and from here it "
+            "names other text; run this verb there"
+        )
     return found, (
         f"{note}, which on this machine ({corpus.fingerprint[:12]}) is not the one this run was trained on "
         f"({recorded[:12]}), so scores are over other text"

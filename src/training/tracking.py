@@ -23,7 +23,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from src.errors import ConfigError
-from src.run_directory import PATH_KEYS, PATH_OR_NAME_KEYS, RunDirectory
+from src.run_directory import RunDirectory, map_paths
 from src.system.files import write_text
 from src.system.private_api import drop_anonymous, has_started
 from src.system.ranks import is_rank_zero
@@ -35,23 +35,7 @@ _DATA_DIR = "WANDB_DATA_DIR"
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with its paths replaced by a note; fingerprints identify their contents."""
-    return {key: _without_paths(key, value) for key, value in config.items()}
-
-
-def _without_paths(key: str, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return without_paths(value)
-    if value is None or value == []:
-        return value
-    if key in PATH_KEYS or (key in PATH_OR_NAME_KEYS and _is_path(str(value))):
-        return [NOT_LOGGED] * len(value) if isinstance(value, list) else NOT_LOGGED
-    if isinstance(value, list):
-        return [without_paths(item) if isinstance(item, Mapping) else item for item in value]
-    return value
-
-
-def _is_path(value: str) -> bool:
-    return value.startswith((".", "~", os.sep)) or Path(value).exists()
+    return map_paths(config, lambda _: NOT_LOGGED)
 
 
 def logged_step(trainer: lightning.Trainer) -> int:

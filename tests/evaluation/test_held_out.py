@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from src import evaluate, generate, inspect_lut, reparameterize, verify
-from src.config import load_run_config
+from src.config import load_config, load_run_config
 from src.errors import RunError
 from src.evaluation.held_out import HeldOut, held_out_of_run
 from src.inference import load_model
@@ -16,7 +16,7 @@ from src.lut import read_manifest
 from src.lut.scan import read_token_counts
 from src.run_directory import RunDirectory
 from src.train import RunResult, resumed_config, train
-from tests.conftest import SMALL, STDLIB, small_config
+from tests.conftest import CONFIGS, SMALL, STDLIB, small_config
 from tests.data.corpora import json_lines
 
 
@@ -138,3 +138,43 @@ def test_a_run_without_its_held_out_text_reads_the_corpus_again_and_says_so(trai
     run.held_out_path.write_bytes(b"damaged")
     with pytest.raises(RunError, match=r"held_out.safetensors: not a readable safetensors file"):
         held_out_of_run(run, load_run_config(run).data)
+
+
+@pytest.mark.parametrize("files", ["data.files=text/*.py", "data.sources=[{name: ours, files: ['text/*.py']}]"])
+def test_relative_paths_of_a_run_mean_the_same_text_everywhere(
+    files: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    shutil.copytree(STDLIB / "json", here / "text")
+    shutil.copytree(STDLIB / "email", elsewhere / "text")
+    monkeypatch.chdir(here)
+    quick = ("trainer.max_steps=2", "trainer.precision=32-true", "evaluation.at_fit_end=false")
+    paths = (
+        files,
+        "output_dir=runs",
+        "data.cache_dir=cache",
+        "evaluation.local_data=rows",
+        "data.validation_fraction=0.3",
+    )
+    run = RunDirectory(train(load_config(CONFIGS / "quickstart.yaml", [*SMALL, *quick, *paths])).run_dir.absolute())
+    kept = text_of(run)
+    run.held_out_path.unlink()  # as in runs of version 0.1, whose verbs read the corpus again
+
+    monkeypatch.chdir(elsewhere)
+    config = load_run_config(run)
+    assert (config.output_dir, config.data.cache_dir) == (f"{here}/runs", f"{here}/cache")
+    assert config.evaluation.local_data == f"{here}/rows"
+    assert torch.equal(held_out_of_run(run, config.data)[0].windows, kept.windows)
+    train(resumed_config(run, None, ["trainer.max_steps=3"]), run)
+
+    relative = run.config_path.read_text().replace(f"{here}/", "")
+    run.config_path.write_text(relative)  # as version 0.1 wrote it
+    run.held_out_path.unlink()
+    with pytest.raises(
+        RunError, match=r"config.yaml: data.files is relative to the directory that the run was made in"
+    ):
+        held_out_of_run(run, load_run_config(run).data)
+    monkeypatch.chdir(here)
+    assert torch.equal(held_out_of_run(run, load_run_config(run).data)[0].windows, kept.windows)
+    train(resumed_config(run, None, ["trainer.max_steps=4"]), run)
+    assert load_run_config(run).output_dir == f"{here}/runs"

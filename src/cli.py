@@ -14,15 +14,37 @@ from src.system.files import expand_home
 
 
 def run_verb(main: Callable[[], None]) -> None:
-    """Run a verb; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run a verb; a `UserError` becomes one line on stderr and exit code 2, a closed pipe ends it silently."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # a closed pipe raises here, not while the interpreter shuts down
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT
+    except BrokenPipeError:
+        try:
+            os.write(sys.stdout.fileno(), b"\n")
+        except BrokenPipeError:  # so it is the reader of our text that is gone, as in `generate | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # 128 + SIGPIPE
+        raise
+
+
+def require_text(name: str, text: str) -> str:
+    """Return a text from the command line or standard input; UserError when its bytes were not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = text.encode("utf-8", "backslashreplace").decode()
+        raise UserError(
+            f"{name}: {shown[:80]!r} is not UTF-8 text; convert it, or check the terminal's locale"
+        ) from error
+    return text
 
 
 def number(kind: type[int] | type[float], at_least: float, at_most: float = 2**63 - 1) -> Callable[[str], int | float]:

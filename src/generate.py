@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from src.cli import add_form_options, number, parser, run_verb
-from src.data.tokenizer import END_OF_TEXT, load_bound_tokenizer
+from src.cli import add_form_options, number, parser, require_text, run_verb
+from src.data.tokenizer import END_OF_TEXT, load_bound_tokenizer, num_ids
 from src.errors import MAX_FLOAT32, UserError
 from src.inference import InferenceModel, load_model, stream
 from src.inference.generation import Sampling
@@ -48,7 +48,7 @@ def interact(write: Callable[[str], None]) -> None:
             return
         if line.strip():
             try:
-                write(line.rstrip("\n"))
+                write(require_text("prompt", line.rstrip("\n")))
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
 
@@ -56,10 +56,10 @@ def interact(write: Callable[[str], None]) -> None:
 def _prompt(text: str | None, file: Path | None) -> str:
     if file is None:
         assert text is not None
-        return text
+        return require_text("--prompt", text)
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a NUL in the path
         raise UserError(f"--prompt-file {file}: cannot be read as UTF-8 text ({error})") from error
 
 
@@ -88,9 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = options.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end the text
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; `require_text` then refuses the line
     run = RunDirectory(given.run).require()
     tokenizer = load_bound_tokenizer(run.tokenizer_path, run.recorded_tokenizers())
-    sampling = _sampling(given.temperature, given.top_k, given.top_p, given.seed)
+    sampling = _sampling(given.temperature, given.top_k, given.top_p, given.seed, num_ids(tokenizer))
     prompt = None if given.interactive else _prompt(given.prompt, given.prompt_file)
     with load_model(
         run.path,
@@ -107,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write(prompt)
 
 
-def _sampling(temperature: float, top_k: int | None, top_p: float | None, seed: int) -> Sampling:
+def _sampling(temperature: float, top_k: int | None, top_p: float | None, seed: int, ids: int) -> Sampling:
     try:
-        return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, num_ids=ids)
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from error
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from tokenizers import Tokenizer
 
-from src.cli import add_run_options, number, output_file, parser, run_verb
+from src.cli import add_run_options, number, output_file, parser, require_text, run_verb
 from src.config import load_run_config
 from src.data.tokenizer import load_tokenizer
 from src.errors import UserError
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = options.parse_args(arguments)
     run = RunDirectory(given.run).require()
     tokenizer, lut_dir = load_tokenizer(run.tokenizer_path), run.lut_path(given.lut)
-    layout, token_id = read_manifest(lut_dir).layout, single_token(given.token, tokenizer)
+    layout, token_id = read_manifest(lut_dir).layout, single_token(require_text("--token", given.token), tokenizer)
     layers = range(layout.num_layers) if given.layer is None else [given.layer]
     if given.layer is not None and not 0 <= given.layer < layout.num_layers:
         raise UserError(f"--layer {given.layer}: the table has layers 0 to {layout.num_layers - 1}")

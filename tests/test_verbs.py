@@ -1,6 +1,7 @@
 """The verbs, as a user meets them: what they print, and one clear line with exit code 2 for every mistake."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src import convert, evaluate, generate, prepare_data, reparameterize, train, verify
+from src import convert, evaluate, generate, inspect_lut, prepare_data, reparameterize, train, verify
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, UserError
 from src.lut import LutStore, build_lut, read_manifest
@@ -360,3 +361,48 @@ def test_an_output_that_cannot_be_written_is_named_by_its_flag(trained: RunResul
     for place in unwritable(tmp_path)[1:]:
         with pytest.raises(UserError, match=r"^--output: .* cannot be written"):
             convert.main(["--to", "official", "--input", str(trained.run_dir), "--output", place])
+
+
+BYTES_THAT_ARE_NO_TEXT = os.fsdecode(b"caf\xe9")
+
+
+def test_a_prompt_that_is_not_utf8_is_one_line(trained: RunResult, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"caf\xe9")
+    for source in (["--prompt", BYTES_THAT_ARE_NO_TEXT], ["--prompt-file", str(file)]):
+        with pytest.raises(UserError, match=rf"^{source[0]}.*UTF-8"):
+            generate.main(["--run", str(trained.run_dir), *source])
+    with pytest.raises(UserError, match=r"^--token: .*caf\\\\udce9.* is not UTF-8 text"):
+        inspect_lut.main(["--run", str(trained.run_dir), "--token", BYTES_THAT_ARE_NO_TEXT])
+
+
+def test_an_interactive_session_survives_a_line_that_is_not_utf8(trained: RunResult) -> None:
+    command = [sys.executable, "-m", "src.generate", "--run", str(trained.run_dir), "--interactive"]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "2"], cwd=ROOT, input=b"caf\xe9\nimport os\n", capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"error: prompt: " in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert done.stdout.startswith(b"import os")
+
+
+@pytest.mark.parametrize("arguments", [["src.train", "--print-config"], ["src.generate", "--help"]])
+def test_a_closed_pipe_ends_a_verb_silently(arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert done.stderr == b""
+    assert done.returncode in (0, 141)  # 0 where all of the text fits the buffer
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(
+    trained: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfimport os")
+    generate.main(["--run", str(trained.run_dir), "--prompt-file", str(file), "--max-new-tokens", "1"])
+    assert capsys.readouterr().out.startswith("import os")

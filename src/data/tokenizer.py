@@ -247,3 +247,8 @@ def _take_text_as_text(tokenizer: Tokenizer) -> None:
     if found is not None and _uncut(found) is found:
         cut = pre_tokenizers.FixedLength(WORD_CHARACTERS)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([tokenizer.pre_tokenizer, cut])
+
+
+def num_ids(tokenizer: Tokenizer) -> int:
+    """Return one more than the largest id that decodes; a model's vocabulary may be larger."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())

@@ -4,6 +4,7 @@ Logits are made for scored positions only, and for few of them at a time. B batc
 N scored positions, D hidden, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -48,6 +49,10 @@ class Likelihood(NamedTuple):
     """Whether each of its tokens is the most likely one."""
     gap: float
     """Smallest gap between the two best logits at any of its tokens; where it is rounding error, so is `is_greedy`."""
+
+
+NOTHING_TO_SCORE = Likelihood(0.0, is_greedy=True, gap=math.inf)
+"""Of an empty continuation, which every text begins with."""
 
 
 class TextModel:
@@ -99,14 +104,15 @@ class TextModel:
         results: dict[int, Likelihood] = {}
         for batch, likelihoods in zip(batches, scored, strict=True):
             results |= dict(zip(batch, likelihoods, strict=True))
-        return [results[index] for index in range(len(requests))]
+        return [results.get(index, NOTHING_TO_SCORE) for index in range(len(requests))]
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Group the indices of requests, longest first, so that running out of memory shows at once."""
+        """Group indices of requests with a continuation, longest first, so that running out of memory shows at once."""
         lengths = [len(self._inputs(request)) for request in requests]
         batches: list[list[int]] = []
         room = 0
-        for index in sorted(range(len(requests)), key=lambda index: -lengths[index]):
+        scored = [index for index, request in enumerate(requests) if request.continuation]
+        for index in sorted(scored, key=lambda index: -lengths[index]):
             if not room:
                 batches.append([])
                 room = max(1, self.batch_tokens // max(1, lengths[index]))

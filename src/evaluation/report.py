@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from src.data.tokenizer import num_ids
 from src.evaluation.comparison import Comparison, compare, print_comparison
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.perplexity import Score
@@ -166,5 +167,12 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, config: EvaluationConf
     token_ids = tokenizer.encode(config.sample_prompt, add_special_tokens=False).ids
     prompt = torch.tensor([token_ids], device=model.embedding.weight.device)  # (1, T)
     new_tokens = min(config.sample_tokens, model.config.max_sequence_length - len(token_ids))
-    continued = generate(model, prompt, max_new_tokens=new_tokens, temperature=config.sample_temperature, seed=0)
+    continued = generate(
+        model,
+        prompt,
+        max_new_tokens=new_tokens,
+        temperature=config.sample_temperature,
+        seed=0,
+        num_ids=num_ids(tokenizer),
+    )
     return tokenizer.decode(continued[0].tolist())

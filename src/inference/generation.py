@@ -3,6 +3,7 @@
 B batch, T prompt tokens, S all tokens so far, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
@@ -12,27 +13,34 @@ from torch import Tensor
 
 from src.model import KeyValueCache, Transformer
 
+GREEDY_BELOW = 1e-6
+"""Temperatures at which logits that differ by rounding error are no longer drawn alike; smaller ones overflow."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is drawn."""
 
     temperature: float = 0.0
-    """0 is greedy; otherwise logits are divided by it."""
+    """Below `GREEDY_BELOW` the most likely id is taken; otherwise logits are divided by it."""
     top_k: int | None = None
     """Draw among the k most likely ids only."""
     top_p: float | None = None
     """Draw among the most likely ids that together reach this probability, in (0, 1]."""
     seed: int | None = None
     """Makes drawing repeatable: row i of a batch draws as a batch of its own with seed + i would."""
+    num_ids: int | None = None
+    """Take ids below this only: a model may have more ids than its tokenizer, which cannot decode the others."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}, but it must not be negative; 0 is greedy")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}, but it must be finite and at least 0; 0 is greedy")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}, but it must be at least 1; leave it out to draw among all ids")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, but it must be in (0, 1]; leave it out to draw among all ids")
+        if self.num_ids is not None and self.num_ids < 1:
+            raise ValueError(f"num_ids is {self.num_ids}, but it must be at least 1; leave it out to take all ids")
 
 
 class Sampler:
@@ -44,12 +52,14 @@ class Sampler:
         seeds = (
             torch.randint(2**62, (batch_size,)) if sampling.seed is None else sampling.seed + torch.arange(batch_size)
         )
-        greedy = sampling.temperature == 0
-        self._generators = [] if greedy else [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self._greedy = sampling.temperature < GREEDY_BELOW
+        self._generators = [] if self._greedy else [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Draw ids (B,) from logits (B, V)."""
-        if self._sampling.temperature == 0:
+        if self._sampling.num_ids is not None:
+            logits = logits[:, : self._sampling.num_ids]
+        if self._greedy:
             return logits.max(dim=-1).indices  # the first of equals, as argmax, in a quarter of its time on a CPU
         probs = truncated_probs(logits, self._sampling)  # (B, V)
         cumulative = probs.double().cumsum(dim=-1)  # (B, V)
@@ -101,6 +111,7 @@ class Options(TypedDict, total=False):
     top_p: float | None
     stop_ids: Sequence[int]
     seed: int | None
+    num_ids: int | None
     attention_mask: Tensor | None
     overflow: Literal["refuse", "window"]
     prefill_chunk_tokens: int
@@ -122,19 +133,20 @@ def stream(
     top_p: float | None = None,
     stop_ids: Sequence[int] = (),
     seed: int | None = None,
+    num_ids: int | None = None,
     attention_mask: Tensor | None = None,
     overflow: Literal["refuse", "window"] = "refuse",
     prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
 ) -> Iterator[Tensor]:
     """Yield the next token ids (B,) after prompts (B, T) int64, one step at a time; `model` is in eval mode.
 
-    `temperature`, `top_k`, `top_p` and `seed` are those of `Sampling`. A sequence that produced one of `stop_ids`
-    repeats it; all of them stopped ends the generation. `attention_mask` (B, T) is False where a prompt is padding (see
-    `left_pad`). A prompt that leaves no room in the model's context for `max_new_tokens` is refused, or with `overflow`
-    `window` only its last tokens are read. The prompt is fed `prefill_chunk_tokens` at a time, fewer when the batch is
-    large. ValueError when an argument is out of range.
+    `temperature`, `top_k`, `top_p`, `seed` and `num_ids` are those of `Sampling`. A sequence that produced one of
+    `stop_ids` repeats it; all of them stopped ends the generation. `attention_mask` (B, T) is False where a prompt is
+    padding (see `left_pad`). A prompt that leaves no room in the model's context for `max_new_tokens` is refused, or
+    with `overflow` `window` only its last tokens are read. The prompt is fed `prefill_chunk_tokens` at a time, fewer
+    when the batch is large. ValueError when an argument is out of range.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, num_ids=num_ids)
     token_ids, mask = _fit(model, token_ids, attention_mask, max_new_tokens, overflow)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, but it must not be negative")

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from src.errors import UserError
@@ -73,11 +73,19 @@ def naming(key: str, place: Path) -> Generator[None]:
 
 
 def require_writable(key: str, directory: Path) -> None:
-    """Create `directory` where it is missing; UserError naming `key` if it cannot be, or takes no files."""
-    with naming(key, directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    """Raise UserError naming `key` where `directory` takes no files, or cannot be created; leaves no trace."""
+    with naming(key, directory), ExitStack() as made:
+        for path in (*reversed(directory.parents), directory):
+            if not path.is_dir():
+                path.mkdir(exist_ok=True)
+                made.callback(_remove_if_empty, path)
         with tempfile.NamedTemporaryFile(dir=directory):
             pass
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

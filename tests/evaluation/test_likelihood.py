@@ -156,3 +156,13 @@ def test_ranks_compute_equally_often_and_all_get_everything(count: int) -> None:
     assert len(calls[0]) == len(calls[1])
     assert set(calls[0]) | set(calls[1]) == set(range(count))
     assert sum(advanced) == 2 * count
+
+
+def test_an_empty_continuation_is_certain(model: Transformer, tokenizer: Tokenizer) -> None:
+    scorer = text_model(model, tokenizer)
+    (alone,) = scorer.log_likelihoods([Request([5], [])], "")
+    assert (alone.log_likelihood, alone.is_greedy) == (0.0, True)
+    between = scorer.log_likelihoods([REQUESTS[0], Request([1, 2], []), REQUESTS[2]], "")
+    assert between[1] == alone
+    assert [between[0], between[2]] == scorer.log_likelihoods([REQUESTS[0], REQUESTS[2]], "")
+    assert scorer.log_likelihoods([Request([], [])], "") == [alone]

@@ -223,3 +223,25 @@ def test_wide_routers_change_no_logit(tmp_path: Path) -> None:
         assert weights and {tensor.dtype for tensor in weights.values()} == {torch.float32}
         wide = model(prompts(2, 9))
         torch.testing.assert_close(model.bfloat16()(prompts(2, 9)), wide, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0])
+def test_temperatures_that_are_none_are_refused(model: InferenceModel, temperature: float) -> None:
+    with pytest.raises(ValueError, match=f"temperature is {temperature}, but it must be finite and at least 0"):
+        generate(model, prompts(1, 3), max_new_tokens=2, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-38, 5e-324])
+def test_tiny_temperatures_are_greedy(model: InferenceModel, temperature: float) -> None:
+    greedy = generate(model, prompts(2, 9), max_new_tokens=8)
+    assert torch.equal(generate(model, prompts(2, 9), max_new_tokens=8, temperature=temperature, seed=3), greedy)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_ids_that_the_tokenizer_lacks_are_never_taken(model: InferenceModel, temperature: float) -> None:
+    free = generate(model, prompts(4, 9), max_new_tokens=20, temperature=temperature, seed=0)
+    limit = int(free[:, 9:].max())
+    bounded = generate(model, prompts(4, 9), max_new_tokens=20, temperature=temperature, seed=0, num_ids=limit)
+    assert int(bounded[:, 9:].max()) < limit
+    with pytest.raises(ValueError, match="num_ids is 0"):
+        generate(model, prompts(1, 3), max_new_tokens=2, num_ids=0)

@@ -156,11 +156,18 @@ def _is_private(name: str) -> bool:
 
 def test_no_subclass_uses_a_private_name_of_its_library() -> None:
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in SOURCES]
-    found = {
-        kind: _private_names_of_bases(kind) for name in names for kind in _subclasses(importlib.import_module(name))
-    }
+    found = {kind: _private_names_of_bases(kind) for name in names for kind in _subclasses(_imported(name))}
     assert len(found) > 20
     assert {kind: names for kind, names in found.items() if names} == {}
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":  # of the extra `eval`
+            raise
+        return ModuleType(name)
 
 
 def _private_names_of_bases(kind: type) -> set[str]:

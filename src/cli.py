@@ -85,11 +85,19 @@ def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser
         allow_abbrev=False,
     )
     options.register("type", Path, _path)
+    options.register("type", expand_home, _path_text)
     return options
 
 
 def _path(text: str) -> Path:
-    return Path(expand_home(text))
+    try:
+        return Path(expand_home(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _path_text(text: str) -> str:
+    return str(_path(text))
 
 
 def add_run_options(options: argparse.ArgumentParser) -> None:
@@ -108,7 +116,18 @@ def add_form_options(options: argparse.ArgumentParser) -> None:
         help="lut reads rows from the table, ffn computes them, auto prefers a finished table (default)",
     )
     add_reader_option(options)
-    options.add_argument("--device", default="cpu", help="where the model computes (default: cpu)")
+    options.add_argument("--device", type=_device, default="cpu", help="where the model computes (default: cpu)")
+
+
+def _device(text: str) -> str:
+    import torch
+
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0][:120]
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be used ({reason}); take cpu or cuda") from error
+    return text
 
 
 def add_reader_option(options: argparse.ArgumentParser) -> None:

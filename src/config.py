@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
 from src.data.config import DataConfig
-from src.errors import ConfigError, check_range
+from src.errors import ConfigError, UserError, check_range
 from src.evaluation.config import EvaluationConfig
 from src.lut.codecs import CODECS
 from src.model.config import ModelConfig
@@ -232,7 +232,10 @@ def _value(node: Node, hint: Any, key: str, where: str) -> Any:
         return None
     leaf, text = key.rpartition(".")[2].partition("[")[0], node.value
     if leaf in PATH_KEYS or (leaf in PATH_OR_NAME_KEYS and "/" in text):
-        text = expand_home(text)
+        try:
+            text = expand_home(text)
+        except UserError as error:
+            raise ConfigError(f"{key}: {error}") from error
     if "${" in text:
         return text
     try:

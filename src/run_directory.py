@@ -23,7 +23,7 @@ from torch import Tensor
 
 from src.errors import RunError
 from src.model.config import ModelConfig
-from src.system.files import atomic_path, write_json, write_text
+from src.system.files import atomic_path, expand_home, write_json, write_text
 
 SCHEMA_VERSION = 1
 EXPERTS_PREFIX = "experts."
@@ -86,7 +86,7 @@ class RunDirectory:
         return self.path / "scores.json"
 
     def lut_path(self, name: str = "lut") -> Path:
-        return self.path / name
+        return self.path / expand_home(name)
 
     def require(self) -> "RunDirectory":
         """Return self, or raise RunError when this is no run directory."""

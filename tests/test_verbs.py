@@ -335,12 +335,12 @@ def test_a_directory_of_the_config_that_cannot_be_written_is_named_by_its_key(
 ) -> None:
     for place in unwritable(tmp_path):
         others = [f"output_dir={tmp_path}/runs", f"data.cache_dir={tmp_path}/cache", f"{key}={place}"]
-        with pytest.raises(UserError, match=rf"^{key}: .* cannot be written \(.*\); name another place$"):
+        with pytest.raises(UserError, match=rf"^{key}: .* (cannot be written \(.*\); name another place$|is no path)"):
             train.main([*small_overrides, *others])
         assert not any((tmp_path / name).exists() for name in ("cache", "runs/quickstart"))
         if key == "data.cache_dir":
             config = ["--config", str(CONFIGS / "quickstart.yaml")]
-            with pytest.raises(UserError, match=rf"^{key}: .* cannot be written"):
+            with pytest.raises(UserError, match=rf"^{key}: .* (cannot be written|is no path)"):
                 prepare_data.main([*config, *small_overrides, f"{key}={place}"])
 
 
@@ -358,7 +358,7 @@ def test_a_file_that_cannot_be_written_is_named_by_its_flag_before_any_work(
 
 
 def test_an_output_that_cannot_be_written_is_named_by_its_flag(trained: RunResult, tmp_path: Path) -> None:
-    for place in unwritable(tmp_path)[1:]:
+    for place in (unwritable(tmp_path)[1], "/proc/runs"):
         with pytest.raises(UserError, match=r"^--output: .* cannot be written"):
             convert.main(["--to", "official", "--input", str(trained.run_dir), "--output", place])
 
@@ -406,3 +406,35 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(
     file.write_bytes(b"\xef\xbb\xbfimport os")
     generate.main(["--run", str(trained.run_dir), "--prompt-file", str(file), "--max-new-tokens", "1"])
     assert capsys.readouterr().out.startswith("import os")
+
+
+@pytest.mark.parametrize("device", ["gpu0", "meta", pytest.param("cuda:99"), "cpu,cuda", ""])
+def test_a_device_that_cannot_be_used_is_named_before_any_work(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in (generate, evaluate):
+        with pytest.raises(SystemExit) as left:
+            verb.main(["--run", "no-run", "--device", device, *(["--prompt", "x"] if verb is generate else [])])
+        assert left.value.code == 2
+        assert f"argument --device: {device!r} cannot be used (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["a" * 256, "runs/" + "ü" * 200, "a\0b"])
+def test_what_no_system_takes_for_a_path_is_one_line(
+    path: str, trained: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--run", str(trained.run_dir)]
+    for verb, arguments in (
+        (generate, ["--run", path, "--prompt", "x"]),
+        (generate, [*run, "--lut", path, "--experts", "lut", "--prompt", "x"]),
+        (generate, [*run, "--prompt-file", path]),
+        (reparameterize, [*run, "--from-lut", path, "--lut", "other"]),
+        (reparameterize, [*run, "--checkpoint", path]),
+        (verify, ["--run", path]),
+        (convert, ["--from", "official", "--input", path, "--output", str(tmp_path / "out")]),
+        (train, ["--config", path]),
+        (train, ["--resume", path]),
+    ):
+        with pytest.raises((UserError, SystemExit)) as left:
+            verb.main(arguments)
+        assert (
+            "is no path: it holds a NUL, or a name of more than 255 bytes" in str(left.value) + capsys.readouterr().err
+        )

@@ -11,10 +11,19 @@ from pathlib import Path
 
 from src.errors import UserError
 
+LONGEST_NAME = 255
+"""Bytes of a file's name, on every common file system."""
+
 
 def expand_home(path: str) -> str:
-    """Return a path with `~` or `~user` at its start as that home directory; unchanged where there is none."""
-    return os.path.expanduser(path)  # noqa: PTH111 - pathlib raises for an unknown user
+    """Return a path with `~` or `~user` at its start as that home directory; unchanged where there is none.
+
+    UserError where no system takes it for a path: a name in it is too long, or it holds a NUL.
+    """
+    expanded = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises for an unknown user
+    if "\0" in expanded or any(len(os.fsencode(name)) > LONGEST_NAME for name in Path(expanded).parts):
+        raise UserError(f"{path[:80]!r} is no path: it holds a NUL, or a name of more than {LONGEST_NAME} bytes")
+    return expanded
 
 
 def sync_directory(directory: Path) -> None:

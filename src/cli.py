@@ -124,7 +124,7 @@ def _device(text: str) -> str:
 
     try:
         torch.zeros(1, device=text).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0][:120]
         raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be used ({reason}); take cpu or cuda") from error
     return text

@@ -139,19 +139,22 @@ class BufferPool:
         self._row_bytes, self._free = row_bytes, list[Bytes]()
 
     def take(self, num_rows: int) -> Bytes:
-        """Return (num_rows, row_bytes) uint8. A tensor made of it keeps it; the last one gone gives it back."""
+        """Return at least (num_rows, row_bytes) uint8."""
         try:
             memory = self._free.pop()  # atomic, so two threads never share one
         except IndexError:
             memory = None
-        if memory is None or len(memory) < num_rows:
-            size = num_rows * self._row_bytes
-            memory = np.empty(size + ALIGNMENT, dtype=np.uint8)
-            start = -memory.ctypes.data % ALIGNMENT
-            memory = memory[start : start + size].reshape(num_rows, self._row_bytes)
-        rows = memory[:num_rows]
+        if memory is not None and len(memory) >= num_rows:
+            return memory
+        size = num_rows * self._row_bytes
+        memory = np.empty(size + ALIGNMENT, dtype=np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        return memory[start : start + size].reshape(num_rows, self._row_bytes)
+
+    def lend(self, memory: Bytes, rows: Bytes) -> Tensor:
+        """Return `rows`, a view of `memory`, as a tensor. When no tensor refers to it any more, the memory is reused."""
         finalize(rows, self._give_back, memory).atexit = False
-        return rows
+        return torch.from_numpy(rows)
 
     def _give_back(self, memory: Bytes) -> None:
         if len(self._free) < SPARE_BUFFERS:
@@ -243,7 +246,8 @@ class LutStore:
             self._stats.rows += len(ids)
             if isinstance(self.reader, ResidentTable):
                 return RowRequest(layout, self.reader.gather(token_ids, out), None)
-            rows = self._buffers.take(len(ids)) if out is None else out.numpy()
+            memory = self._buffers.take(len(ids)) if out is None else out.numpy()
+            rows = memory[: len(ids)]
             wanted, keep = list(zip(ids, range(len(ids)), strict=True)), None
             if self._cache is not None:
                 id_array = np.array(ids, dtype=np.int64)
@@ -254,7 +258,7 @@ class LutStore:
                 self._stats.cache_misses += len(wanted)
             self._stats.bytes += len(wanted) * layout.row_bytes
             finish = self.reader.start(wanted, rows, partial(self._arrived, rows))
-        codes = torch.from_numpy(rows) if out is None else out
+        codes = self._buffers.lend(memory, rows) if out is None else out  # takes a while, so the reads start before
         done = finish is None and keep is None
         return RowRequest(layout, codes, None if done else partial(self._finish, finish, keep))
 

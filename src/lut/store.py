@@ -152,7 +152,7 @@ class BufferPool:
         return memory[start : start + size].reshape(num_rows, self._row_bytes)
 
     def lend(self, memory: Bytes, rows: Bytes) -> Tensor:
-        """Return `rows`, a view of `memory`, as a tensor. When no tensor refers to it any more, the memory is reused."""
+        """Return `rows`, a view of `memory`, as a tensor; the memory is reused when no tensor refers to it."""
         finalize(rows, self._give_back, memory).atexit = False
         return torch.from_numpy(rows)
 

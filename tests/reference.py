@@ -22,6 +22,11 @@ def reference_logits(weights: Weights, config: ModelConfig, token_ids: Tensor) -
 
 def _sequence_logits(weights: Weights, config: ModelConfig, ids: list[int]) -> Tensor:
     embeddings = [weights["embedding.weight"][token_id] for token_id in ids]
+    read_by_experts = embeddings
+    if config.expert_permutation is not None:
+        generator = torch.Generator().manual_seed(config.expert_permutation)
+        permutation = torch.randperm(config.vocab_size, generator=generator)
+        read_by_experts = [weights["embedding.weight"][permutation[token_id]] for token_id in ids]
     stream = list(embeddings)
     for layer in range(config.num_layers):
         part = _Part(weights, f"blocks.{layer}.")
@@ -32,7 +37,7 @@ def _sequence_logits(weights: Weights, config: ModelConfig, ids: list[int]) -> T
             if config.intermediate_size:
                 added = added + _ffn(hidden, part["shared_expert.up.weight"].T, part["shared_expert.down.weight"].T)
             if config.num_experts:
-                added = added + _routed(weights, part, config, layer, hidden, embeddings[position])
+                added = added + _routed(weights, part, config, layer, hidden, read_by_experts[position])
             stream[position] = stream[position] + added
     return torch.stack([weights["head.weight"] @ hidden for hidden in _norms(stream, weights["norm.weight"], config)])
 

@@ -12,7 +12,7 @@ from src.errors import LutMismatchError, RunError
 from src.inference.disk_experts import DiskExperts
 from src.lut import LutStore
 from src.lut.manifest import MANIFEST_NAME
-from src.lut.sources import require_lookup_form
+from src.lut.sources import permutation_note, recorded_permutation, require_lookup_form
 from src.model import ModelConfig, Transformer
 from src.model.experts import EmbeddingExperts
 from src.model.transformer import Block
@@ -109,6 +109,12 @@ def _open_store(run: RunDirectory, lut: str, reader: str, cache_mb: float, devic
         raise LutMismatchError(
             f"{run.lut_path(lut)}: was built for backbone {store.manifest.backbone}, but this run's is {expected}; "
             "rebuild the table with `python -m src.reparameterize`, or copy the run it belongs to"
+        )
+    if permutation_note(run.model_config()) != recorded_permutation(store.manifest.rows_from):
+        store.close()
+        raise LutMismatchError(
+            f"{run.lut_path(lut)}: its rows are from {store.manifest.rows_from}, but this run's config has "
+            f"model.expert_permutation {run.model_config().expert_permutation}; rebuild the table"
         )
     return store
 

@@ -19,7 +19,7 @@ from src.lut.layout import TableLayout
 from src.lut.manifest import MANIFEST_NAME, Manifest, read_manifest
 from src.lut.scan import TableScan, check_shard, read_token_counts
 from src.model import ModelConfig, Transformer
-from src.model.experts import EmbeddingExperts, LayerExperts, ffn
+from src.model.experts import EmbeddingExperts, LayerExperts, expert_inputs, ffn
 from src.model.products import stacked_product
 from src.run_directory import EXPERTS_PREFIX, Identity, RunDirectory, identify_weights
 
@@ -104,7 +104,7 @@ class ModelRows:
         if not isinstance(model.experts, EmbeddingExperts):
             raise LutError("this model is already in its lookup form; build from its training form or from its table")
         self.config, self._embedding, self._experts = model.config, model.embedding.weight, model.experts
-        self._dtype, self.rows_from = _compute_dtype(compute_dtype), f"experts in {compute_dtype}"
+        self._dtype, self.rows_from = _compute_dtype(compute_dtype), _rows_from(model.config, compute_dtype)
         self.identity = identity or identify_weights(model.state_dict())
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class ModelRows:
         part = self._experts[layer]
         assert isinstance(part, LayerExperts)
         experts = part.experts
-        embeddings = self._embedding[first_token : first_token + num_tokens]
+        embeddings = self._embedding[_inputs(self.config, first_token, num_tokens)]
         inputs = _normed(embeddings, part.norm.weight, self.config.norm_eps).to(self._dtype)
         weights = ((experts.up[index : index + 1], experts.down[index : index + 1]) for index in range(len(experts.up)))
         return _run_experts(inputs, weights, self.config.num_experts)
@@ -128,7 +128,7 @@ class RunRows:
 
     def __post_init__(self) -> None:
         self.config, self.identity = self.run.model_config(), self.run.identity()
-        self._dtype, self.rows_from = _compute_dtype(self.compute_dtype), f"experts in {self.compute_dtype}"
+        self._dtype, self.rows_from = _compute_dtype(self.compute_dtype), _rows_from(self.config, self.compute_dtype)
         require_lookup_form(self.config)
         if not self.run.experts_path.is_file():
             raise LutError(
@@ -138,7 +138,9 @@ class RunRows:
     @torch.no_grad()
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
         with safe_open(self.run.backbone_path, framework="pt") as handle:
-            embeddings = handle.get_slice("embedding.weight")[first_token : first_token + num_tokens]
+            wanted = _inputs(self.config, first_token, num_tokens)
+            stored = handle.get_slice("embedding.weight")
+            embeddings = stored[wanted] if isinstance(wanted, slice) else stored[:][wanted]
         prefix = f"{EXPERTS_PREFIX}{layer}."
         with safe_open(self.run.experts_path, framework="pt") as handle:
             norm = handle.get_tensor(f"{prefix}norm.weight")
@@ -169,6 +171,31 @@ def open_source(
 def turn_tokens(intermediate_size: int, dtype: torch.dtype) -> int:
     """Tokens that are run through an expert of this width at a time."""
     return max(1, ACTIVATION_BYTES // (intermediate_size * dtype.itemsize))
+
+
+_PERMUTED = ", which read embeddings permuted with seed "
+
+
+def permutation_note(config: ModelConfig) -> str:
+    """Return how a table's `rows_from` says that experts read permuted embeddings; empty where they do not."""
+    return "" if config.expert_permutation is None else f"{_PERMUTED}{config.expert_permutation}"
+
+
+def recorded_permutation(rows_from: str) -> str:
+    """Return the `permutation_note` at the end of `rows_from`; empty where it has none."""
+    _, note, seed = rows_from.partition(_PERMUTED)
+    return note + seed
+
+
+def _rows_from(config: ModelConfig, compute_dtype: str) -> str:
+    return f"experts in {compute_dtype}{permutation_note(config)}"
+
+
+def _inputs(config: ModelConfig, first_token: int, num_tokens: int) -> slice | Tensor:
+    """Return which embeddings (U) the experts of consecutive ids read."""
+    if config.expert_permutation is None:
+        return slice(first_token, first_token + num_tokens)
+    return expert_inputs(config, torch.arange(first_token, first_token + num_tokens))
 
 
 def _compute_dtype(name: str) -> torch.dtype:

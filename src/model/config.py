@@ -36,6 +36,9 @@ class ModelConfig:
     """Width of each routed expert's FFN; above 0 if `num_experts` is."""
     expert_input: Literal["embedding", "hidden"] = "embedding"
     """What routed experts read: `embedding` (MoLE; can become a table) or `hidden` (MoE; cannot)."""
+    expert_permutation: int | None = None
+    """Seed of a fixed permutation p of all ids: embedding experts of id i then read the embedding of p(i), so that rows
+    are as many, but not tied to the token's own embedding (a control). null: they read that of i."""
     top_k: int | None = None
     """Routed experts per token, softmax after the choice; null activates all of them (MoLE).
 
@@ -65,6 +68,7 @@ class ModelConfig:
         check_range(self, "model.", optional, at_least=0, at_most=_MAX_SIZE)
         check_range(self, "model.", ("init_std",), at_least=0)
         check_range(self, "model.", ("rope_theta", "norm_eps"), above=0)
+        check_range(self, "model.", ("expert_permutation",), at_least=0, at_most=2**63 - 1)
         if self.hidden_size % (2 * self.num_heads):
             raise ConfigError(
                 f"model.num_heads: {self.num_heads} heads do not divide model.hidden_size {self.hidden_size} "
@@ -76,6 +80,11 @@ class ModelConfig:
             )
         if not self.num_experts and not self.intermediate_size:
             raise ConfigError("model.intermediate_size: 0 and no experts leave blocks without an FFN; set one of them")
+        if self.expert_permutation is not None and self.architecture != "mole":
+            raise ConfigError(
+                f"model.expert_permutation: {self.expert_permutation}, but this {self.architecture} model has no "
+                "experts that read embeddings; set it to null"
+            )
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(
                 f"model.top_k: {self.top_k}, but it must be in 1..num_experts ({self.num_experts}); null activates all"

@@ -9,6 +9,7 @@ B batch, T tokens, N = B*T, D hidden, F intermediate, E experts, K experts mixed
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -100,6 +101,18 @@ class LayerExperts(nn.Module):
     def forward(self, token_embeddings: Tensor) -> Tensor:
         """Return the expert rows (U, E, D) of token embeddings (U, D)."""
         return self.experts(self.norm(token_embeddings))
+
+
+@lru_cache(maxsize=8)
+def _permutation(vocab_size: int, seed: int) -> Tensor:
+    return torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))
+
+
+def expert_inputs(config: ModelConfig, token_ids: Tensor) -> Tensor:
+    """Return the ids whose embeddings the experts of `token_ids` (U,) int64 read: themselves, or a permutation's."""
+    if config.expert_permutation is None:
+        return token_ids
+    return _permutation(config.vocab_size, config.expert_permutation).to(token_ids.device)[token_ids]
 
 
 class EmbeddingExperts(nn.ModuleList):

@@ -15,7 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from src.model.attention import Attention, KeyValueCache, causal_mask, rotary_table
 from src.model.config import ModelConfig
-from src.model.experts import EmbeddingExperts, ExpertRows, ExpertSource, FeedForward, HiddenExperts, LayerRows, mix
+from src.model.experts import (
+    EmbeddingExperts,
+    ExpertRows,
+    ExpertSource,
+    FeedForward,
+    HiddenExperts,
+    LayerRows,
+    expert_inputs,
+    mix,
+)
 from src.model.products import Linear
 from src.model.router import Router
 
@@ -195,7 +204,7 @@ class Transformer(nn.Module):
             inverse = torch.arange(token_ids.numel(), device=token_ids.device).view_as(token_ids)
         else:
             ids, inverse = token_ids.unique(return_inverse=True)
-        layer_rows = self.experts.rows(ids, self.embedding(ids))
+        layer_rows = self.experts.rows(ids, self.embedding(expert_inputs(self.config, ids)))
         return ExpertRows(layer_rows, inverse, awaited=not isinstance(self.experts, EmbeddingExperts))
 
     @staticmethod

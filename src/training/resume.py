@@ -210,6 +210,7 @@ _MUST_AGREE = (
     "num_experts",
     "expert_intermediate_size",
     "expert_input",
+    "expert_permutation",
     "rope_theta",
     "norm_eps",
 )

@@ -23,6 +23,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "mole-per-token": replace(MOLE, expert_execution="per_token"),
     "mole-no-shared": replace(MOLE, intermediate_size=0),
     "mole-top2": replace(MOLE, top_k=2),
+    "mole-permuted": replace(MOLE, expert_permutation=3),
 }
 ARCHITECTURES = ["dense", "moe", "moe-full", "mole"]
 

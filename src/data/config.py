@@ -109,6 +109,9 @@ class DataConfig:
     """Held-out windows that each evaluation during training scores, the same each time; fewer if there are fewer."""
     seed: int = 0
     """Decides which documents are held out and the order of windows; at least 0."""
+    shuffle_seed: int | None = None
+    """Decides the order of windows alone, so that runs in different orders have the same held-out text; null is
+    `seed`."""
     max_malformed_fraction: float = 0.001
     """Share of a source's records that may be skipped because they are not UTF-8, hold NUL bytes, are not JSON or lack
     their text."""
@@ -131,7 +134,7 @@ class DataConfig:
         sizes = ("sequence_length", "global_batch_size", "micro_batch_size", "validation_windows")
         resources = ("duplicate_memory_mb", "prepare_processes", "shard_mb")
         check_range(self, "data.", (*sizes, *resources), at_least=1)
-        check_range(self, "data.", ("seed",), at_least=0)
+        check_range(self, "data.", ("seed", "shuffle_seed"), at_least=0)
         check_range(self, "data.", ("prepare_processes", "num_workers"), at_least=0, at_most=4096)
         check_range(self, "data.", ("validation_fraction",), above=0, below=1)
         check_range(self, "data.", ("max_malformed_fraction", "max_empty_fraction"), at_least=0, at_most=1)

@@ -40,7 +40,8 @@ class StepWindows(Dataset[Tensor]):
     """
 
     def __init__(self, corpus: PackedCorpus, config: DataConfig, rank: int, world_size: int) -> None:
-        self.mixture = Mixture(corpus.training_streams(), config.sequence_length, config.seed)
+        seed = config.seed if config.shuffle_seed is None else config.shuffle_seed
+        self.mixture = Mixture(corpus.training_streams(), config.sequence_length, seed)
         self.config = config
         self.rank, self.world_size = rank, world_size
         self.micro_batches = config.micro_batches_per_step(world_size)

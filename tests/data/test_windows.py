@@ -103,6 +103,9 @@ def test_a_position_is_one_integer(corpus: PackedCorpus, config: DataConfig) -> 
     resumed = iter(StepSampler(5))
     assert torch.equal(dataset[next(resumed)], dataset[5])
     assert not torch.equal(dataset[5], StepWindows(corpus, replace(config, seed=1), 0, 1)[5])
+    reordered = [StepWindows(corpus, replace(config, seed=seed, shuffle_seed=1), 0, 1)[5] for seed in (0, 1)]
+    assert torch.equal(reordered[0], reordered[1])
+    assert not torch.equal(dataset[5], reordered[0])
 
 
 def test_held_out_windows_are_spread_and_fixed(corpus: PackedCorpus) -> None:

@@ -7,7 +7,6 @@ To prepare a source is to read, deduplicate, split and tokenize its documents an
 processes nor an interruption changes a byte. This process reads and writes; other processes tokenize.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -43,6 +42,8 @@ from src.data.tokenizer import fingerprint, require_same, separator_id, vocabula
 from src.errors import DataError
 from src.system.console import Reading, ShowReading, print_note
 from src.system.files import sync_directory, write_text
+from src.system.locks import lock, note_missing_locks
+from src.system.ranks import ranks_started_together
 
 
 def prepare_shards(
@@ -180,10 +181,20 @@ def entry_key(source: SourceConfig, files: Sequence[Path], config: DataConfig, r
 
 @contextmanager
 def exclusive(path: Path) -> Generator[None]:
-    """Hold a lock file: of two processes that prepare the same thing, the second waits and finds it done."""
+    """Hold a lock file: of two processes that prepare the same thing, the second waits and finds it done.
+
+    DataError where there are no locks and several ranks may be here at once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        if not lock(handle.fileno(), wait=True):
+            if ranks_started_together() > 1:
+                raise DataError(
+                    f"data.cache_dir: {path.parent} is on a file system without file locks (flock), which several "
+                    "ranks need to prepare a corpus; run `python -m src.prepare_data` with this config first, or name "
+                    "a directory on a local disk"
+                )
+            note_missing_locks()
         yield
 
 

@@ -7,7 +7,6 @@ U token ids in a chunk, L layers, E experts, D hidden.
 """
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Generator
@@ -24,6 +23,7 @@ from src.lut.codecs import Codec
 from src.lut.layout import CHECKSUM_BYTES, Shard, row_checksums
 from src.lut.plan import BuildPlan
 from src.system.files import sync_directory, write_text
+from src.system.locks import open_locked
 
 LOCK_NAME = "build.lock"
 
@@ -31,37 +31,20 @@ LOCK_NAME = "build.lock"
 @contextmanager
 def building(lut_dir: Path, *, shared: bool) -> Generator[None]:
     """Lock the directory, alone or shared with other ranks of the same build; LutError if another build holds it."""
-    descriptor = lock_file(lut_dir / LOCK_NAME, shared=shared)
+    descriptor = _lock_file(lut_dir / LOCK_NAME, shared=shared)
     try:
         yield
     finally:
         os.close(descriptor)
 
 
-def lock_file(path: Path, *, shared: bool = False) -> int:
-    """Open (or create) a file, lock it, and return its descriptor; closing it unlocks."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            if _is_still(path, descriptor):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise LutError(
-                f"{path.parent}: another process is building this table; wait for it, or choose another --lut"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # the file was renamed or removed between `open` and `flock`; lock its successor
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
+def _lock_file(path: Path, *, shared: bool = False) -> int:
     try:
-        return path.stat().st_ino == os.fstat(descriptor).st_ino
-    except FileNotFoundError:
-        return False
+        return open_locked(path, shared=shared)
+    except BlockingIOError:
+        raise LutError(
+            f"{path.parent}: another process is building this table; wait for it, or choose another --lut"
+        ) from None
 
 
 _BLOCK_BYTES = 4 * 2**20
@@ -95,7 +78,7 @@ class ShardFile:
         self._final = plan.lut_dir / shard.file_name
         self._partial, self._journal_path = self._final.with_suffix(".partial"), journal_path(plan, shard)
         with disk_errors(self._partial):
-            self._descriptor = lock_file(self._partial)
+            self._descriptor = _lock_file(self._partial)
             self._open = True
             try:
                 self.written = self._resume()

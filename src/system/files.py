@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from src.errors import UserError
+from src.system.locks import lock, note_missing_locks
 
 LONGEST_NAME = 255
 """Bytes of a file's name, on every common file system."""
@@ -82,14 +83,18 @@ def naming(key: str, place: Path) -> Generator[None]:
 
 
 def require_writable(key: str, directory: Path) -> None:
-    """Raise UserError naming `key` where `directory` takes no files, or cannot be created; leaves no trace."""
+    """Raise UserError naming `key` where `directory` takes no files, or cannot be created; leaves no trace.
+
+    Prints a note where it takes no locks.
+    """
     with naming(key, directory), ExitStack() as made:
         for path in (*reversed(directory.parents), directory):
             if not path.is_dir():
                 path.mkdir(exist_ok=True)
                 made.callback(_remove_if_empty, path)
-        with tempfile.NamedTemporaryFile(dir=directory):
-            pass
+        with tempfile.NamedTemporaryFile(dir=directory) as file:
+            if not lock(file.fileno()):
+                note_missing_locks()
 
 
 def _remove_if_empty(directory: Path) -> None:

@@ -36,6 +36,12 @@ def is_rank_zero() -> bool:
     return environment.get("NODE_RANK", "0") == "0"
 
 
+def ranks_started_together() -> int:
+    """Return how many processes torchrun or srun started for this run; 1 without them."""
+    found = (os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    return max(int(value) if value.isdecimal() else 1 for value in found)
+
+
 def report_once(record: Path, text: str) -> bool:
     """Print `text` to stderr unless another rank has reported the failure; return whether it was printed.
 

@@ -15,10 +15,10 @@ from src.cli import number, output_file, parser, run_verb
 from src.config import RunConfig, describe, load_config, load_run_config
 from src.evaluation.report import Report
 from src.run_directory import RunDirectory, absolute_paths
-from src.system.console import stderr_console
+from src.system.console import print_note, stderr_console
 from src.system.files import write_text
 from src.system.hardware import keep_freed_memory
-from src.system.ranks import FAILED, ReportedFailureError, leave
+from src.system.ranks import FAILED, ReportedFailureError, is_rank_zero, leave
 from src.system.signals import Preempted, StopSignals, exit_code, leave_on_stop_signals
 from src.training.resume import Resumption, Wanted, compare_configs
 
@@ -54,6 +54,7 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
         _tell(f"{start.run.path}: all {start.step} steps are done, and the run {lacks}; {hint}")
         if not start.missing:
             return RunResult(start.run.path, None)
+    _check_batch(config)
     from src.fit import fit  # with Lightning, which takes seconds to import; `--help` does without
 
     signals = StopSignals()
@@ -62,6 +63,17 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
         return RunResult(*fit(config, start, signals))
     finally:
         signals.restore()
+
+
+def _check_batch(config: RunConfig) -> None:
+    """Refuse devices that cannot share the global batch; say where they take less at a time than they may."""
+    data, world_size = config.data, config.trainer.world_size
+    windows, share = data.micro_batch_windows(world_size), data.global_batch_size // world_size
+    if windows < min(data.micro_batch_size, share) and is_rank_zero():
+        print_note(
+            f"data.micro_batch_size: {data.micro_batch_size} does not divide the {share} windows that each device "
+            f"takes in a step, so it takes {windows} at a time"
+        )
 
 
 def wanted_results(config: RunConfig) -> Wanted:
@@ -97,9 +109,9 @@ def dry_run(config: RunConfig, unique_ids: int | None = None, json_path: Path | 
     costs = account(
         config.model,
         sequence_length=config.data.sequence_length,
-        micro_batch_size=config.data.micro_batch_size,
+        micro_batch_size=config.data.micro_batch_windows(config.trainer.world_size),
         precision=config.trainer.resolved_precision,
-        micro_batches=config.data.micro_batches_per_step(config.trainer.stated_devices),
+        micro_batches=config.data.micro_batches_per_step(config.trainer.world_size),
         unique_ids=unique_ids,
     )
     print_account(costs, Console())

@@ -328,6 +328,26 @@ def test_the_dry_run_counts_in_the_precision_that_training_would_use(
     assert written[0].read_text() == written[1].read_text()
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["trainer.devices=1"], "1, each of 16 windows of 256 tokens"),
+        (["trainer.devices=2"], "1, each of 8 windows of 256 tokens"),
+        (["trainer.devices=0,1", "trainer.num_nodes=2", "data.micro_batch_size=3"], "2, each of 2 windows"),
+        (["trainer.devices=auto"], "1, each of 4 windows"),
+        (["trainer.devices=auto", "trainer.accelerator=cpu"], "1, each of 16 windows"),
+    ],
+)
+def test_the_dry_run_says_what_a_device_takes_at_a_time(
+    options: list[str], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", Mock(return_value=True))
+    monkeypatch.setattr("torch.cuda.device_count", Mock(return_value=4))
+    train.main(["--dry-run", "trainer.precision=32-true", *options])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Micro-batches of a device per optimizer step: {expected}" in said
+
+
 def test_the_dry_runs_own_options_are_refused_without_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         train.main(["--unique-ids", "5"])

@@ -63,11 +63,7 @@ def test_later_layers_win(tmp_path: Path) -> None:
             "data.sequence_length=1024",
             f"{QUICKSTART}: data.sequence_length: 1024 exceeds model.max_sequence_length (512); change one of them",
         ),
-        (
-            "data.micro_batch_size=5",
-            f"{QUICKSTART}: data.global_batch_size: 16 is not a multiple of data.micro_batch_size (5); "
-            "change one of them",
-        ),
+        ("data.micro_batch_size=0", f"{QUICKSTART}: data.micro_batch_size: 0, but it must be at least 1"),
         ("seed=-1", f"{QUICKSTART}: seed: -1, but it must be at least 0 and at most 4294967295"),
         ("seed=5000000000", f"{QUICKSTART}: seed: 5000000000, but it must be at least 0 and at most 4294967295"),
         ("data.seed=-1", f"{QUICKSTART}: data.seed: -1, but it must be at least 0"),

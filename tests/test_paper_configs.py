@@ -106,6 +106,15 @@ def test_loads_and_is_named_after_its_file(path: Path) -> None:
     assert load_config(path).name == ("paper-base" if path.stem == "base" else path.stem)
 
 
+@pytest.mark.parametrize("path", EVERY_CONFIG, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_runs_on_1_2_4_and_8_devices(path: Path) -> None:
+    data = load_config(path).data
+    for world_size in (1, 2, 4, 8):
+        passes, windows = data.micro_batches_per_step(world_size), data.micro_batch_windows(world_size)
+        assert passes * windows * world_size == data.global_batch_size
+        assert windows == min(data.micro_batch_size, data.global_batch_size // world_size)
+
+
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_changes_what_it_says_and_nothing_else(name: str) -> None:
     reference, expected = DIFFERENCES[name]

@@ -69,6 +69,24 @@ def test_mistakes_end_with_code_2_and_no_traceback(arguments: list[str], message
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("options", [["trainer.devices=3"], ["trainer.devices=0,1", "data.global_batch_size=15"]])
+def test_devices_that_cannot_share_a_batch_are_refused_before_any_work(options: list[str], tmp_path: Path) -> None:
+    places = [f"output_dir={tmp_path}/runs", f"data.cache_dir={tmp_path}/cache"]
+    with pytest.raises(UserError, match=r"data\.global_batch_size: 1[56] windows cannot be shared equally by [23] dev"):
+        train.main([*places, *options])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_says_where_a_device_takes_less_at_a_time_than_it_may(
+    small_overrides: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["trainer.max_steps=1", "evaluation.at_fit_end=false", "evaluation.dashboard=false", "lut.at_fit_end=false"]
+    for micro, is_told in ((3, True), (16, False)):
+        train.main([*small_overrides, *short, f"data.micro_batch_size={micro}", f"output_dir={tmp_path}"])
+        told = "data.micro_batch_size: 3 does not divide the 8 windows that each device takes in a step, so it takes 2"
+        assert (told in capsys.readouterr().err) == is_told
+
+
 def test_training_prints_nothing_of_lightnings_own_remarks(small_overrides: Sequence[str], tmp_path: Path) -> None:
     short = ["trainer.max_steps=2", "trainer.enable_progress_bar=false", "evaluation.at_fit_end=false"]
     done = run_python("src.train", *small_overrides, *short, f"output_dir={tmp_path}", "wandb.mode=disabled")

@@ -66,9 +66,12 @@ def _flops(account: Account) -> Table:
 
 
 def _assumptions(account: Account) -> str:
+    windows = account.micro_batch_tokens // account.sequence_length
     lines = [
+        f"Micro-batches of a device per optimizer step: {account.micro_batches:,}, each of {windows:,} windows of "
+        f"{account.sequence_length:,} tokens.",
         f"Two per multiply-add; attention over the mean causal context of {account.sequence_length:,} tokens; "
-        "training is forward and twice that backward."
+        "training is forward and twice that backward.",
     ]
     if account.training_unique is not None:
         ratio = account.micro_batch_tokens / account.unique_ids

@@ -99,7 +99,8 @@ class DataConfig:
     global_batch_size: int = 16
     """Windows per optimizer step, over all devices."""
     micro_batch_size: int = 16
-    """Windows per forward pass on one device; the rest of the global batch is accumulated."""
+    """The most windows that a device takes at a time. It accumulates its share of the global batch in equal
+    micro-batches, as large as that allows."""
     document_mask: bool = False
     """Hide the other documents of a packed window from attention, in training and wherever its text is scored."""
     validation_fraction: float = 0.05
@@ -138,11 +139,6 @@ class DataConfig:
         check_range(self, "data.", ("prepare_processes", "num_workers"), at_least=0, at_most=4096)
         check_range(self, "data.", ("validation_fraction",), above=0, below=1)
         check_range(self, "data.", ("max_malformed_fraction", "max_empty_fraction"), at_least=0, at_most=1)
-        if self.global_batch_size % self.micro_batch_size:
-            raise ConfigError(
-                f"data.global_batch_size: {self.global_batch_size} is not a multiple of data.micro_batch_size "
-                f"({self.micro_batch_size}); change one of them"
-            )
 
     def all_sources(self) -> list[SourceConfig]:
         """Return what is read: `sources`, or `files` as one source, or the embedded corpus."""
@@ -150,16 +146,26 @@ class DataConfig:
             return list(self.sources)
         return [SourceConfig(files=list(self.files)) if self.files else SourceConfig(name="embedded", embedded=True)]
 
-    def micro_batches_per_step(self, world_size: int) -> int:
-        """Forward passes that each of `world_size` devices makes per optimizer step."""
-        count, rest = divmod(self.global_batch_size, self.micro_batch_size * world_size)
+    def micro_batch_windows(self, world_size: int) -> int:
+        """Windows that each of `world_size` devices takes at a time.
+
+        That is the largest divisor of a device's share of the global batch that is at most `micro_batch_size`.
+
+        Raises:
+            ConfigError: the devices do not divide the global batch.
+        """
+        share, rest = divmod(self.global_batch_size, world_size)
         if rest:
             raise ConfigError(
-                f"data.global_batch_size: {self.global_batch_size} is not a multiple of data.micro_batch_size "
-                f"({self.micro_batch_size}) x {world_size} devices (trainer.devices x "
-                "trainer.num_nodes); change one of them"
+                f"data.global_batch_size: {self.global_batch_size} windows cannot be shared equally by {world_size} "
+                "devices (trainer.devices x trainer.num_nodes); change one of them, such as "
+                f"data.global_batch_size={(share + 1) * world_size}"
             )
-        return count
+        return next(size for size in range(min(self.micro_batch_size, share), 0, -1) if share % size == 0)
+
+    def micro_batches_per_step(self, world_size: int) -> int:
+        """Micro-batches that each of `world_size` devices accumulates per optimizer step; raises as the above does."""
+        return self.global_batch_size // (world_size * self.micro_batch_windows(world_size))
 
     def _require_sources(self) -> None:
         if self.files and self.sources:

@@ -35,8 +35,8 @@ class StepSampler(Sampler[int]):
 class StepWindows(Dataset[Tensor]):
     """Item `step` is (A, B, T+1): the A micro-batches of B windows that `rank` accumulates in that step.
 
-    Global micro-batch a * world_size + rank goes to `rank` as its a-th, so ranks are disjoint and any number of
-    devices that divides the global batch sees the same micro-batches.
+    Global micro-batch a * world_size + rank goes to `rank` as its a-th, so ranks are disjoint, and a step holds the
+    same windows whatever the number of devices and the size of their micro-batches.
     """
 
     def __init__(self, corpus: PackedCorpus, config: DataConfig, rank: int, world_size: int) -> None:
@@ -44,18 +44,18 @@ class StepWindows(Dataset[Tensor]):
         self.mixture = Mixture(corpus.training_streams(), config.sequence_length, seed)
         self.config = config
         self.rank, self.world_size = rank, world_size
+        self.size = config.micro_batch_windows(world_size)
         self.micro_batches = config.micro_batches_per_step(world_size)
 
     def samples(self, step: int) -> NDArray[np.int64]:
         """Return the sample numbers (A, B) of one step: places in the endless shuffled stream of windows."""
-        size = self.config.micro_batch_size
-        first = step * self.config.global_batch_size + self.rank * size
-        starts = first + np.arange(self.micro_batches, dtype=np.int64) * self.world_size * size  # (A,)
-        return starts[:, None] + np.arange(size)
+        first = step * self.config.global_batch_size + self.rank * self.size
+        starts = first + np.arange(self.micro_batches, dtype=np.int64) * self.world_size * self.size  # (A,)
+        return starts[:, None] + np.arange(self.size)
 
     def __getitem__(self, step: int) -> Tensor:
-        size, samples = self.config.micro_batch_size, self.samples(step).reshape(-1)  # (A*B,)
-        return self.mixture.windows(samples).view(self.micro_batches, size, -1)  # (A, B, T+1)
+        samples = self.samples(step).reshape(-1)  # (A*B,)
+        return self.mixture.windows(samples).view(self.micro_batches, self.size, -1)  # (A, B, T+1)
 
 
 class PackedDataModule(lightning.LightningDataModule):
@@ -89,7 +89,7 @@ class PackedDataModule(lightning.LightningDataModule):
         windows = self.held_out[trainer.global_rank :: trainer.world_size]
         missing = math.ceil(len(self.held_out) / trainer.world_size) - len(windows)
         filled = torch.cat([windows, windows.new_full((missing, self.held_out.shape[1]), NO_WINDOW)])
-        return DataLoader(_Windows(filled), batch_size=self.config.micro_batch_size)
+        return DataLoader(_Windows(filled), batch_size=self.config.micro_batch_windows(trainer.world_size))
 
 
 class _Windows(Dataset[Tensor]):

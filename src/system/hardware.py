@@ -51,6 +51,11 @@ def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
     return "bf16-mixed" if native else "32-true"
 
 
+def device_count(accelerator: str) -> int:
+    """Return how many devices of this machine `trainer.accelerator` can use; the CPU is one."""
+    return torch.cuda.device_count() if accelerator != "cpu" and torch.cuda.is_available() else 1
+
+
 def keep_freed_memory() -> None:
     """Tell glibc, if it is the C library, to reuse large freed blocks instead of returning them to the system.
 

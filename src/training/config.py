@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from src.errors import ConfigError, check_range
-from src.system.hardware import native_precision
+from src.system.hardware import device_count, native_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +135,11 @@ class TrainerConfig:
         return native_precision(self.accelerator) if self.precision == "auto" else self.precision
 
     @property
-    def stated_devices(self) -> int:
-        """Devices on all machines, one on each if `devices` does not state their number."""
+    def world_size(self) -> int:
+        """Devices on all machines; `auto` counts those of this one."""
         if "," in self.devices:  # a list of indices
             return self.num_nodes * len([index for index in self.devices.split(",") if index.strip()])
-        return self.num_nodes * (int(self.devices) if self.devices.isdecimal() else 1)
+        return self.num_nodes * (int(self.devices) if self.devices.isdecimal() else device_count(self.accelerator))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from src.data.datamodule import StepSampler, StepWindows
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.shards import TokenSequence
 from src.data.windows import Mixture, held_out_windows, permute, training_windows
-from src.errors import DataError
+from src.errors import ConfigError, DataError
 from tests.data.corpora import stdlib_config
 
 LENGTH = 8
@@ -74,6 +74,37 @@ def test_a_sequence_of_shards_reads_like_one_array(
         length = data.draw(st.integers(1, len(tokens) - start))
         assert tokens.read(start, length).tolist() == list(range(start, start + length))
     assert [int(value) for chunk in tokens.chunks(3) for value in chunk] == list(range(len(tokens)))
+
+
+@pytest.mark.parametrize(
+    ("micro", "world_size", "windows"),
+    [(12, 1, 12), (5, 1, 4), (48, 1, 24), (12, 2, 12), (12, 3, 8), (8, 4, 6), (7, 2, 6), (12, 24, 1)],
+)
+def test_a_device_takes_at_most_the_micro_batch_and_equally_many_each_time(
+    micro: int, world_size: int, windows: int
+) -> None:
+    config = DataConfig(global_batch_size=24, micro_batch_size=micro)
+    assert config.micro_batch_windows(world_size) == windows
+    assert config.micro_batches_per_step(world_size) * windows * world_size == 24
+
+
+@pytest.mark.parametrize(("world_size", "multiple"), [(5, 25), (32, 32)])
+def test_devices_that_do_not_divide_the_global_batch_are_refused(world_size: int, multiple: int) -> None:
+    config = DataConfig(global_batch_size=24, micro_batch_size=4)
+    for count in (config.micro_batch_windows, config.micro_batches_per_step):
+        with pytest.raises(ConfigError, match=rf"24 windows .* {world_size} devices .*size={multiple}$"):
+            count(world_size)
+
+
+@pytest.mark.parametrize(("micro", "world_size"), [(16, 2), (3, 4), (3, 1)])
+def test_ranks_that_take_less_than_the_micro_batch_share_each_step(
+    corpus: PackedCorpus, config: DataConfig, micro: int, world_size: int
+) -> None:
+    whole, shared = (replace(config, global_batch_size=16, micro_batch_size=size) for size in (16, micro))
+    ranks = [StepWindows(corpus, shared, rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = torch.cat([rank[3].flatten(0, 1) for rank in ranks])
+    expected = StepWindows(corpus, whole, rank=0, world_size=1)[3].flatten(0, 1)
+    assert sorted(together.tolist()) == sorted(expected.tolist())
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

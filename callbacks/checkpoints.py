@@ -48,8 +48,10 @@ class CheckpointCallback(Checkpoint):
             self.files.remove_unfinished()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Run the validation that the checkpoint lacks."""
+        """Point the links at what is loaded, as a writer may have ended before them; run the validation it lacks."""
         self._saved_step = trainer.global_step
+        if trainer.is_global_zero and trainer.global_step in self.files.steps():
+            self._link(trainer.global_step)
         if self._validation_pending:
             validate_now(trainer)
 
@@ -120,15 +122,15 @@ class CheckpointCallback(Checkpoint):
         trainer.save_checkpoint(unfinished)
         if trainer.is_global_zero:
             self.files.publish(step)
-            self._link_and_prune(step)
+            self._link(step)
+            self.files.prune(self.losses, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
         trainer.strategy.barrier("checkpoint written")
         self._saved_step = step
 
-    def _link_and_prune(self, step: int) -> None:
+    def _link(self, step: int) -> None:
         self.files.link("last", step)
         if self.losses:
             self.files.link("best", best_steps(self.losses, 1)[0])
-        self.files.prune(self.losses, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
 
     def _record(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):  # nothing compares as lower than NaN

@@ -24,7 +24,7 @@ from src.lut.sources import COMPUTE_DTYPES, open_source
 from src.run_directory import RunDirectory, identify_weights
 from src.system.console import progress_bar, stderr_console
 from src.system.files import expand_home
-from src.training.checkpoints import read_weights
+from src.training.checkpoints import linked, read_weights
 
 DEFAULT_PRECISION = "bfloat16"
 
@@ -34,7 +34,7 @@ def adopt_checkpoint(run: RunDirectory, checkpoint: str, *, overwrite: bool) -> 
 
     RunError when the checkpoint does not exist, or the run already holds other weights and `overwrite` is off.
     """
-    path = run.checkpoints_path / f"{checkpoint}.ckpt" if checkpoint in ("last", "best") else Path(checkpoint)
+    path = linked(run.checkpoints_path / f"{checkpoint}.ckpt" if checkpoint in ("last", "best") else Path(checkpoint))
     if not path.exists():
         names = sorted(path.stem for path in run.checkpoints_path.glob("*.ckpt"))
         raise RunError(f"{path}: no such checkpoint; this run has {', '.join(names) or 'none'}")

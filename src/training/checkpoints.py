@@ -1,7 +1,8 @@
 """The checkpoints of a run on disk: which are kept, what they hold, and what to say when there is no room for one.
 
 The directory has one entry per kept step, a file or a directory with one part per rank, and the links `last.ckpt` and
-`best.ckpt`. Knows nothing of optimizers, and reads without Lightning.
+`best.ckpt`: symbolic links where the file system has them, else hard links, else text files that hold the name. Knows
+nothing of optimizers, and reads without Lightning.
 """
 
 import errno
@@ -20,7 +21,9 @@ from torch import Tensor
 from src.system.files import sync_directory
 
 _ENTRY = re.compile(r"step-(\d+)\.ckpt")
-_UNFINISHED = ".*step-*.tmp"
+_LONGEST_ENTRY = 64
+"""Bytes of a name that `_ENTRY` matches, at most."""
+_UNFINISHED = ".*.tmp"
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,17 @@ class CheckpointFiles:
             _remove(path)
 
     def link(self, name: str, step: int) -> None:
-        """Make `name`.ckpt a link to the checkpoint of `step`, atomically."""
-        link = self.directory / f"{name}.ckpt"
+        """Make `name`.ckpt a link to the checkpoint of `step`, atomically; `linked` follows it."""
+        link, target = self.directory / f"{name}.ckpt", self.path(step)
         temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(self.path(step).name)
-        temporary.replace(link)
+        try:
+            _make_link(temporary, target)
+            if link.is_dir() and not link.is_symlink():  # in a copy of a run whose links were followed
+                shutil.rmtree(link)
+            temporary.replace(link)
+        finally:
+            temporary.unlink(missing_ok=True)  # renaming a hard link over another one of its file leaves both
         sync_directory(self.directory)
 
     def prune(self, losses: Mapping[int, float], *, keep_last: int, keep_best: int) -> None:
@@ -81,6 +89,25 @@ class CheckpointFiles:
         for step in steps:
             if step not in kept:
                 _remove(self.path(step))
+
+
+def _make_link(link: Path, target: Path) -> None:
+    """Link to a file or directory next to `link`, in the best way that the file system has."""
+    try:
+        link.symlink_to(target.name)
+    except (OSError, NotImplementedError):
+        try:
+            link.hardlink_to(target)
+        except (OSError, NotImplementedError):  # a directory cannot have one
+            link.write_text(target.name, encoding="utf-8")
+
+
+def linked(path: Path) -> Path:
+    """Return the checkpoint that a link made of text names; any other path unchanged."""
+    if path.is_file() and path.stat().st_size <= _LONGEST_ENTRY:
+        name = path.read_bytes().decode("utf-8", "replace")
+        return path.with_name(name) if _ENTRY.fullmatch(name) else path
+    return path
 
 
 def best_steps(losses: Mapping[int, float], count: int) -> list[int]:
@@ -127,6 +154,7 @@ def full_disk_message(target: Path, checkpoint: dict[str, Any]) -> str:
 
 def read_callback_state(path: Path, callback: str) -> dict[str, Any]:
     """Return the state of a callback, named by its class, in a checkpoint."""
+    path = linked(path)
     file = path / "meta.pt" if path.is_dir() else path
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["callbacks"].get(callback, {})
 
@@ -139,6 +167,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     A whole checkpoint is mapped, not read; the parts of ranks are joined in memory.
     """
+    path = linked(path)
     if path.is_dir():
         return _read_parts(path)
     state: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]

@@ -22,7 +22,7 @@ from src.inference import load_model
 from src.lut import read_manifest
 from src.model import ModelConfig, Transformer
 from src.run_directory import RunDirectory, identify_weights
-from src.training.checkpoints import CheckpointFiles, read_callback_state, read_weights
+from src.training.checkpoints import CheckpointFiles, linked, read_callback_state, read_weights
 
 _FIXED = {
     "name": "names the run's directory",
@@ -167,7 +167,7 @@ def _missing_results(run: RunDirectory, wanted: Wanted, newest: Path) -> tuple[s
         return ("validation", *(name for name, is_wanted in results.items() if is_wanted))
     missing: list[str] = []
     if wanted.table is not None:
-        best = CheckpointFiles(run.checkpoints_path).directory / "best.ckpt"
+        best = linked(run.checkpoints_path / "best.ckpt")
         final = best if wanted.final_weights == "best" and best.exists() else newest
         identity = identify_weights(read_weights(final))
         if not run.holds_weights(identity, with_experts=has_table):

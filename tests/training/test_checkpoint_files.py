@@ -4,10 +4,12 @@ import errno
 import io
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ import pytest
 import torch
 
 from src.errors import TrainingError
-from src.training.checkpoints import CheckpointFiles, best_steps, is_full, tensor_bytes
+from src.reparameterize import main
+from src.run_directory import RunDirectory, identify_weights
+from src.train import resumed_config, train
+from src.training.checkpoints import CheckpointFiles, best_steps, is_full, linked, read_weights, tensor_bytes
 from src.training.strategy import StreamingCheckpointIO
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, small_config
+from tests.training.test_lightning_module import ONLY_TRAIN
 
 MEBIBYTE = 2**20
 
@@ -101,6 +107,53 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
         files.link("last", step)
     assert (tmp_path / "last.ckpt").is_dir()
     assert files.newest() == files.path(12)
+
+
+def without_links(monkeypatch: pytest.MonkeyPatch, kinds: Sequence[str]) -> None:
+    """Refuse links as NTFS (symbolic ones, without a privilege) and exFAT (both kinds) do."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    for kind in kinds:
+        monkeypatch.setattr(os, kind, refuse)
+
+
+@pytest.mark.parametrize("kinds", [("symlink",), ("symlink", "link")])
+def test_links_work_where_the_file_system_has_none(
+    kinds: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_links(monkeypatch, kinds)
+    files = CheckpointFiles(tmp_path)
+    for step in (2, 4):
+        StreamingCheckpointIO().save_checkpoint({"state_dict": {"model.a": torch.tensor(step)}}, files.path(step))
+    for step in (2, 4, 4, 2):
+        files.link("last", step)
+        assert read_weights(tmp_path / "last.ckpt") == {"a": torch.tensor(step)}
+    files.path(6).mkdir()  # parts of ranks
+    files.link("last", 6)
+    assert linked(tmp_path / "last.ckpt") == files.path(6)
+    (tmp_path / "last.ckpt").unlink()
+    shutil.copytree(files.path(6), tmp_path / "last.ckpt")  # as `cp -rL` makes of a link
+    files.link("last", 4)
+    assert read_weights(tmp_path / "last.ckpt") == {"a": torch.tensor(4)}
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("kinds", [("symlink",), ("symlink", "link")])
+def test_a_run_needs_no_links(
+    kinds: Sequence[str], tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_links(monkeypatch, kinds)
+    best = ("checkpoint.final_weights=best", "checkpoint.every_steps=2", "checkpoint.keep_last=2")
+    run = train(small_config(small_overrides, tmp_path, *ONLY_TRAIN, *best, "trainer.max_steps=5")).run_dir
+    directory = RunDirectory(run)
+    train(resumed_config(directory, None, ["trainer.max_steps=9", "lut.at_fit_end=true"]), directory)
+    assert train(resumed_config(directory, None, []), directory).report is None
+    for name in ("best", "last"):
+        main(["--run", str(run), "--checkpoint", name, "--overwrite", "--lut", f"lut-{name}"])
+        assert identify_weights(read_weights(directory.checkpoints_path / f"{name}.ckpt")) == directory.identity()
+        assert (run / f"lut-{name}" / "manifest.json").is_file()
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer file; give the path of a tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{path}: not a tokenizer.json of the `tokenizers` library ({error})") from error
     return _with_separator(tokenizer, str(path))

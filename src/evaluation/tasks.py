@@ -7,7 +7,6 @@ text: models with other tokenizers get the same ones.
 """
 
 import difflib
-import gzip
 import importlib.util
 import itertools
 import json
@@ -19,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from src.data.files import open_file
 from src.errors import ConfigError, DataError
 from src.evaluation.held_out import HeldOut
 from src.evaluation.likelihood import Likelihood, TextModel
@@ -242,9 +242,8 @@ def read_rows(folder: Path, task: PublishedTask, limit: int | None = None) -> li
         DataError: the folder, the task's file or its split is missing, or a row is not one of the task's.
     """
     path, rows = _find(folder, task), list[Row]()
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(itertools.islice(lines, limit), start=1):
+    with open_file(path) as opened:
+        for number, line in enumerate(itertools.islice(opened.data, limit), start=1):
             rows.append(_parse(line, f"{path}, line {number}", task))
     if not rows:
         raise DataError(f"{path}: no rows; task {task.name} needs {', '.join(task.columns)} in each line")
@@ -267,11 +266,13 @@ def _find(folder: Path, task: PublishedTask) -> Path:
     raise DataError(f"{folder}: no file for task {name}; add {name}.{split}.jsonl, or .jsonl.gz")
 
 
-def _parse(line: str, where: str, task: PublishedTask) -> Row:
+def _parse(line: bytes, where: str, task: PublishedTask) -> Row:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error}); each line must be one object") from error
+        row = json.loads(line.decode())
+        json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too long a number, too deep
+        reason = str(error).partition(";")[0]  # without the library's advice
+        raise DataError(f"{where}: not JSON ({reason}); each line must be one object") from error
     row = task.adapt(row) if isinstance(row, dict) else {}
     missing = [column for column in task.columns if column not in row]
     if missing:

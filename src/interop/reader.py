@@ -90,8 +90,8 @@ def read_json(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; give a Hugging Face checkpoint directory of the authors' code")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); copy the checkpoint again") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: holds a {type(document).__name__}, expected an object")

@@ -178,6 +178,9 @@ def test_bad_tokenizers_get_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "junk.json").write_text("{}")
     with pytest.raises(DataError, match=r"junk.json: not a tokenizer.json"):
         load_tokenizer(tmp_path / "junk.json")
+    train_bpe(iter(["text"]), 260).save(str(tmp_path / "marked.json"))
+    (tmp_path / "marked.json").write_text((tmp_path / "marked.json").read_text(), encoding="utf-8-sig")
+    assert vocabulary_size(load_tokenizer(tmp_path / "marked.json")) == 260
     with pytest.raises(ConfigError, match="needs at least 257"):
         TokenizerConfig(vocab_size=100)
     with pytest.raises(ConfigError, match=r"path \('a.json'\) and hub \('b'\) name two tokenizers"):

@@ -1,5 +1,7 @@
 """Tasks: what those of held-out text ask, how answers are scored, rows of published ones, and one defined elsewhere."""
 
+import codecs
+import gzip
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -136,6 +138,40 @@ def test_damaged_rows_are_named(folder: Path) -> None:
     path.write_text("")
     with pytest.raises(DataError, match=r"piqa.validation.jsonl: no rows"):
         read_rows(folder, PUBLISHED["piqa"])
+
+
+@pytest.mark.parametrize("name", ["piqa.validation.jsonl", "arc_easy.test.jsonl.gz"])
+def test_a_byte_order_mark_is_no_part_of_the_rows(name: str, folder: Path) -> None:
+    task, path = PUBLISHED[name.partition(".")[0]], folder / name
+    whole, packed = read_rows(folder, task), name.endswith(".gz")
+    marked = codecs.BOM_UTF8 + (gzip.decompress(path.read_bytes()) if packed else path.read_bytes())
+    path.write_bytes(gzip.compress(marked) if packed else marked)
+    assert read_rows(folder, task) == whole
+
+
+UNREADABLE = {
+    "a long number": b'{"goal": %s}' % (b"9" * 5000),
+    "deep nesting": b'{"goal": %s}' % (b"[" * 100_000),
+    "bytes that are no UTF-8": b'{"goal": "\xff\xfe"}',
+    "half a surrogate pair": b'{"goal": "\\ud800"}',
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_rows_that_no_library_can_read_are_named(kind: str, folder: Path) -> None:
+    path = folder / "piqa.validation.jsonl"
+    path.write_bytes(path.read_bytes().splitlines()[0] + b"\n" + UNREADABLE[kind])
+    with pytest.raises(
+        DataError, match=r"piqa.validation.jsonl, line 2: not JSON \([^;]+\); each line must be one obj"
+    ):
+        read_rows(folder, PUBLISHED["piqa"])
+
+
+def test_a_damaged_file_is_named(folder: Path) -> None:
+    path = folder / "arc_easy.test.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"arc_easy.test.jsonl.gz: damaged or cut off"):
+        read_rows(folder, PUBLISHED["arc_easy"])
 
 
 def test_a_task_that_needs_the_extra_says_so(text: HeldOut, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,10 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert import_error(checkpoint, tmp_path).startswith("official/config.json: missing; give a Hugging Face checkpoi")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "holds a list, expected an object")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ("\ufeff[]", "holds a list, expected an object")],
+)
 def test_config_that_is_no_object(text: str, message: str, tmp_path: Path) -> None:
     checkpoint = copy_golden("dense", tmp_path / "official")
     (checkpoint / "config.json").write_text(text, encoding="utf-8")

@@ -49,6 +49,7 @@ class CheckpointCallback(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Point the links at what is loaded, as a writer may have ended before them; run the validation it lacks."""
+        self.losses = trainer.strategy.broadcast(self.losses)  # ranks may see different files
         self._saved_step = trainer.global_step
         if trainer.is_global_zero and trainer.global_step in self.files.steps():
             self._link(trainer.global_step)

@@ -3,12 +3,15 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import lightning
+import torch
 from rich.console import Console
 
 from callbacks.failures import RunCallback
+from src.errors import UserError
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.perplexity import Score, Share, zlib_bits_per_byte
 from src.evaluation.report import Report, TableFacts, print_report, sample_text
@@ -16,8 +19,10 @@ from src.evaluation.results import Evaluation, write_scores
 from src.evaluation.suite import Suite, evaluate_model, evaluating
 from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
+from src.inference.loader import ExpertForm, InferenceModel, written_form
 from src.model import Transformer
 from src.system.console import progress_bar
+from src.system.files import when_visible
 from src.training.lightning_module import LanguageModel
 from src.training.tracking import logged_step, publish_results
 
@@ -55,6 +60,10 @@ class EvaluationCallback(lightning.Callback):
         self.tokens_per_step, self.console, self.publish_table = tokens_per_step, console, publish_table
         self.initial: Score | None = None
         self.report: Report | None = None
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Evaluate what rank 0 finds missing: ranks that see other files would not meet again."""
+        self.config = trainer.strategy.broadcast(self.config)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Score the model as it is before its first step; a resumed run has been scored already."""
@@ -111,7 +120,7 @@ class EvaluationCallback(lightning.Callback):
             )
 
     def _final_report(self, trainer: lightning.Trainer, model: Transformer, training_form: Evaluation) -> Report:
-        with self._written(model) as written:
+        with self._written(trainer, model) as written:
             lookup = isinstance(written.experts, DiskExperts)
             return Report(
                 steps=trainer.global_step,
@@ -127,14 +136,20 @@ class EvaluationCallback(lightning.Callback):
             )
 
     @contextmanager
-    def _written(self, model: Transformer) -> Generator[Transformer]:
-        """Yield the model as this fit wrote it; the one in memory if it writes none."""
+    def _written(self, trainer: lightning.Trainer, model: Transformer) -> Generator[Transformer]:
+        """Yield the model as this fit wrote it; the one in memory if it writes none. Rank 0 decides in which form."""
         if self.is_written:
-            with load_model(self.run.directory.path, device=model.embedding.weight.device) as written:
+            with self._loaded(trainer, model.embedding.weight.device) as written:
                 yield written
         else:
             with evaluating(model):
                 yield model
+
+    def _loaded(self, trainer: lightning.Trainer, device: torch.device) -> InferenceModel:
+        run = self.run.directory
+        form: ExpertForm = trainer.strategy.broadcast(written_form(run) if trainer.is_global_zero else "auto")
+        load = partial(load_model, run.path, experts=form, device=device)
+        return load() if trainer.is_global_zero else when_visible(load, UserError)
 
     def _log(self, trainer: lightning.Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:

@@ -53,6 +53,7 @@ class ReparameterizeCallback(lightning.Callback):
             rank=rank,
             world_size=trainer.world_size,
             barrier=trainer.strategy.barrier,
+            broadcast=trainer.strategy.broadcast,
             tokenizer=self.tokenizer,
             token_counts=self.token_counts,
             progress=progress_bar,

@@ -13,6 +13,7 @@ from rich.console import Console
 from src.accounting import account, print_account
 from src.cli import number, output_file, parser, run_verb
 from src.config import RunConfig, describe, load_config, load_run_config
+from src.errors import RunError
 from src.evaluation.report import Report
 from src.run_directory import RunDirectory, absolute_paths
 from src.system.console import print_note, stderr_console
@@ -47,7 +48,7 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
         Preempted: the process was told to stop. Finished steps are in a checkpoint, finished results in the run.
         ReportedFailureError: a rank failed, and the cause has been printed.
     """
-    start = None if resume is None else Resumption.plan(resume, wanted_results(config))
+    start = None if resume is None else _resumption(resume, config)
     if start is not None and start.missing is not None:
         lacks = f"is missing {', '.join(start.missing)}" if start.missing else "is complete"
         hint = "to train longer, raise trainer.max_steps (and trainer.max_time, if set)"
@@ -74,6 +75,15 @@ def _check_batch(config: RunConfig) -> None:
             f"data.micro_batch_size: {data.micro_batch_size} does not divide the {share} windows that each device "
             f"takes in a step, so it takes {windows} at a time"
         )
+
+
+def _resumption(run: RunDirectory, config: RunConfig) -> Resumption:
+    try:
+        return Resumption.plan(run, wanted_results(config))
+    except RunError:
+        if is_rank_zero():
+            raise
+        return Resumption.of_rank_zero(run)  # which sees more, or fails and ends this rank too
 
 
 def wanted_results(config: RunConfig) -> Wanted:

@@ -62,9 +62,7 @@ def load_model(
     """
     run = RunDirectory(Path(run_dir)).require()
     config = replace(run.model_config(), expert_execution="unique", gradient_checkpointing=False)
-    use_lut = experts == "lut" or (
-        experts == "auto" and config.architecture == "mole" and (run.lut_path(lut) / MANIFEST_NAME).is_file()
-    )
+    use_lut = (written_form(run, lut) if experts == "auto" else experts) == "lut"
     if use_lut:
         require_lookup_form(config)
     run.identity()  # refuses a missing or foreign file by name
@@ -76,6 +74,12 @@ def load_model(
     elif config.architecture == "mole":
         model.experts = _experts(run, config)
     return _widen_routers(model.to(device=device, dtype=dtype)).eval().requires_grad_(False)
+
+
+def written_form(run: RunDirectory, lut: str = "lut") -> Literal["lut", "ffn"]:
+    """Return the form that `load_model` prefers: `lut` where there is a finished table of that name."""
+    has_table = run.model_config().architecture == "mole" and (run.lut_path(lut) / MANIFEST_NAME).is_file()
+    return "lut" if has_table else "ffn"
 
 
 def _widen_routers(model: InferenceModel) -> InferenceModel:

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ from src.model import Transformer
 from src.run_directory import RunDirectory
 from src.system.console import Advance, Progress, no_progress
 from src.system.files import atomic_path, sync_directory, write_text
+
+T = TypeVar("T")
 
 
 def is_built(plan: BuildPlan) -> bool:
@@ -84,6 +87,11 @@ def no_barrier() -> None:
     """Return at once: a single rank has no other to wait for."""
 
 
+def own_value(value: T) -> T:
+    """Return `value`: each rank believes what it sees."""
+    return value
+
+
 def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) -> None:
     """Make the directory ready for writers: check for another table, for free space, and record the plan.
 
@@ -105,16 +113,24 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
         write_text(plan.lut_dir / PLAN_NAME, plan.text)
 
 
-def write_shards(plan: BuildPlan, rank: int = 0, world_size: int = 1, progress: Progress = no_progress) -> None:
+def write_shards(
+    plan: BuildPlan,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress = no_progress,
+    *,
+    is_prepared: bool = False,
+) -> None:
     """Write every `world_size`-th shard, starting with shard `rank`; finished shards and chunks are kept.
 
-    LutError when the disk is full (what is written stays), or when another process builds here.
+    With `is_prepared` another rank has found the directory prepared and the table unfinished. LutError when the disk is
+    full (what is written stays), or when another process builds here.
     """
     shards = plan.shards[rank::world_size]
     with building(plan.lut_dir, shared=world_size > 1):
-        if is_built(plan):
+        if not is_prepared and is_built(plan):
             return
-        if not plan.is_recorded():
+        if not is_prepared and not plan.is_recorded():
             raise LutError(
                 f"{plan.lut_dir}: is not prepared for this build; prepare it, and build in one place at a time"
             )
@@ -176,6 +192,7 @@ def build_lut(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], object] = no_barrier,
+    broadcast: Callable[[Any], Any] = own_value,
     tokenizer: str | None = None,
     token_counts: Tensor | None = None,
     progress: Progress = no_progress,
@@ -184,7 +201,9 @@ def build_lut(
 
     With `world_size` above 1 every rank calls it with the same arguments but its own `rank`: rank 0 prepares and
     publishes, each rank writes its share of the shards, and all of them call `barrier`, such as
-    `torch.distributed.barrier`, three times.
+    `torch.distributed.barrier`, three times. `broadcast` returns rank 0's value on every rank, as
+    `trainer.strategy.broadcast` does; then rank 0 alone looks for an earlier table or build, which other machines may
+    see up to a minute late on a network disk.
 
     `source` and `compute_dtype` are those of `open_source`, `dtype` is a precision of `src.lut.codecs`. `chunk_tokens`
     rows are computed at a time, by default as many as `memory_bytes` of buffers hold; the rows of a shard fit in
@@ -197,6 +216,7 @@ def build_lut(
         ValueError: `world_size` is above 1 and there is no barrier.
         LutError: there is no lookup form, the directory holds another table, or the disk is full.
     """
+    looks = rank == 0 or broadcast is own_value
     build = plan(
         open_source(source, compute_dtype),
         Path(lut_dir),
@@ -204,18 +224,20 @@ def build_lut(
         chunk_tokens=chunk_tokens,
         memory_bytes=memory_bytes,
         shard_bytes=shard_bytes,
-        resume=resume,
+        resume=resume and looks,
         tokenizer=tokenizer,
         token_counts=token_counts,
     )
-    if resume and is_built(build) and not build.is_recorded():
+    if broadcast(looks and resume and is_built(build) and not build.is_recorded()):
         return build.manifest
+    build = replace(build, chunk_tokens=broadcast(build.chunk_tokens))
     if world_size > 1 and barrier is no_barrier:
         raise ValueError(f"world_size is {world_size}, but barrier is missing; pass torch.distributed.barrier")
     if rank == 0:
         prepare(build, resume=resume, overwrite=overwrite)
     barrier()
-    write_shards(build, rank, world_size, progress)
+    if broadcast(looks and not is_built(build)):
+        write_shards(build, rank, world_size, progress, is_prepared=not looks)
     barrier()
     if rank == 0:
         publish(build)

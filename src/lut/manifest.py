@@ -66,14 +66,17 @@ class Manifest:
 def read_manifest(lut_dir: Path) -> Manifest:
     """Read and check a manifest; LutError when there is no table, LutFormatError when it is damaged."""
     path = lut_dir / MANIFEST_NAME
-    if not lut_dir.is_dir():
-        raise LutError(f"{lut_dir}: no such table; `python -m src.reparameterize --run RUN` builds one")
-    if not path.is_file():
+    try:
+        written = (
+            path.read_bytes()
+        )  # not asked for first: on a network disk an open file is up to date, its absence not
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        if not lut_dir.is_dir():
+            raise LutError(f"{lut_dir}: no such table; `python -m src.reparameterize --run RUN` builds one") from None
         raise LutError(
             f"{path}: missing, so the table is unfinished; "
             "finish it with `python -m src.reparameterize --run RUN --resume`"
-        )
-    written = path.read_bytes()
+        ) from None
     try:
         document = json.loads(written)
     except (ValueError, RecursionError) as error:

@@ -5,15 +5,20 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Mapping
+import time
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from src.errors import UserError
 from src.system.locks import lock, note_missing_locks
 
+T = TypeVar("T")
 LONGEST_NAME = 255
 """Bytes of a file's name, on every common file system."""
+VISIBLE_SECONDS = 90.0
+"""Time after which every machine sees a file: NFS keeps what it knows of a directory for at most 60 s by default."""
 
 
 def expand_home(path: str) -> str:
@@ -25,6 +30,21 @@ def expand_home(path: str) -> str:
     if "\0" in expanded or any(len(os.fsencode(name)) > LONGEST_NAME for name in Path(expanded).parts):
         raise UserError(f"{path[:80]!r} is no path: it holds a NUL, or a name of more than {LONGEST_NAME} bytes")
     return expanded
+
+
+def when_visible(read: Callable[[], T], missing: type[Exception] = FileNotFoundError) -> T:
+    """Return what `read` returns once it no longer raises `missing`; it gets `VISIBLE_SECONDS`.
+
+    For files that another machine has just written: NFS may answer for a minute that there is no such file.
+    """
+    until = time.monotonic() + VISIBLE_SECONDS
+    while True:
+        try:
+            return read()
+        except missing:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
 
 
 def sync_directory(directory: Path) -> None:

@@ -109,8 +109,8 @@ class Resumption:
     checkpoint: Path
     step: int
     """Optimizer steps that the checkpoint holds."""
-    corpus: str
-    """Fingerprint of the corpus that the run was trained on."""
+    corpus: str | None
+    """Fingerprint of the corpus that the run was trained on; None where only rank 0 knows it."""
     missing: tuple[str, ...] | None
     """What a run without steps left lacks: `validation`, `weights`, `table`, `evaluation`; None if steps are left."""
 
@@ -143,9 +143,14 @@ class Resumption:
         missing = _missing_results(run, wanted, newest) if _is_trained(run, wanted, step) else None
         return cls(run=run, checkpoint=newest, step=step, corpus=corpus, missing=missing)
 
+    @classmethod
+    def of_rank_zero(cls, run: RunDirectory) -> Self:
+        """Continue from the checkpoint that rank 0 chooses and broadcasts, since this rank sees none."""
+        return cls(run=run, checkpoint=run.checkpoints_path / "last.ckpt", step=0, corpus=None, missing=None)
+
     def require_corpus(self, found: str) -> None:
         """Raise RunError if the corpus with the fingerprint `found` is not the one that the run started with."""
-        if found != self.corpus:
+        if self.corpus is not None and found != self.corpus:
             raise RunError(
                 f"{self.run.path}: was trained on corpus {self.corpus[:12]}, but data now gives {found[:12]}; restore "
                 "the files of data, or start a new run with init_from"

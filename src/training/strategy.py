@@ -6,6 +6,7 @@ each micro-batch, not once per step: keeping them whole until the end of the ste
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
 from src.errors import TrainingError
-from src.system.files import atomic_path
+from src.system.files import atomic_path, when_visible
 from src.system.private_api import use_all_devices
 from src.training.checkpoints import full_disk_message, is_full, tensor_bytes
 
@@ -50,8 +51,8 @@ class ShardedStrategy(ModelParallelStrategy):
         Accepts whole checkpoints of any strategy. Lightning expects their optimizer states to be numbered in the order
         of the model's parameters, but an optimizer numbers them group by group.
         """
-        path = Path(self.broadcast(checkpoint_path))
-        if path.is_dir():
+        path, in_parts = self.broadcast((Path(checkpoint_path), Path(checkpoint_path).is_dir()))
+        if in_parts:
             return super().load_checkpoint(path, weights_only=weights_only)
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -98,7 +99,12 @@ class StreamingCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        """Load the file that rank 0 chose: on a network disk, other machines may not see the newest one yet."""
+        load = partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
+        if not torch.distributed.is_initialized():
+            return load(path)
+        torch.distributed.broadcast_object_list(chosen := [path])
+        return load(path) if torch.distributed.get_rank() == 0 else when_visible(partial(load, chosen[0]))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from src.errors import UserError
-from src.system.files import expand_home
+from src.system.files import expand_home, out_of_files
 
 
 def run_verb(main: Callable[[], None]) -> None:
@@ -20,9 +20,6 @@ def run_verb(main: Callable[[], None]) -> None:
             main()
         finally:
             sys.stdout.flush()  # a closed pipe raises here, not while the interpreter shuts down
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT
@@ -33,6 +30,12 @@ def run_verb(main: Callable[[], None]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)  # 128 + SIGPIPE
         raise
+    except Exception as error:
+        message = out_of_files(error) or (str(error) if isinstance(error, UserError) else None)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def require_text(name: str, text: str) -> str:

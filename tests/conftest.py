@@ -1,7 +1,9 @@
 """Shared fixtures: a small real corpus and a small model trained on it, once per test session."""
 
+import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,19 @@ SMALL = (
     "wandb.mode=disabled",
 )
 """Overrides that shrink the quick start to seconds."""
+
+
+@contextmanager
+def open_files_limited(spare: int) -> Generator[None]:
+    """Let this process open `spare` more files, no more."""
+    resource = pytest.importorskip("resource", reason="limits of open files can be set on Unix only")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(free := os.dup(1))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + spare, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.fixture(scope="session")

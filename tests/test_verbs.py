@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from src import convert, evaluate, generate, inspect_lut, prepare_data, reparameterize, train, verify
+from src.cli import run_verb
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, UserError
 from src.lut import LutStore, build_lut, read_manifest
 from src.lut.scan import read_token_counts
 from src.run_directory import RunDirectory
 from src.train import RunResult
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, open_files_limited
 
 VERBS = ("train", "evaluate", "generate", "reparameterize", "verify")
 ROOT = CONFIGS.parent
@@ -456,3 +457,37 @@ def test_what_no_system_takes_for_a_path_is_one_line(
         assert (
             "is no path: it holds a NUL, or a name of more than 255 bytes" in str(left.value) + capsys.readouterr().err
         )
+
+
+@pytest.mark.parametrize("verb", ["generate", "inspect_lut", "prepare_data"])
+def test_too_many_open_files_are_one_line_that_names_the_limit(
+    verb: str, trained: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(Path(__file__).read_text())
+    run = f"--run={trained.run_dir}"
+    verbs: dict[str, Callable[[], None]] = {
+        "generate": lambda: generate.main([run, "--prompt", "import", "--max-new-tokens", "2"]),
+        "inspect_lut": lambda: inspect_lut.main(["--run", str(trained.run_dir), "--token", "a"]),
+        "prepare_data": lambda: prepare_data.main(
+            [
+                "--config",
+                str(CONFIGS / "quickstart.yaml"),
+                f"data.files={tmp_path}/text.txt",
+                f"data.cache_dir={tmp_path}/cache",
+                "data.tokenizer.vocab_size=300",
+            ]
+        ),
+    }
+    lines: list[str] = []
+    for spare in range(0, 45, 3):
+        try:
+            with open_files_limited(spare):
+                run_verb(verbs[verb])
+            break
+        except SystemExit as exit_:
+            assert exit_.code == 2
+            lines += capsys.readouterr().err.splitlines()[-1:]
+    assert lines
+    for line in lines:
+        assert line.startswith("error: ")
+        assert "ulimit -n" in line

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all. Knows nothing of their contents."""
 
+import errno
 import json
 import math
 import os
@@ -120,6 +121,27 @@ def require_writable(key: str, directory: Path) -> None:
 def _remove_if_empty(directory: Path) -> None:
     with suppress(OSError):
         directory.rmdir()
+
+
+def out_of_files(error: BaseException | None) -> str | None:
+    """Return what to do where `error`, or what caused it, is the limit of open files; None where it is not."""
+    while error is not None:
+        if isinstance(error, UserError) and "ulimit" in str(error):
+            return str(error)
+        code = error.errno if isinstance(error, OSError) else None
+        # safetensors and torch put the system's words into errors of their own
+        if code in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error):
+            return f"too many open files: {_file_limit()}; raise the limit (`ulimit -n 4096`) and run this again"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _file_limit() -> str:
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return "the system's limit is reached"
+    return f"this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} at once"
 
 
 def write_text(path: Path, text: str) -> None:

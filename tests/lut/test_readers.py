@@ -22,6 +22,7 @@ from src.lut.readers import READERS, Reader, ResidentTable
 from src.lut.readers import pread as pread_module
 from src.lut.readers import reader as reader_module
 from src.lut.readers.reader import Bytes, WorkerPool
+from tests.conftest import open_files_limited
 from tests.lut.tables import shard_path, write_table
 
 VOCAB = 300
@@ -236,3 +237,18 @@ def test_a_forked_child_resets_the_stores_that_live_and_no_others(
         assert len(reader_module.owners) == alive + 3  # its gate, threads and cache
     gc.collect()
     assert len(reader_module.owners) == alive
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_more_shards_than_open_files_are_one_clear_error(name: str, tmp_path: Path) -> None:
+    write_table(tmp_path, shard_bytes=10_000)
+    process = psutil.Process()
+    before = process.num_fds()
+    with (
+        open_files_limited(20),
+        pytest.raises(LutError, match=r"the table has 50 shards, .*raise the limit \(`ulimit -n"),
+    ):
+        LutStore.open(tmp_path, reader=name)
+    gc.collect()
+    assert process.num_fds() == before
+    LutStore.open(tmp_path, reader=name).close()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from src.errors import LutError, LutFormatError
 from src.lut.layout import TableLayout, plan_shards, tokens_per_shard
+from src.system.files import out_of_files
 
 Bytes = NDArray[np.uint8]
 Wanted = Sequence[tuple[int, int]]
@@ -109,8 +110,10 @@ class ShardFiles:
         try:
             for path in self.paths:
                 self.descriptors.append(os.open(path, os.O_RDONLY | flags))
-        except OSError:
+        except OSError as error:
             self.close()
+            if (limit := out_of_files(error)) is not None:
+                raise LutError(f"{lut_dir}: the table has {len(self.paths)} shards, {limit}") from error
             raise
 
     def locate(self, token_id: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from src.evaluation.report import Report
 from src.run_directory import RunDirectory, absolute_paths
 from src.system.console import print_note, stderr_console
 from src.system.files import write_text
-from src.system.hardware import keep_freed_memory
+from src.system.hardware import keep_freed_memory, require_posix
 from src.system.ranks import FAILED, ReportedFailureError, is_rank_zero, leave
 from src.system.signals import Preempted, StopSignals, exit_code, leave_on_stop_signals
 from src.training.resume import Resumption, Wanted, compare_configs
@@ -48,6 +48,7 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
         Preempted: the process was told to stop. Finished steps are in a checkpoint, finished results in the run.
         ReportedFailureError: a rank failed, and the cause has been printed.
     """
+    require_posix("training")
     start = None if resume is None else _resumption(resume, config)
     if start is not None and start.missing is not None:
         lacks = f"is missing {', '.join(start.missing)}" if start.missing else "is complete"

@@ -38,6 +38,7 @@ from src.model import Transformer
 from src.run_directory import RunDirectory
 from src.system.console import Advance, Progress, no_progress
 from src.system.files import atomic_path, sync_directory, write_text
+from src.system.hardware import require_posix
 
 T = TypeVar("T")
 
@@ -97,6 +98,7 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
 
     LutError when the directory holds something else, another process builds in it, or the disk is too small.
     """
+    require_posix("building a table")
     finished = (plan.lut_dir / MANIFEST_NAME).exists()
     if finished and resume and plan.is_recorded() and is_built(plan):
         return  # interrupted after the manifest was written; `publish` removes what is left over

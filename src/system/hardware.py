@@ -1,7 +1,7 @@
 """What this machine can do: its precision, matrix-product rate and memory."""
 
 import ctypes
-import resource
+import importlib
 import statistics
 import sys
 import time
@@ -9,10 +9,23 @@ from typing import Literal
 
 import torch
 
+from src.errors import UserError
+
 _PROCESSOR_SIZE, _ACCELERATOR_SIZE, _REPEATS = 1024, 8192, 6
 """Widths of a product that reaches the rate and takes a fraction of a second."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # mallopt(3), malloc.h
+
+
+def require_posix(work: str) -> None:
+    """Raise UserError where the system lacks what writing with several processes needs: on Windows."""
+    try:
+        importlib.import_module("fcntl")
+    except ImportError:
+        raise UserError(
+            f"{work} runs on Linux and macOS, and this is {sys.platform}; use WSL 2 or one of these systems. Finished "
+            "runs can be read here: generate, evaluate, verify, inspect_lut, convert"
+        ) from None
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -38,6 +51,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory so far: allocated on an accelerator, resident for a process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # Windows, where nothing is trained, has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from src.system.ranks import is_rank_zero, leave
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows
 UNWIND_SECONDS = 7.0
 """Time that `finally` clauses and context managers get to clean up before the process ends anyway."""
 RANK_UNWIND_SECONDS = 1.0

@@ -107,9 +107,10 @@ class ShardFiles:
         self._tokens_per_shard = tokens_per_shard(layout)
         self._offsets = [shard.rows_offset(layout) for shard in self.shards]
         self.descriptors: list[int] = []
+        self._seeking = threading.Lock()
         try:
             for path in self.paths:
-                self.descriptors.append(os.open(path, os.O_RDONLY | flags))
+                self.descriptors.append(os.open(path, os.O_RDONLY | flags | getattr(os, "O_BINARY", 0)))
         except OSError as error:
             self.close()
             if (limit := out_of_files(error)) is not None:
@@ -129,6 +130,8 @@ class ShardFiles:
         shard, row = divmod(token_id, self._tokens_per_shard)
         offset = self._offsets[shard] + row * self.row_bytes + skip
         try:
+            if not hasattr(os, "preadv"):  # Windows
+                return self._seek_and_read(self.descriptors[shard], target, offset)
             return os.preadv(self.descriptors[shard], [target], offset, flags)
         except BlockingIOError:
             return 0
@@ -139,6 +142,13 @@ class ShardFiles:
                 f"{self.paths[shard]}: reading from byte {offset:,} failed ({error.strerror}); check the disk and copy "
                 "or rebuild the table"
             ) from error
+
+    def _seek_and_read(self, descriptor: int, target: memoryview, offset: int) -> int:
+        with self._seeking:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            found = os.read(descriptor, len(target))
+        target[: len(found)] = found
+        return len(found)
 
     def read_row(self, token_id: int, target: memoryview) -> None:
         """Fill `target` from the start of an id's row, repeating reads that the kernel cuts short."""
@@ -185,7 +195,8 @@ def _reset_owners() -> None:
         owner.reset_after_fork()
 
 
-os.register_at_fork(after_in_child=_reset_owners)  # once, since it cannot be undone
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_reset_owners)  # once, since it cannot be undone
 
 Item = TypeVar("Item")
 

@@ -38,6 +38,7 @@ from src.evaluation.suite import Suite, prepare_suite
 from src.run_directory import RunDirectory
 from src.system.console import print_note, progress_report, stderr_console
 from src.system.files import naming, require_writable, write_text
+from src.system.hardware import processor_name
 from src.system.private_api import run_hooks_without_steps
 from src.system.ranks import ReportedFailureError, is_rank_zero
 from src.system.signals import Preempted, StopSignals
@@ -218,6 +219,7 @@ def continue_run(config: RunConfig, run: RunDirectory) -> RunDirectory:
     """Record the config that a run continues with; on rank 0 only."""
     if is_rank_zero():
         run.write_config(config.to_dict())
+        run.update_record(environment())
     return run
 
 
@@ -238,12 +240,19 @@ def create_run(config: RunConfig, corpus: PackedCorpus) -> RunDirectory:
     run = RunDirectory(path)
     run.write_config(config.to_dict())
     write_text(run.tokenizer_path, corpus.tokenizer.to_str(pretty=True))
-    run.update_record({"corpus": corpus.facts(), "code": code_version(), "software": software_versions()})
+    run.update_record({"corpus": corpus.facts(), "code": code_version(), **environment()})
     return run
 
 
+def environment() -> dict[str, object]:
+    """Return what the numbers of a run may depend on, besides its config, corpus and code."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = {"processor": processor_name(), "accelerator": accelerator, "threads": torch.get_num_threads()}
+    return {"software": software_versions(), "machine": machine}
+
+
 def software_versions() -> dict[str, str | None]:
-    """Return what the numbers of a run may depend on."""
+    """Return the versions of Python and of the packages that compute."""
     packages = ("mole", "torch", "lightning", "tokenizers")
     return {"python": platform.python_version(), **{name: package_version(name) for name in packages}}
 

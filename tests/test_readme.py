@@ -95,6 +95,8 @@ def workplace(
     def run(module: str, arguments: list[str]) -> None:
         if module == "src.train" and not {"--dry-run", "--print-config"}.intersection(arguments):
             arguments = [*arguments, "--print-config"]
+        if module == "src.study":
+            arguments = [*arguments, "--dry-run"]
         if module == "src.prepare_data":
             arguments = [*arguments, *small]
         main_of(module)(arguments)

@@ -5,7 +5,6 @@ Rounds are interleaved, so that drifts of the machine affect every contender ali
 
 import argparse
 import json
-import os
 import platform
 import random
 import statistics
@@ -24,6 +23,7 @@ from src.lut.codecs import CODECS
 from src.model import ModelConfig
 from src.system.console import Advance
 from src.system.files import write_text
+from src.system.hardware import processor_name, usable_cores
 
 Value = TypeVar("Value")
 _PAPER = Path(__file__).parents[2] / "configs" / "paper"
@@ -126,10 +126,10 @@ def bars(groups: Mapping[str, Timings], path: Path, label: str, scale: float) ->
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
     """Return processor or accelerator, cores, memory and versions, without names of hosts or users."""
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "processor": name,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",
@@ -145,15 +145,6 @@ def machine_line(machine: dict[str, str | int]) -> str:
         f"{machine['processor']}, {machine['cores']} cores ({machine['threads']} threads), {gibibytes:.0f} GiB, "
         f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}"
     )
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def add_common_options(options: argparse.ArgumentParser) -> None:

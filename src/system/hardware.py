@@ -2,9 +2,13 @@
 
 import ctypes
 import importlib
+import os
+import platform
 import statistics
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -69,6 +73,18 @@ def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
 def device_count(accelerator: str) -> int:
     """Return how many devices of this machine `trainer.accelerator` can use; the CPU is one."""
     return torch.cuda.device_count() if accelerator != "cpu" and torch.cuda.is_available() else 1
+
+
+def processor_name() -> str:
+    """Return the processor's model."""
+    with suppress(OSError, StopIteration), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

@@ -259,8 +259,12 @@ def code_version() -> dict[str, str | bool | None]:
     return {
         "version": package_version("mole"),
         "commit": commit,
-        "modified": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "modified": None if commit is None else bool(_git(*_CHANGED)),
     }
+
+
+_CHANGED = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)configs/studies")
+"""Results of studies are no code, and each changes them; a run records the config that it was made with."""
 
 
 def _git(*arguments: str) -> str | None:

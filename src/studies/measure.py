@@ -1,0 +1,122 @@
+"""Makes a row of `results.csv` from the run directory of a finished cell."""
+
+import csv
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from src.accounting.account import count_parameters, offloaded_bytes
+from src.accounting.flops import count_computed_ids, step_flops
+from src.config import RunConfig
+from src.data.datamodule import StepWindows
+from src.data.packed_corpus import PackedCorpus
+from src.evaluation.equivalence import permuted_rows, zeroed_rows
+from src.evaluation.held_out import held_out_of_run
+from src.evaluation.results import TextScore, read_scores
+from src.inference import load_model
+from src.run_directory import RunDirectory
+from src.studies.cells import DIGITS, Cell, config_digest
+from src.studies.rows import FREQUENCIES, Row
+
+
+@dataclass(frozen=True)
+class _Metrics:
+    """The rows of `metrics.csv`, by column."""
+
+    rows: Sequence[dict[str, str]]
+
+    def column(self, name: str) -> list[tuple[int, float]]:
+        """Return steps and values, where there are any."""
+        return [(int(row["step"]), float(value)) for row in self.rows if (value := row.get(name))]
+
+
+def measure(run: RunDirectory, cell: Cell, config: RunConfig, corpus: PackedCorpus) -> Row:
+    """Return the row of a finished run; scores its model twice more, where it has rows of a table."""
+    record, scores = run.record(), read_scores(run.scores_path)
+    form = scores["training_form"].texts[0]
+    lookup = scores["lookup_form"].texts[0].score.loss if "lookup_form" in scores else math.nan
+    zeroed, permuted = _controls(run, config)
+    metrics = _read_metrics(run)
+    entropies, speeds = metrics.column("train/router/entropy"), metrics.column("train/tokens_per_second")
+    parameters = count_parameters(config.model)
+    tokens = int(record["trained_tokens"])
+    return Row(
+        arm=cell.arm.name,
+        seed=cell.seed,
+        value=cell.value,
+        held_out_loss=form.score.loss,
+        bits_per_byte=form.score.bits_per_byte,
+        lookup_loss=lookup,
+        zeroed_loss=zeroed,
+        permuted_loss=permuted,
+        **_bands(form),
+        router_entropy=entropies[-1][1] if entropies else math.nan,
+        trained_parameters=parameters.trained,
+        resident_parameters=parameters.resident,
+        offloaded_parameters=parameters.offloaded,
+        bytes_per_token=_bytes_per_token(config),
+        training_flops=_training_flops(config, corpus, int(record["steps"])),
+        tokens=tokens,
+        seconds=round(tokens / statistics.median(speed for _, speed in speeds), 1) if speeds else math.nan,
+        threads=int(record["machine"]["threads"]),
+        corpus=corpus.fingerprint[:DIGITS],
+        config=config_digest(config),
+        commit=_commit(record["code"]),
+        machine=_machine(record["machine"]),
+        curve=" ".join(f"{step + 1}:{loss:.4f}" for step, loss in metrics.column("val/loss")),
+        window_losses=" ".join(f"{loss:.5f}" for loss in form.window_losses),
+    )
+
+
+def _read_metrics(run: RunDirectory) -> _Metrics:
+    with (run.path / "metrics.csv").open(newline="", encoding="utf-8") as handle:
+        return _Metrics(list(csv.DictReader(handle)))
+
+
+@torch.no_grad()
+def _controls(run: RunDirectory, config: RunConfig) -> tuple[float, float]:
+    """Return the held-out losses with zeroed and with permuted rows; NaN where no rows are looked up."""
+    if config.model.architecture != "mole":
+        return math.nan, math.nan
+    text, _ = held_out_of_run(run, config.data)
+    with load_model(run.path, experts="ffn", dtype=torch.float32) as model:
+        size = config.evaluation.batch_size
+        zeroed, permuted = (
+            text.score(model, batch_size=size, rows_of=rows_of(model)).loss for rows_of in (zeroed_rows, permuted_rows)
+        )
+    return zeroed, permuted
+
+
+def _bands(text: TextScore) -> dict[str, float]:
+    losses = {band.least: band.loss for band in text.bands}
+    return {f"loss_seen_{least}": losses.get(least, math.nan) for least in FREQUENCIES}
+
+
+def _bytes_per_token(config: RunConfig) -> int:
+    offload, _ = offloaded_bytes(config.model, count_parameters(config.model))
+    in_table_precision = [part.bytes_per_token for part in offload if part.precision == config.lut.dtype]
+    return in_table_precision[0] if in_table_precision else 0
+
+
+def _training_flops(config: RunConfig, corpus: PackedCorpus, steps: int) -> float:
+    """Return the operations of all steps; MoLE's experts count as often as they ran, by reading the windows again."""
+    windows, total = StepWindows(corpus, config.data, rank=0, world_size=1), 0.0
+    size = config.data.micro_batch_size
+    shape = (config.data.global_batch_size // size, size, config.data.sequence_length)
+    for step in range(steps):
+        is_mole = config.model.architecture == "mole"
+        computed = count_computed_ids(config.model, windows[step][:, :, :-1]) if is_mole else 0
+        total += step_flops(config.model, shape, computed)
+    return total
+
+
+def _commit(code: dict[str, Any]) -> str:
+    return (code["commit"] or code["version"] or "unknown")[:DIGITS] + ("-modified" if code["modified"] else "")
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    return machine["accelerator"] or machine["processor"]

@@ -1,0 +1,78 @@
+"""`python -m src.study`: run the cells of a study, arms by seeds, and keep one table and one page of what they show."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from src.cli import number, parser, run_verb
+from src.studies.cells import Choice, require_known, runs_root
+from src.studies.definition import load_study
+from src.studies.plan import print_plan
+from src.studies.runner import Runner
+from src.system.console import stderr_console
+from src.system.signals import STOP_SIGNALS
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run; exit code 1 when a cell failed."""
+    example = "python -m src.study --study configs/studies/family-code/study.yaml --jobs 2"
+    options = parser("study", __doc__ or "", example)
+    options.add_argument(
+        "--study", type=Path, required=True, help="definition, such as configs/studies/NAME/study.yaml"
+    )
+    options.add_argument("--arms", type=_names, metavar="A,B", help="only these arms")
+    options.add_argument("--seeds", type=_seeds, metavar="0,1", help="only these seeds")
+    options.add_argument("--jobs", type=number(int, 1, 1024), default=1, help="cells at a time, which share the cores")
+    options.add_argument("--dry-run", action="store_true", help="list the cells and what they cost, and stop")
+    options.add_argument("--rerun", action="store_true", help="run the chosen cells again, replacing their results")
+    options.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a config key in all cells; corpus=DIR names a folder",
+    )
+    given = options.parse_args(arguments)
+    study = load_study(given.study)
+    corpus = [text.partition("=")[2] for text in given.overrides if text.startswith("corpus=")]
+    choice = Choice(
+        arms=given.arms,
+        seeds=given.seeds,
+        overrides=[text for text in given.overrides if not text.startswith("corpus=")],
+        corpus=str(Path(corpus[-1]).expanduser().absolute()) if corpus else None,
+    )
+    require_known(study, choice)
+    if given.dry_run:
+        print_plan(study, choice, Console())
+        return
+    root = runs_root(study, choice)
+    runner = Runner(study=study, choice=choice, root=root, jobs=given.jobs, rerun=given.rerun, tell=_tell)
+    runner.run()
+    if runner.failures:
+        for name, reason in runner.failures.items():
+            _tell(f"no result: {name}: {reason}")
+        sys.exit(1)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(seed) for seed in text.split(",") if seed]
+
+
+def _tell(text: str) -> None:
+    stderr_console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    for stop in STOP_SIGNALS:
+        signal.signal(stop, _interrupt)
+    run_verb(main)

@@ -134,7 +134,7 @@ def print_continuation(
         print(f"note: the context holds {room} more tokens, not {max_new_tokens}", file=sys.stderr)
     steps = stream(
         model,
-        torch.tensor([prompt_ids], device=model.embedding.weight.device),
+        torch.tensor([prompt_ids]),
         max_new_tokens=min(max_new_tokens, room),
         stop_ids=[] if (stop := tokenizer.token_to_id(END_OF_TEXT)) is None else [stop],
         overflow="window" if window else "refuse",

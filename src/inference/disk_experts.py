@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from src.lut import LutStore
 from src.lut.store import layer_decoder
-from src.model.experts import LayerRows
+from src.model.experts import FEW_POSITIONS, LayerRows
 
 
 class Staging:
@@ -64,23 +64,33 @@ class DiskExperts(nn.Module):
         self.store, self._staging = store, Staging(store.layout.row_bytes)
 
     def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
-        """Start reading the rows of distinct ids (U,); the first layer asked for waits for the disk.
+        """Start reading the rows of ids (U,) for the embeddings' device; the first layer asked for waits for the disk.
 
-        Packed rows are decoded layer by layer, so that only one layer of them is ever unpacked.
+        A few ids that repeat are read once. Packed rows are decoded layer by layer, so that only one layer of them is
+        ever unpacked.
         """
-        device = token_ids.device
+        device, positions = token_embeddings.device, None
+        if 1 < len(token_ids) <= FEW_POSITIONS:
+            distinct, inverse = token_ids.unique(return_inverse=True)
+            if len(distinct) < len(token_ids):
+                token_ids, positions = distinct, inverse.to(device, non_blocking=True)
         if device == self.store.device:
-            return self.store.request(token_ids).layer
-        buffer = self._staging.take(len(token_ids), device)
-        request = self.store.request(token_ids, out=buffer[: len(token_ids)])
-        delivered: list[LayerRows] = []
+            request, buffer = self.store.request(token_ids), None
+            if positions is None:
+                return request.layer
+        else:
+            buffer = self._staging.take(len(token_ids), device)
+            request = self.store.request(token_ids, out=buffer[: len(token_ids)])
+        decoders: list[LayerRows] = []
 
         def layer_rows(layer: int) -> Tensor:
-            if not delivered:
-                request.codes()
-                codes = self._staging.deliver(buffer, len(token_ids), device)
-                delivered.append(layer_decoder(codes, self.store.layout))
-            return delivered[0](layer)  # (U, E, D)
+            if not decoders:
+                codes = request.codes()  # (U, row_bytes)
+                if buffer is not None:
+                    codes = self._staging.deliver(buffer, len(token_ids), device)
+                codes = codes if positions is None else codes.index_select(0, positions)
+                decoders.append(layer_decoder(codes, self.store.layout))
+            return decoders[0](layer)  # (U, E, D)
 
         return layer_rows
 

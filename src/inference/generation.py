@@ -56,17 +56,20 @@ class Sampler:
         self._generators = [] if self._greedy else [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Draw ids (B,) from logits (B, V)."""
+        """Draw ids (B,) from logits (B, V); the ids are on the CPU, wherever the logits are.
+
+        That is the only wait for a device. The draw itself is made on the CPU: CUDA has no deterministic `cumsum`.
+        """
         if self._sampling.num_ids is not None:
             logits = logits[:, : self._sampling.num_ids]
         if self._greedy:
-            return logits.max(dim=-1).indices  # the first of equals, as argmax, in a quarter of its time on a CPU
-        probs = truncated_probs(logits, self._sampling)  # (B, V)
+            return logits.max(dim=-1).indices.cpu()  # the first of equals, as argmax, in a quarter of a CPU's time
+        probs = truncated_probs(logits.cpu(), self._sampling)  # (B, V)
         cumulative = probs.double().cumsum(dim=-1)  # (B, V)
         uniform = torch.stack(
             [torch.rand(1, generator=generator, dtype=torch.float64) for generator in self._generators]
         )
-        targets = uniform.to(logits.device) * cumulative[:, -1:]  # (B, 1)
+        targets = uniform * cumulative[:, -1:]  # (B, 1)
         drawn = torch.searchsorted(cumulative, targets, right=True).squeeze(1)  # (B,): never an id of probability 0
         return drawn.clamp(max=logits.shape[-1] - 1)
 
@@ -140,6 +143,8 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yield the next token ids (B,) after prompts (B, T) int64, one step at a time; `model` is in eval mode.
 
+    The prompts may be on any device; the ids are on the same one.
+
     `temperature`, `top_k`, `top_p`, `seed` and `num_ids` are those of `Sampling`. A sequence that produced one of
     `stop_ids` repeats it; all of them stopped ends the generation. `attention_mask` (B, T) is False where a prompt is
     padding (see `left_pad`). A prompt that leaves no room in the model's context for `max_new_tokens` is refused, or
@@ -170,14 +175,16 @@ def _steps(
     if not max_new_tokens:
         return
     batch_size, prompt_tokens = token_ids.shape
-    device, dtype = token_ids.device, model.head.weight.dtype
+    device, dtype = model.embedding.weight.device, model.head.weight.dtype
     with torch.inference_mode():
         cache = KeyValueCache(model.config, batch_size, prompt_tokens + max_new_tokens, device=device, dtype=dtype)
         if mask is not None:  # new tokens are never padding
-            mask = torch.cat([mask, mask.new_ones(batch_size, max_new_tokens)], dim=1)
-        stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
-        stopped = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        hidden_states, next_ids = prefill(model, token_ids, cache, mask, chunk_tokens), token_ids[:, -1]
+            mask = torch.cat([mask, mask.new_ones(batch_size, max_new_tokens)], dim=1).to(device)
+        # Ids stay on the CPU, where the disk needs them; a step then waits for the device once, in the sampler.
+        prompt = token_ids.cpu()
+        stops = torch.tensor(list(stop_ids), dtype=torch.int64)
+        stopped = torch.zeros(batch_size, dtype=torch.bool)
+        hidden_states, next_ids = prefill(model, prompt, cache, mask, chunk_tokens), prompt[:, -1]
     sampler = Sampler(sampling, batch_size)
     for step in range(1, max_new_tokens + 1):
         with torch.inference_mode():
@@ -187,7 +194,7 @@ def _steps(
             last = step == max_new_tokens or bool(stopped.all())
             new_ids = next_ids.unsqueeze(1)  # (B, 1)
             expert_rows = None if last else model.expert_rows(new_ids)  # the disk works while the caller has the ids
-        yield next_ids.clone()
+        yield next_ids.to(token_ids.device, copy=True, non_blocking=True)
         if last:
             return
         with torch.inference_mode():

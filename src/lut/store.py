@@ -245,7 +245,8 @@ class LutStore:
             self._stats.requests += 1
             self._stats.rows += len(ids)
             if isinstance(self.reader, ResidentTable):
-                return RowRequest(layout, self.reader.gather(token_ids, out), None)
+                wanted_ids = token_ids.to(self.reader.table.device, non_blocking=True)
+                return RowRequest(layout, self.reader.gather(wanted_ids, out), None)
             memory = self._buffers.take(len(ids)) if out is None else out.numpy()
             rows = memory[: len(ids)]
             wanted, keep = list(zip(ids, range(len(ids)), strict=True)), None

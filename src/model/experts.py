@@ -34,19 +34,22 @@ class ExpertRows(NamedTuple):
     awaited: bool = False
     """Whether `layer_rows` waits for a disk. A block then calls it right before it mixes; other rows are passed to
     the block as a tensor, which is what compiling and checkpointing want."""
+    in_order: bool = False
+    """Whether each position has a row of its own, in the order of positions: U = B*T."""
 
 
 FEW_POSITIONS = 64
-"""Up to so many positions, inference gathers rows instead of indexing them."""
+"""Up to so many positions, inference gathers rows instead of indexing them: from a table once, not in each layer."""
 
 
 class ExpertSource(Protocol):
     """Where a model's expert rows come from: computed (`EmbeddingExperts`) or fetched from a table."""
 
     def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
-        """Return the rows of distinct `token_ids` (U,) int64 with embeddings (U, D), layer by layer.
+        """Return the rows of `token_ids` (U,) int64 with embeddings (U, D), layer by layer, on the embeddings' device.
 
-        A source that reads starts to do so here, and waits when a layer is asked for.
+        A source that reads starts to do so here, and waits when a layer is asked for. It gets repeated ids where there
+        are at most `FEW_POSITIONS`, and may get ids on the CPU.
         """
         ...
 
@@ -133,14 +136,17 @@ class EmbeddingExperts(nn.ModuleList):
         return layer_rows
 
 
-def mix(expert_rows: Tensor, routing: Routing, inverse: Tensor) -> Tensor:
+def mix(expert_rows: Tensor, routing: Routing, inverse: Tensor | None) -> Tensor:
     """Return sum_j g_j * v_j[token] as (B, T, D): h' - h - FFN_shared(h) of arXiv:2503.15798, section 3.
 
-    `expert_rows` is (U, E, D), `inverse` (B, T) says which of the U ids each position holds.
+    `expert_rows` is (U, E, D), `inverse` (B, T) says which of the U ids each position holds; None: its own, in order.
     """
     num_ids, num_experts, hidden_size = expert_rows.shape
-    if inverse.numel() <= FEW_POSITIONS and routing.experts is None and not torch.is_grad_enabled():
+    positions = routing.logits.shape[:-1]  # (B, T)
+    if positions.numel() <= FEW_POSITIONS and routing.experts is None and not torch.is_grad_enabled():
         return _mix_few(expert_rows, routing.weights, inverse)
+    if inverse is None:
+        inverse = torch.arange(num_ids, device=expert_rows.device).view(positions)
     experts = torch.arange(num_experts, device=inverse.device) if routing.experts is None else routing.experts
     by_expert = expert_rows.transpose(0, 1)
     if by_expert.is_contiguous():  # as `StackedExperts` returns them: number rows expert-major and copy nothing
@@ -151,14 +157,14 @@ def mix(expert_rows: Tensor, routing: Routing, inverse: Tensor) -> Tensor:
     return weighted_sum(table, index, routing.weights)  # (B, T, D)
 
 
-def _mix_few(expert_rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
+def _mix_few(expert_rows: Tensor, weights: Tensor, inverse: Tensor | None) -> Tensor:
     """Mix as `mix` does with a third of the calls, which are what a decode step's mixture costs.
 
     Several rows are gathered first, so that both forms multiply tensors of one layout and round alike.
     """
-    rows = expert_rows if inverse.numel() == 1 else expert_rows.index_select(0, inverse.flatten())  # (B*T, E, D)
+    rows = expert_rows if inverse is None else expert_rows.index_select(0, inverse.flatten())  # (B*T, E, D)
     mixed = torch.bmm(weights.view(len(rows), 1, -1), rows.to(weights.dtype))  # (B*T, 1, D)
-    return mixed.view(*inverse.shape, -1)  # (B, T, D)
+    return mixed.view(*weights.shape[:-1], -1)  # (B, T, D)
 
 
 def weighted_sum(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from src.model.attention import Attention, KeyValueCache, causal_mask, rotary_table
 from src.model.config import ModelConfig
 from src.model.experts import (
+    FEW_POSITIONS,
     EmbeddingExperts,
     ExpertRows,
     ExpertSource,
@@ -59,8 +60,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return hidden states (B, T, D) and router logits (B, T, E), None in a dense model.
 
-        `expert_rows` (U, E, D) of this layer, or what waits for them, and `inverse` (B, T) are the arguments of `mix`;
-        None in Dense and MoE.
+        `expert_rows` (U, E, D) of this layer, or what waits for them, and `inverse` (B, T) are the arguments of `mix`.
+        `expert_rows` is None in Dense and MoE.
         """
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), rotary, mask, cache, layer)
         normed = self.ffn_norm(hidden_states)
@@ -72,7 +73,7 @@ class Block(nn.Module):
         if self.hidden_experts is not None:
             mixed = self.hidden_experts.mixture(normed, routing)
         else:
-            assert expert_rows is not None and inverse is not None
+            assert expert_rows is not None
             rows = expert_rows if isinstance(expert_rows, Tensor) else expert_rows(layer)
             mixed = mix(rows, routing, inverse)
         return hidden_states + mixed.to(hidden_states.dtype), routing.logits
@@ -141,7 +142,7 @@ class Transformer(nn.Module):
         """Return next-token logits (B, T, V) for `token_ids` (B, T) int64.
 
         Args:
-            token_ids: ids in [0, V).
+            token_ids: ids in [0, V), on the CPU or the model's device, like `attention_mask`.
             cache: earlier keys and values; the new ones are appended.
             attention_mask: booleans (B, S), False where a position is padding; padding goes on the left. Or, without
                 a cache, (B, T, T), True where the first position may attend to the second if that comes earlier; each
@@ -168,13 +169,16 @@ class Transformer(nn.Module):
         `expert_rows` are those of these ids, or of a superset, where `expert_rows()` or `StepRows` made them earlier.
         The other arguments are those of `forward`.
         """
+        expert_rows = expert_rows or self.expert_rows(token_ids)
+        device = self.embedding.weight.device
+        token_ids = token_ids.to(device, non_blocking=True)
+        attention_mask = None if attention_mask is None else attention_mask.to(device, non_blocking=True)
         positions, mask = self._positions_and_mask(token_ids, cache, attention_mask)
         dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
         cosine, sine = rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype)
         rotary = cosine.to(self.embedding.weight.dtype), sine.to(self.embedding.weight.dtype)  # once for all layers
         hidden_states = self.embedding(token_ids)  # (B, T, D)
-        expert_rows = expert_rows or self.expert_rows(token_ids)
-        inverse = None if expert_rows is None else expert_rows.inverse
+        inverse = None if expert_rows is None or expert_rows.in_order else expert_rows.inverse
         router_logits: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             rows = None
@@ -189,23 +193,29 @@ class Transformer(nn.Module):
                 router_logits.append(logits)
         if cache is not None:
             cache.length += token_ids.shape[1]
-        return TrunkOutput(self.norm(hidden_states), router_logits, inverse)
+        row_of = None if expert_rows is None else expert_rows.inverse
+        return TrunkOutput(self.norm(hidden_states), router_logits, row_of)
 
     def expert_rows(self, token_ids: Tensor) -> ExpertRows | None:
         """Return what `trunk` mixes at `token_ids` (B, T), or None in models without embedding experts.
 
-        Rows of a table are requested here, so call it as soon as the ids are known. Parameters of a sharded model are
-        whole only after a `trunk`.
+        Rows of a table are requested here, so call it as soon as the ids are known. Ids on the CPU are sorted there,
+        so that nothing waits for the model's device. Parameters of a sharded model are whole only after a `trunk`.
         """
         if self.experts is None:
             return None
-        if self.config.expert_execution == "per_token" or token_ids.numel() == 1:  # one id is distinct unsorted
+        device, awaited = self.embedding.weight.device, not isinstance(self.experts, EmbeddingExperts)
+        few = awaited and token_ids.numel() <= FEW_POSITIONS and not torch.is_grad_enabled()
+        in_order = few or token_ids.numel() == 1
+        if in_order or self.config.expert_execution == "per_token":
             ids = token_ids.flatten()
-            inverse = torch.arange(token_ids.numel(), device=token_ids.device).view_as(token_ids)
+            inverse = torch.arange(token_ids.numel(), device=device).view_as(token_ids)
         else:
             ids, inverse = token_ids.unique(return_inverse=True)
-        layer_rows = self.experts.rows(ids, self.embedding(expert_inputs(self.config, ids)))
-        return ExpertRows(layer_rows, inverse, awaited=not isinstance(self.experts, EmbeddingExperts))
+            inverse = inverse.to(device, non_blocking=True)
+        inputs = ids if awaited else expert_inputs(self.config, ids)  # a table's rows are those of its ids
+        layer_rows = self.experts.rows(ids, self.embedding(inputs.to(device, non_blocking=True)))
+        return ExpertRows(layer_rows, inverse, awaited=awaited, in_order=in_order)
 
     @staticmethod
     def _positions_and_mask(

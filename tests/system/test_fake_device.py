@@ -1,0 +1,37 @@
+"""What runs on a GPU, checked without one: see `fake_device`, whose process these tests read."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.conftest import CONFIGS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.system.fake_device"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_everything_stays_on_the_device(found: dict[str, Any]) -> None:
+    assert found["cases"] >= 60
+    assert found["caught"] == "FakeTensorDeviceMismatchError"  # of a mask made on the CPU
+
+
+def test_nothing_needs_an_operation_that_deterministic_algorithms_lack(found: dict[str, Any]) -> None:
+    assert found["refused"] == []
+
+
+def test_a_decoded_token_waits_for_the_device_once(found: dict[str, Any]) -> None:
+    for case, waits in found["decode_waits"].items():
+        if not case.startswith("moe"):
+            assert max(waits) <= 1, case

@@ -14,13 +14,14 @@ import lightning
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
 from src.data.datamodule import NO_WINDOW
 from src.model import ModelConfig, Transformer
 from src.model.attention import document_mask
-from src.model.experts import ExpertRows
+from src.model.experts import EmbeddingExperts, ExpertRows
 from src.model.loss import next_token_loss, token_losses
 from src.model.router import load_balance_loss, z_loss
 from src.model.sharding import shard_model, whole
@@ -86,6 +87,26 @@ class LanguageModel(lightning.LightningModule):
         schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "name": "train/learning_rate"}}
 
+    def forward(self) -> Tensor:  # type: ignore[override]
+        """Return a zero that depends on every parameter, in the order in which a step uses them."""
+        model, experts = self.model, self.model.experts
+        of_layers = experts if isinstance(experts, EmbeddingExperts) else [nn.Identity()] * len(model.blocks)
+        layers = [part for layer in zip(of_layers, model.blocks, strict=True) for part in layer]
+        parts = (model.embedding, *layers, model.norm, model.head)
+        return torch.stack([weight.sum() for part in parts for weight in part.parameters()]).sum() * 0
+
+    def on_train_start(self) -> None:
+        """Let DDP allocate its buckets, and arrange them in the order in which gradients arrive, before the first step.
+
+        It does so after a first backward pass and before the next forward pass. From then on gradients are views of the
+        buckets, as long as they are never set to None: new ones would take as much memory again.
+        """
+        ranks = self.trainer.strategy.model
+        if isinstance(ranks, DistributedDataParallel):
+            for _ in range(2):
+                self.zero_grad(set_to_none=True)
+                ranks().backward()
+
     def training_step(self, batch: Tensor, batch_idx: int) -> StepOutput:  # type: ignore[override]
         """Take one optimizer step on all micro-batches of `batch` (A, B, T+1).
 
@@ -93,12 +114,12 @@ class LanguageModel(lightning.LightningModule):
         """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not isinstance(self.trainer.strategy.model, DistributedDataParallel))
         losses = self._backward(batch)
         gradient_norm = whole(clip_gradients(self.model.parameters(), self.optimizer_config.gradient_clip_norm))
         finite, signum = self._agree(losses, gradient_norm)
         if not finite:
-            optimizer.zero_grad()  # AdamW skips parameters without a gradient
+            optimizer.zero_grad()  # AdamW skips parameters without a gradient; DDP's next exchange makes them views
         optimizer.step()
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self._log_step(losses.mean(), gradient_norm)

@@ -15,7 +15,7 @@ from src.run_directory import RunDirectory
 from src.system.private_api import ranks_are_scripts, started_ranks
 from src.system.ranks import ParentWatch, describe_failure, describe_lost, report_once
 from src.system.signals import StopSignals
-from src.training.checkpoints import CheckpointFiles
+from src.training.checkpoints import CheckpointFiles, explain_write_failure
 from src.training.lightning_module import LanguageModel, StepOutput
 
 RECORD = "failure.txt"
@@ -88,7 +88,7 @@ class RankFailureCallback(lightning.Callback):
 
     def _reason(self, exception: BaseException, rank: int, children: list[Popen[bytes]]) -> str:
         """Describe the failure; a rank that lost another one first waits a moment to learn how that one ended."""
-        failure = describe_failure(exception, rank)
+        failure = describe_failure(explain_write_failure(exception, self.run.directory.path) or exception, rank)
         if not is_lost_contact(exception):
             return failure
         until = time.monotonic() + _LEARN_SECONDS

@@ -14,7 +14,7 @@ from src.system.files import expand_home, out_of_files
 
 
 def run_verb(main: Callable[[], None]) -> None:
-    """Run a verb; a `UserError` becomes one line on stderr and exit code 2, a closed pipe ends it silently."""
+    """Run a verb; a `UserError` becomes one line on stderr and its exit code, a closed pipe ends it silently."""
     try:
         try:
             main()
@@ -35,7 +35,7 @@ def run_verb(main: Callable[[], None]) -> None:
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code if isinstance(error, UserError) else 2)
 
 
 def require_text(name: str, text: str) -> str:

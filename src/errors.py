@@ -1,8 +1,10 @@
 """Errors that users can cause. Each message says where, what was found, what was expected, what to do.
 
-Verbs catch `UserError`, print the message and exit with code 2; anything else is a bug and keeps its traceback.
+Verbs catch `UserError`, print the message and exit with its code: 2 for a mistake in what was given, 1 for what failed
+on the way. Anything else is a bug and keeps its traceback.
 """
 
+import errno
 import math
 from collections.abc import Iterable
 
@@ -12,6 +14,22 @@ MAX_FLOAT32 = 3.4e38
 
 class UserError(ValueError):
     """A mistake in the user's input; the message alone must be enough to correct it."""
+
+    exit_code = 2
+
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Numbers of system errors: no space left on the disk, in the quota, or in what one file may take."""
+
+
+class WriteError(OSError, UserError):
+    """A file that cannot be written: its disk is full, or the file system does not let us; `errno` says which."""
+
+    exit_code = 1
+
+    def __str__(self) -> str:
+        remedy = "free some space on its disk" if self.errno in DISK_FULL else "make it writable"
+        return f"{self.filename}: cannot be written ({self.strerror}); {remedy}, and run this again"
 
 
 class ConfigError(UserError):
@@ -30,6 +48,12 @@ class LutError(UserError):
     """A lookup table that cannot be built or opened."""
 
 
+class LutWriteError(LutError):
+    """A lookup table that cannot be written: its disk is full, or the file system does not let us."""
+
+    exit_code = 1
+
+
 class LutFormatError(LutError):
     """A lookup table on disk that is unfinished, damaged or of another format version."""
 
@@ -40,6 +64,8 @@ class LutMismatchError(LutError):
 
 class TrainingError(UserError):
     """Training that cannot continue: numbers that are not finite, a full disk."""
+
+    exit_code = 1
 
 
 class CheckpointError(UserError):

@@ -32,6 +32,7 @@ from src.config import RunConfig
 from src.data.datamodule import PackedDataModule
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.tokenizer import fingerprint
+from src.errors import TrainingError
 from src.evaluation.held_out import HeldOut, held_out
 from src.evaluation.report import Report
 from src.evaluation.suite import Suite, prepare_suite
@@ -42,6 +43,7 @@ from src.system.hardware import processor_name
 from src.system.private_api import run_hooks_without_steps
 from src.system.ranks import ReportedFailureError, is_rank_zero
 from src.system.signals import Preempted, StopSignals
+from src.training.checkpoints import explain_write_failure, explaining_write_failures
 from src.training.lightning_module import LanguageModel
 from src.training.resume import Resumption, start_from_run
 from src.training.strategy import ShardedStrategy, StreamingCheckpointIO
@@ -68,9 +70,13 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
     module = build_module(config, text, signals)
     if config.init_from is not None and start is None:
         start_from_run(module.model, RunDirectory(Path(config.init_from)), corpus.tokenizer)
-    run = RunCallback(create_run(config, corpus) if start is None else continue_run(config, start.run))
-    if is_rank_zero():
-        text.write(run.directory)
+    run = RunCallback(create_run(config, corpus) if start is None else start.run)
+    with explaining_write_failures(run.directory.path):
+        if is_rank_zero():
+            run.directory.write_config(config.to_dict())
+            run.directory.update_record(environment())
+            text.write(run.directory)
+        loggers = build_loggers(config.wandb, config.to_dict(), run.directory, 0 if start is None else start.step)
     failure = RankFailureCallback(run, signals)
     left = config if start is None or start.missing is None else _only_missing(config, start.missing)
     callbacks = [
@@ -79,7 +85,6 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
         *progress_callbacks(left, run),
         *result_callbacks(left, run, corpus, suite, signals),
     ]
-    loggers = build_loggers(config.wandb, config.to_dict(), run.directory, 0 if start is None else start.step)
     failed = True
     try:
         trainer = build_trainer(config, callbacks, loggers)
@@ -90,12 +95,15 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
         failed = False
         raise
     except BaseException as error:
-        if signals.received:  # a consequence of how other ranks ended
+        explained = explain_write_failure(error, run.directory.path)
+        if signals.received and not (explained or isinstance(error, TrainingError)):  # of how other ranks ended
             failed = False
             raise Preempted(signals.received) from error
         signals.restore()  # nothing that follows needs to be protected from them
         if failure.reported:
             raise ReportedFailureError from error
+        if explained is not None:
+            raise explained from error
         raise
     finally:
         close_loggers(loggers, failed=failed)
@@ -215,16 +223,8 @@ def result_callbacks(
     return callbacks
 
 
-def continue_run(config: RunConfig, run: RunDirectory) -> RunDirectory:
-    """Record the config that a run continues with; on rank 0 only."""
-    if is_rank_zero():
-        run.write_config(config.to_dict())
-        run.update_record(environment())
-    return run
-
-
 def create_run(config: RunConfig, corpus: PackedCorpus) -> RunDirectory:
-    """Claim a new run directory, numbered if the name is taken, and write config and tokenizer; on rank 0 only."""
+    """Claim a new run directory, numbered if the name is taken, and write tokenizer and record; on rank 0 only."""
     root = Path(config.output_dir)
     if not is_rank_zero():
         return RunDirectory(root / config.name)  # `RunCallback` learns the claimed one from rank 0
@@ -238,9 +238,8 @@ def create_run(config: RunConfig, corpus: PackedCorpus) -> RunDirectory:
             number += 1
             path = root / f"{config.name}-{number}"
     run = RunDirectory(path)
-    run.write_config(config.to_dict())
     write_text(run.tokenizer_path, corpus.tokenizer.to_str(pretty=True))
-    run.update_record({"corpus": corpus.facts(), "code": code_version(), **environment()})
+    run.update_record({"corpus": corpus.facts(), "code": code_version()})
     return run
 
 

@@ -8,6 +8,7 @@ processes nor an interruption changes a byte. This process reads and writes; oth
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ from src.data.shards import (
 from src.data.tokenizer import fingerprint, require_same, separator_id, vocabulary_size
 from src.errors import DataError
 from src.system.console import Reading, ShowReading, print_note
-from src.system.files import sync_directory, write_text
+from src.system.files import atomic_path, sync_directory, write_text
 from src.system.locks import lock, note_missing_locks
 from src.system.ranks import ranks_started_together
 
@@ -213,7 +214,10 @@ def _write_index(directory: Path, records: Sequence[FinishedShard], tokenizer: T
     counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     for chunk in training.chunks():
         counts += np.bincount(chunk, minlength=len(counts))
-    np.save(directory / "counts.npy", counts)
+    counts_file = io.BytesIO()
+    np.save(counts_file, counts)
+    with atomic_path(directory / "counts.npy") as temporary:
+        temporary.write_bytes(counts_file.getvalue())
     write_text(directory / _INDEX, json.dumps(index, indent=1))
 
 

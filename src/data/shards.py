@@ -23,7 +23,7 @@ from src.data.config import DataConfig
 from src.data.corpus import Position, Skipped
 from src.data.encoder import Encoded
 from src.errors import DataError
-from src.system.files import sync_directory, write_text
+from src.system.files import sync_directory, write_text, writing
 
 _SETTLED_RECORDS = 10_000
 """Records after which a share far over its budget stops the work at once; before, the end of the source decides."""
@@ -148,7 +148,8 @@ class ShardWriter:
 
     def __init__(self, directory: Path, number: int) -> None:
         self._stem = directory / f"{number:05d}"
-        self._files = {split: self._path(f".{split}.bin").open("wb") for split in SPLITS}
+        with writing(self._stem, directory):
+            self._files = {split: self._path(f".{split}.bin").open("wb") for split in SPLITS}
         self._digests = {split: hashlib.sha256() for split in SPLITS}
         self._tokens: dict[str, int] = dict.fromkeys(SPLITS, 0)
 
@@ -157,20 +158,21 @@ class ShardWriter:
         is_held_out = np.repeat(held_out, encoded.lengths)  # (tokens,)
         for split, chosen in (("train", ~is_held_out), ("validation", is_held_out)):
             token_ids = encoded.token_ids[chosen]
-            self._files[split].write(token_ids.data)
+            with writing(self._path(f".{split}.bin")):
+                self._files[split].write(token_ids.data)
             self._digests[split].update(token_ids.data)
             self._tokens[split] += len(token_ids)
 
     def finish(self, tally: Tally, hashes: "array[int]", end: Position, is_last: bool) -> None:
         """Finish the shard; `tally` comes without token counts."""
-        with self._path(".hashes").open("wb") as handle:
+        with writing(self._path(".hashes")), self._path(".hashes").open("wb") as handle:
             hashes.tofile(handle)
             handle.flush()
             os.fsync(handle.fileno())
-        for handle in self._files.values():
-            handle.flush()
-            os.fsync(handle.fileno())
-            handle.close()
+        for split, handle in self._files.items():
+            with writing(self._path(f".{split}.bin")), handle:
+                handle.flush()
+                os.fsync(handle.fileno())
         tally.train.tokens, tally.validation.tokens = self._tokens["train"], self._tokens["validation"]
         digests = {split: digest.hexdigest() for split, digest in self._digests.items()}
         record = FinishedShard(tally=tally, sha256=digests, end=end, is_last=is_last)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from src.errors import LutError
+from src.errors import LutError, LutWriteError
 from src.lut.layout import SHARD_BYTES, Shard
 from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, OLD_ERRORS_NAME, Manifest
 from src.lut.plan import MEMORY_BYTES, PLAN_NAME, BuildPlan, plan
@@ -37,7 +37,7 @@ from src.lut.sources import RowSource, open_source
 from src.model import Transformer
 from src.run_directory import RunDirectory
 from src.system.console import Advance, Progress, no_progress
-from src.system.files import atomic_path, sync_directory, write_text
+from src.system.files import atomic_path, free_bytes, sync_directory, write_text
 from src.system.hardware import require_posix
 
 T = TypeVar("T")
@@ -74,11 +74,11 @@ def tidy(plan: BuildPlan) -> None:
 
 
 def require_space(plan: BuildPlan) -> None:
-    """Raise LutError when what is still to be written does not fit the disk."""
+    """Raise LutWriteError when what is still to be written does not fit the disk."""
     present = sum(path.stat().st_blocks * 512 for path in plan.lut_dir.glob("rows-*"))
     free = shutil.disk_usage(plan.lut_dir).free
     if plan.file_bytes - present > free:
-        raise LutError(
+        raise LutWriteError(
             f"{plan.lut_dir}: the table needs {plan.file_bytes - present:,} more bytes, but {free:,} are free; "
             "free some space or choose a smaller --dtype"
         )
@@ -286,7 +286,7 @@ def estimate(plan: BuildPlan) -> Estimate:
     return Estimate(
         table_bytes=plan.file_bytes,
         num_shards=len(plan.shards),
-        free_bytes=shutil.disk_usage(_existing(plan.lut_dir)).free,
+        free_bytes=free_bytes(plan.lut_dir),
         memory_bytes=plan.buffer_bytes,
         seconds=seconds * layout.num_layers * layout.vocab_size / num_tokens,
     )
@@ -299,7 +299,3 @@ def _trial(plan: BuildPlan, num_tokens: int) -> float:
     codes = torch.empty(num_tokens, layout.num_experts, layout.vector_bytes, dtype=torch.uint8, device=rows.device)
     encode_layer(layout.codec, rows, codes).tolist()  # `tolist` waits for a device
     return time.perf_counter() - start
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.resolve().parent)

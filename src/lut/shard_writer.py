@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from src.errors import LutError
+from src.errors import DISK_FULL, LutError, LutWriteError
 from src.lut.codecs import Codec
 from src.lut.layout import CHECKSUM_BYTES, Shard, row_checksums
 from src.lut.plan import BuildPlan
@@ -31,7 +31,8 @@ LOCK_NAME = "build.lock"
 @contextmanager
 def building(lut_dir: Path, *, shared: bool) -> Generator[None]:
     """Lock the directory, alone or shared with other ranks of the same build; LutError if another build holds it."""
-    descriptor = _lock_file(lut_dir / LOCK_NAME, shared=shared)
+    with disk_errors(lut_dir / LOCK_NAME):
+        descriptor = _lock_file(lut_dir / LOCK_NAME, shared=shared)
     try:
         yield
     finally:
@@ -169,10 +170,12 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Generator[None]:
-    """Turn a failed write into a LutError that names `path` and what to do."""
+    """Turn a failed write into a LutWriteError that names `path` and what to do."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        full = error.errno in DISK_FULL
         remedy = "free some space and resume: what is written stays" if full else "make it writable and resume"
-        raise LutError(f"{path}: could not be written ({error.strerror}); {remedy}") from error
+        raise LutWriteError(f"{path}: could not be written ({error.strerror}); {remedy}") from error

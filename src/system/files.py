@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -12,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from src.errors import UserError
+from src.errors import DISK_FULL, UserError, WriteError
 from src.system.locks import lock, note_missing_locks
 
 T = TypeVar("T")
@@ -60,35 +61,82 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Generator[Path]:
-    """Yield a temporary path next to `path`; flush and rename it when the block succeeds, remove it when it raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a temporary path next to `path`; flush and rename it when the block succeeds, remove it when it raises.
+
+    WriteError where it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.unlink(missing_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.chmod(mode)  # some writers create files that only their owner may read
-        temporary.replace(path)
-        sync_directory(path.parent)
+        with writing(path, temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            with temporary.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            temporary.chmod(mode)  # some writers create files that only their owner may read
+            temporary.replace(path)
+            sync_directory(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # why the file is still there is told already
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Generator[Path]:
-    """Yield a new directory next to `path`; rename it when the block succeeds, remove it when it raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a new directory next to `path`; rename it when the block succeeds, remove it when it raises.
+
+    WriteError where it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
     try:
-        yield temporary
-        temporary.rename(path)
-        sync_directory(path.parent)
+        with writing(path, temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            temporary.rename(path)
+            sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_NOT_OF_A_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """Return the failure of the operating system behind an error of a library that writes files; None without one.
+
+    torch's writer raises RuntimeError in the context of OSError, safetensors quotes the number in its message.
+    """
+    if isinstance(error, OSError):
+        return error
+    if quoted := _OS_ERROR.search(str(error)):
+        return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
+    return None if error.__context__ is None else system_error(error.__context__)
+
+
+@contextmanager
+def writing(path: Path, temporary: Path | None = None) -> Generator[None]:
+    """Turn a failure to write `path`, by way of `temporary`, into WriteError, whichever library was writing."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        failure = system_error(error)
+        if failure is None or failure.errno is None or failure.errno in _NOT_OF_A_FILE:
+            raise
+        found = _file_of(failure, path)
+        if not (path.is_relative_to(found) or found.is_relative_to(temporary or path)):  # another file, which is read
+            raise
+        raise WriteError(failure.errno, failure.strerror, str(path)) from error
+
+
+def _file_of(error: OSError, unknown: Path) -> Path:
+    name = error.filename
+    return Path(os.fsdecode(name)) if isinstance(name, str | bytes) else unknown
 
 
 @contextmanager
@@ -97,8 +145,11 @@ def naming(key: str, place: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        inside, found = place.absolute(), Path(str(error.filename or "")).absolute()
-        if error.filename is None or not (found.is_relative_to(inside) or inside.is_relative_to(found)):
+        inside, found = place.absolute(), _file_of(error, place).absolute()
+        is_inside = found.is_relative_to(inside) or inside.is_relative_to(found)
+        if error.errno in DISK_FULL:
+            raise WriteError(error.errno, error.strerror, f"{key}: {found}" if is_inside else str(found)) from error
+        if error.filename is None or not is_inside:
             raise
         raise UserError(f"{key}: {found} cannot be written ({error.strerror}); name another place") from error
 
@@ -142,6 +193,11 @@ def _file_limit() -> str:
     except ImportError:
         return "the system's limit is reached"
     return f"this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} at once"
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space on the disk of `path`, which need not exist."""
+    return shutil.disk_usage(path).free if path.exists() else free_bytes(path.resolve().parent)
 
 
 def write_text(path: Path, text: str) -> None:

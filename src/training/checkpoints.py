@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.system.files import sync_directory
+from src.errors import DISK_FULL, LutWriteError, TrainingError
+from src.system.files import free_bytes, sync_directory, system_error
 
 _ENTRY = re.compile(r"step-(\d+)\.ckpt")
 _LONGEST_ENTRY = 64
@@ -58,7 +60,11 @@ class CheckpointFiles:
         target = self.path(step)
         if target.is_dir():
             target.rename(replaced := self.directory / f".{target.name}.replaced.tmp")
-            self.unfinished_path(step).replace(target)
+            try:
+                self.unfinished_path(step).replace(target)
+            except OSError:
+                replaced.rename(target)
+                raise
             _remove(replaced)
         else:
             self.unfinished_path(step).replace(target)
@@ -132,24 +138,65 @@ def tensor_bytes(value: Any) -> int:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a write failed because the disk is full. torch's writer raises RuntimeError in the context of OSError."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return error.__context__ is not None and is_full(error.__context__)
+    """Whether a write failed because the disk is full, whichever library was writing."""
+    failure = system_error(error)
+    return failure is not None and failure.errno in DISK_FULL
 
 
-def full_disk_message(target: Path, checkpoint: dict[str, Any]) -> str:
-    """Return the error message for a disk without room for `checkpoint` at `target`."""
-    files = CheckpointFiles(target.parent)
-    kept, free = files.steps(), shutil.disk_usage(target.parent).free
-    last = f"the last good checkpoint is {files.path(kept[-1]).name}" if kept else "there is no earlier checkpoint"
-    older = ", ".join(files.path(step).name for step in kept[:-1])
-    removable = f"remove older checkpoints ({older}), or " if older else ""
-    return (
-        f"{target}: no space left to write this checkpoint of about {tensor_bytes(checkpoint):,} bytes, {free:,} are "
-        f"free; {last} and is complete; {removable}free that many bytes on this disk, lower checkpoint.keep_last or "
-        "checkpoint.keep_best, and continue with --resume"
-    )
+def cannot_write(failure: OSError | LutWriteError, files: CheckpointFiles, needed: int | None = None) -> TrainingError:
+    """Return the error that ends a run when it cannot write a file, of `needed` bytes if that is known.
+
+    It says which checkpoint is left, what to free, and how to continue.
+    """
+    run, kept = files.directory.parent, files.steps()
+    no_space = is_full(failure)
+    if isinstance(failure, LutWriteError):
+        no_space |= failure.__cause__ is None  # found before anything was written
+        told = [str(failure)]
+    else:
+        told = [f"{failure.filename or run}: cannot be written ({failure.strerror})"]
+    if no_space:
+        size = f", and this file needs about {needed:,} bytes" if needed else ""
+        told.append(f"{free_bytes(run):,} bytes are free{size}")
+    if kept:
+        told.append(f"the last good checkpoint is {files.path(kept[-1]).name} (step {kept[-1]}) and is complete")
+    else:
+        told.append("there is no earlier checkpoint")
+    if no_space:
+        older = ", ".join(files.path(step).name for step in kept[:-1])
+        older = f"remove older checkpoints ({older}), or " if older else ""
+        told.append(f"{older}free space on this disk, lower checkpoint.keep_last or checkpoint.keep_best")
+    else:
+        told.append(f"make {run} writable again")
+    return TrainingError(f"{'; '.join(told)}, and {f'continue with --resume {run}' if kept else 'start the run again'}")
+
+
+def _is_of_run(failure: OSError, run: Path) -> bool:
+    """Whether an error is a full disk, or about a file of the run (and not about the limit of open files)."""
+    name, is_limit = failure.filename, failure.errno in (errno.EMFILE, errno.ENFILE)
+    is_inside = isinstance(name, str) and Path(name).absolute().is_relative_to(run.absolute())
+    return is_full(failure) or (is_inside and not is_limit)
+
+
+def explain_write_failure(error: BaseException, run: Path) -> TrainingError | None:
+    """Return `cannot_write` if a file of `run` could not be written; None for other errors, and what is explained."""
+    failure: BaseException | None = None if isinstance(error, TrainingError) else error
+    while failure is not None:
+        if isinstance(failure, LutWriteError) or (isinstance(failure, OSError) and _is_of_run(failure, run)):
+            return cannot_write(failure, CheckpointFiles(run / "checkpoints"))
+        failure = failure.__cause__ or failure.__context__
+    return None
+
+
+@contextmanager
+def explaining_write_failures(run: Path) -> Generator[None]:
+    """Say which checkpoint is left when a file of `run` cannot be written."""
+    try:
+        yield
+    except Exception as error:
+        if (explained := explain_write_failure(error, run)) is None:
+            raise
+        raise explained from error
 
 
 def read_callback_state(path: Path, callback: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ With FSDP2 every rank keeps a part of each parameter, its gradient and its optim
 each micro-batch, not once per step: keeping them whole until the end of the step would cost what sharding saves.
 """
 
-import shutil
+import errno
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
-from src.errors import TrainingError
-from src.system.files import atomic_path, when_visible
+from src.errors import WriteError
+from src.system.files import atomic_path, free_bytes, system_error, when_visible
 from src.system.private_api import use_all_devices
-from src.training.checkpoints import full_disk_message, is_full, tensor_bytes
+from src.training.checkpoints import CheckpointFiles, cannot_write, tensor_bytes
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -36,14 +37,18 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; TrainingError if the disk is full. torch raises no `Exception` but a `BaseException`."""
+        """Write a checkpoint; TrainingError if that fails. torch raises no `Exception` but a `BaseException`."""
         try:
             super().save_checkpoint(checkpoint, filepath, storage_options)
         except CheckpointException as error:
-            free = shutil.disk_usage(Path(filepath).parent).free  # errors of other ranks have lost their context
-            if free < tensor_bytes(checkpoint) or any(is_full(failure) for failure, _ in error.failures.values()):
-                raise TrainingError(full_disk_message(Path(filepath), checkpoint)) from error
-            raise RuntimeError(f"{filepath}: could not be written: {error}") from error
+            path, needed = Path(filepath), tensor_bytes(checkpoint)
+            found = [system_error(failure) for failure, _ in error.failures.values()]
+            if free_bytes(path.parent) < needed:  # errors of other ranks have lost their context
+                found.append(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            if (failure := next(filter(None, found), None)) is None:
+                raise RuntimeError(f"{filepath}: could not be written: {error}") from error
+            named = OSError(failure.errno, failure.strerror, str(path))
+            raise cannot_write(named, CheckpointFiles(path.parent), needed) from error
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load model and optimizer in place, and return the rest.
@@ -85,16 +90,14 @@ class StreamingCheckpointIO(CheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint` to `path`; TrainingError if the disk is full, and an earlier file stays."""
+        """Write `checkpoint` to `path`; TrainingError if that fails, and an earlier file stays."""
         target = Path(path)
         try:
             # Given a path instead of an open file, torch's writer raises the same error for a full disk as for others.
             with atomic_path(target) as temporary, temporary.open("wb") as handle:
                 torch.save(checkpoint, handle)
-        except (OSError, RuntimeError) as error:
-            if not is_full(error):
-                raise
-            raise TrainingError(full_disk_message(target, checkpoint)) from error
+        except WriteError as error:
+            raise cannot_write(error, CheckpointFiles(target.parent), tensor_bytes(checkpoint)) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None

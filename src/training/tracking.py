@@ -13,7 +13,7 @@ import re
 import secrets
 import subprocess
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -22,9 +22,9 @@ import lightning
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from src.errors import ConfigError
+from src.errors import ConfigError, WriteError
 from src.run_directory import RunDirectory, map_paths
-from src.system.files import write_text
+from src.system.files import write_text, writing
 from src.system.private_api import drop_anonymous, has_started
 from src.system.ranks import is_rank_zero
 from src.training.config import WandbConfig
@@ -216,23 +216,36 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        rows, self._unwritten = self._unwritten, []
+        rows = self._unwritten
         names = {name for row in rows for name in row}
-        if self._columns is not None and names.issubset(self._columns):
-            with self._path.open("a", newline="", encoding="utf-8") as handle:
-                csv.DictWriter(handle, self._columns).writerows(rows)
+        text = io.StringIO(newline="")
+        if self._columns is not None and names.issubset(self._columns) and self._path.is_file():
+            csv.DictWriter(text, self._columns).writerows(rows)
+            self._append(text.getvalue())
         elif rows:
             columns, earlier = self._written()
             self._columns = sorted(names.union(columns))
-            text = io.StringIO(newline="")
             writer = csv.DictWriter(text, self._columns)
             writer.writeheader()
             writer.writerows([*earlier, *rows])
             write_text(self._path, text.getvalue())
+        self._unwritten = []
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        with suppress(WriteError) if status == "failed" else nullcontext():  # which must not hide why
+            self.save()
+
+    def _append(self, text: str) -> None:
+        """Append whole rows, or none."""
+        with writing(self._path):
+            size = self._path.stat().st_size
+            try:
+                with self._path.open("a", newline="", encoding="utf-8") as handle:
+                    handle.write(text)
+            except OSError:
+                os.truncate(self._path, size)
+                raise
 
     def _written(self) -> tuple[Sequence[str], list[dict[str, Any]]]:
         """Return columns and rows of the file, without rows that will be replaced or were cut short by a kill."""

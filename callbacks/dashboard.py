@@ -65,7 +65,7 @@ class DashboardCallback(lightning.Callback):
             size, mask = self.config.batch_size, self.text.mask
             view = view_routing(model, self.windows, batch_size=size, share=share, mask=mask)
             if trainer.is_global_zero or is_sharded(model):
-                sample = sample_text(model, self.text.tokenizer, self.config)
+                sample = sample_text(model, self.text.rule, self.config)
         if trainer.is_global_zero:
             self._keep(trainer.global_step, view, sample)
             self._log(trainer, view)

@@ -132,7 +132,7 @@ class EvaluationCallback(lightning.Callback):
                 table=_table_facts(written),
                 training_form_bytes=_weight_bytes(model),
                 lookup_form_bytes=_weight_bytes(written) if lookup else None,
-                sample=sample_text(written, self.suite.text.tokenizer, self.config),
+                sample=sample_text(written, self.suite.text.rule, self.config),
             )
 
     @contextmanager

@@ -73,7 +73,7 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
     run = RunCallback(create_run(config, corpus) if start is None else start.run)
     with explaining_write_failures(run.directory.path):
         if is_rank_zero():
-            run.directory.write_config(config.to_dict())
+            run.directory.write_config(config.to_dict(), corpus.rule.record())
             run.directory.update_record(environment())
             text.write(run.directory)
         loggers = build_loggers(config.wandb, config.to_dict(), run.directory, 0 if start is None else start.step)

@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer
 
 from src.cli import add_form_options, number, parser, require_text, run_verb
-from src.data.tokenizer import END_OF_TEXT, load_bound_tokenizer, num_ids
+from src.data.text_rule import TextRule
+from src.data.tokenizer import load_run_rule, num_ids
 from src.errors import MAX_FLOAT32, UserError
 from src.inference import InferenceModel, load_model, stream
 from src.inference.generation import Sampling
@@ -91,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; `require_text` then refuses the line
     run = RunDirectory(given.run).require()
-    tokenizer = load_bound_tokenizer(run.tokenizer_path, run.recorded_tokenizers())
-    sampling = _sampling(given.temperature, given.top_k, given.top_p, given.seed, num_ids(tokenizer))
+    rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
+    sampling = _sampling(given.temperature, given.top_k, given.top_p, given.seed, num_ids(rule.tokenizer))
     prompt = None if given.interactive else _prompt(given.prompt, given.prompt_file)
     with load_model(
         run.path,
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reader=given.reader,
         cache_mb=given.cache_mb,
     ) as model:
-        write = partial(print_continuation, model, tokenizer, given.max_new_tokens, sampling, given.window)
+        write = partial(print_continuation, model, rule, given.max_new_tokens, sampling, given.window)
         if prompt is None:
             interact(write)
         else:
@@ -117,10 +118,10 @@ def _sampling(temperature: float, top_k: int | None, top_p: float | None, seed: 
 
 
 def print_continuation(
-    model: InferenceModel, tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling, window: bool, prompt: str
+    model: InferenceModel, rule: TextRule, max_new_tokens: int, sampling: Sampling, window: bool, prompt: str
 ) -> None:
     """Print `prompt` and its continuation, piece by piece, as far as the context allows."""
-    limit, prompt_ids = model.config.max_sequence_length, tokenizer.encode(prompt).ids
+    limit, prompt_ids = model.config.max_sequence_length, rule.prompt(prompt)
     if not prompt_ids:
         raise UserError("the prompt is empty; give at least one character")
     # A window keeps at least half of the context for the prompt, and all of the prompt where it fits.
@@ -136,12 +137,12 @@ def print_continuation(
         model,
         torch.tensor([prompt_ids]),
         max_new_tokens=min(max_new_tokens, room),
-        stop_ids=[] if (stop := tokenizer.token_to_id(END_OF_TEXT)) is None else [stop],
+        stop_ids=[rule.separator],
         overflow="window" if window else "refuse",
         **asdict(sampling),
     )
     print(prompt, end="", flush=True)
-    for piece in pieces(tokenizer, (int(step) for step in steps), prompt_ids):
+    for piece in pieces(rule.plain, (int(step) for step in steps), prompt_ids):
         print(piece, end="", flush=True)
     print()
 

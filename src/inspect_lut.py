@@ -8,7 +8,8 @@ from tokenizers import Tokenizer
 
 from src.cli import add_run_options, number, output_file, parser, require_text, run_verb
 from src.config import load_run_config
-from src.data.tokenizer import load_tokenizer
+from src.data.text_rule import TextRule
+from src.data.tokenizer import load_run_rule
 from src.errors import UserError
 from src.evaluation.held_out import held_out_of_run
 from src.evaluation.routing_view import TokenWeights, measure_token_weights, windows_with
@@ -23,12 +24,13 @@ MAX_WINDOWS = 64
 """Held-out windows that are routed at most."""
 
 
-def single_token(text: str, tokenizer: Tokenizer) -> int:
+def single_token(text: str, rule: TextRule) -> int:
     """Return the id of a text that is one token; UserError shows the pieces of any other."""
-    special = tokenizer.token_to_id(text)
-    if special is not None and special in tokenizer.get_added_tokens_decoder():
-        return special
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    tokenizer = rule.tokenizer
+    named = tokenizer.token_to_id(text)
+    if named is not None and (text in rule.reserved or named in tokenizer.get_added_tokens_decoder()):
+        return named
+    ids = rule.encode(text)
     if len(ids) != 1:
         pieces = ", ".join(f"{token_text(token_id, tokenizer)} (id {token_id})" for token_id in ids)
         raise UserError(
@@ -106,8 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--json", type=output_file, metavar="FILE", help="also write every figure as JSON")
     given = options.parse_args(arguments)
     run = RunDirectory(given.run).require()
-    tokenizer, lut_dir = load_tokenizer(run.tokenizer_path), run.lut_path(given.lut)
-    layout, token_id = read_manifest(lut_dir).layout, single_token(require_text("--token", given.token), tokenizer)
+    rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
+    tokenizer, lut_dir = rule.tokenizer, run.lut_path(given.lut)
+    layout, token_id = read_manifest(lut_dir).layout, single_token(require_text("--token", given.token), rule)
     layers = range(layout.num_layers) if given.layer is None else [given.layer]
     if given.layer is not None and not 0 <= given.layer < layout.num_layers:
         raise UserError(f"--layer {given.layer}: the table has layers 0 to {layout.num_layers - 1}")

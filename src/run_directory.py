@@ -26,6 +26,8 @@ from src.model.config import ModelConfig
 from src.system.files import atomic_path, expand_home, write_json, write_text
 
 SCHEMA_VERSION = 1
+TEXT_RULE = "text_rule"
+"""Key of config.yaml for how the run encodes text; like the version, it is no setting."""
 EXPERTS_PREFIX = "experts."
 PATH_KEYS = {"output_dir", "cache_dir", "files", "path", "init_from", "local_data"}
 """Keys of a config, in any section, whose values are paths on this machine."""
@@ -138,9 +140,24 @@ class RunDirectory:
                 found[str(path.parent)] = read_json(path).get("tokenizer")
         return {where: value for where, value in found.items() if isinstance(value, str)}
 
-    def write_config(self, values: Mapping[str, object]) -> None:
+    def text_rule(self) -> Mapping[str, Any] | None:
+        """Return what stands before and after texts, and what separates them, as tokens.
+
+        Empty in a run that was trained before this was recorded; None in such an import.
+        """
+        record = self.config_values().get(TEXT_RULE)
+        if record is None:
+            return None if self.recorded_corpus("fingerprint") is None else {}
+        if not isinstance(record, Mapping):
+            raise RunError(
+                f"{self.config_path}: {TEXT_RULE} is {record!r}, expected tokens by place; copy the run again"
+            )
+        return record
+
+    def write_config(self, values: Mapping[str, object], text_rule: Mapping[str, Any] | None = None) -> None:
         """Write config.yaml from plain values, with absolute paths: a verb may run in another directory."""
-        document = {"schema_version": SCHEMA_VERSION, **absolute_paths(values)}
+        rule = {} if text_rule is None else {TEXT_RULE: dict(text_rule)}
+        document = {"schema_version": SCHEMA_VERSION, **rule, **absolute_paths(values)}
         write_text(self.config_path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
     def write_weights(self, weights: Mapping[str, Tensor]) -> Identity:

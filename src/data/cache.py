@@ -39,7 +39,8 @@ from src.data.shards import (
     tidy,
     total,
 )
-from src.data.tokenizer import fingerprint, require_same, separator_id, vocabulary_size
+from src.data.text_rule import TextRule
+from src.data.tokenizer import fingerprint, require_same, vocabulary_size
 from src.errors import DataError
 from src.system.console import Reading, ShowReading, print_note
 from src.system.files import atomic_path, sync_directory, write_text
@@ -51,7 +52,7 @@ def prepare_shards(
     directory: Path,
     source: SourceConfig,
     files: Sequence[Path],
-    tokenizer: Tokenizer,
+    rule: TextRule,
     config: DataConfig,
     report: ShowReading,
     held_out_part: float = 0.0,
@@ -65,7 +66,7 @@ def prepare_shards(
     finished = finished_shards(directory)
     if not finished or not finished[-1].is_last:
         planner = BatchPlanner(source, files, config, finished, directory, held_out_part)
-        _write_shards(planner, directory, tokenizer, processes(config), _SourceProgress(source, files, report))
+        _write_shards(planner, directory, rule, processes(config), _SourceProgress(source, files, report))
         finished = finished_shards(directory)
     require_within_budgets(total(record.tally for record in finished), config, source.label, at_end=True)
     tidy(directory)
@@ -80,11 +81,10 @@ def processes(config: DataConfig) -> int:
 
 
 def _write_shards(
-    planner: BatchPlanner, directory: Path, tokenizer: Tokenizer, workers: int, progress: "_SourceProgress"
+    planner: BatchPlanner, directory: Path, rule: TextRule, workers: int, progress: "_SourceProgress"
 ) -> None:
     writer: ShardWriter | None = None
-    batches = encode_in_order(planner, lambda batch: batch.texts, tokenizer, separator_id(tokenizer), workers)
-    for batch, encoded in batches:
+    for batch, encoded in encode_in_order(planner, lambda batch: batch.texts, rule, workers):
         writer = writer or ShardWriter(directory, batch.shard)
         writer.write(encoded, np.asarray(batch.held_out, dtype=bool))
         if batch.closing is not None:
@@ -107,7 +107,7 @@ class _SourceProgress:
         self._report(Reading(self._label, self._before[file] + offset, self._total, self._unit))
 
 
-_VERSION = 3
+_VERSION = 4
 """Of the rules by which files become ids; entries made by others are prepared again."""
 _INDEX = "index.json"
 _NOT_CONTENT = ("name", "weight")
@@ -140,7 +140,7 @@ class PreparedSource:
 
 
 def prepare_source(
-    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, report: ShowReading, held_out_part: float = 0.0
+    source: SourceConfig, config: DataConfig, rule: TextRule, report: ShowReading, held_out_part: float = 0.0
 ) -> PreparedSource:
     """Tokenize a source, or open its entry if the cache has it; `held_out_part` is as in `corpus.sides`.
 
@@ -148,7 +148,8 @@ def prepare_source(
         DataError: the source cannot be read, is over a budget, or its files change while they are read.
     """
     files = source_files(source)
-    recipe = f"{fingerprint(tokenizer)} {config.shard_mb} {config.duplicate_memory_mb}"
+    recipe = f"{fingerprint(rule.tokenizer)} {config.shard_mb} {config.duplicate_memory_mb}"
+    recipe += "" if rule.is_default else f" {rule.separator} {rule.before} {rule.after}"
     key = entry_key(source, files, config, f"{recipe} parts {held_out_part}" if held_out_part else recipe)
     target = Path(config.cache_dir) / key
     if not (target / _INDEX).is_file():
@@ -157,12 +158,12 @@ def prepare_source(
                 building = target.with_suffix(".building")
                 _name_unknown(unknown_formats(files) if source.files else [])
                 before = inputs_of(files)
-                records = prepare_shards(building, source, files, tokenizer, config, report, held_out_part)
+                records = prepare_shards(building, source, files, rule, config, report, held_out_part)
                 _require_unchanged(before, inputs_of(files), source, building)
-                _write_index(building, records, tokenizer)
+                _write_index(building, records, rule.tokenizer)
                 building.replace(target)
                 sync_directory(target.parent)
-    return _open(target, source, tokenizer, held_out_part)
+    return _open(target, source, rule.tokenizer, held_out_part)
 
 
 def _name_unknown(files: Sequence[Path]) -> None:

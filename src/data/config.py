@@ -14,6 +14,9 @@ class TokenizerConfig:
     """A `tokenizer.json` of the `tokenizers` library."""
     hub: str | None = None
     """A tokenizer's name on the Hugging Face hub, such as EleutherAI/gpt-neox-20b; fetched once, then kept."""
+    separator: str | None = None
+    """The token that ends documents; null is the first usual one that the tokenizer has, such as <|endoftext|> or </s>.
+    Only a tokenizer that is trained here is given it."""
     vocab_size: int = 4096
     """Entries of the byte-level BPE trained on the training documents when neither `path` nor `hub` is given, at least
     257 (every byte and the document separator)."""
@@ -29,6 +32,11 @@ class TokenizerConfig:
             raise ConfigError(
                 f"data.tokenizer.vocab_size: {self.vocab_size}, but a byte-level vocabulary needs at least 257 "
                 "(256 bytes and the document separator)"
+            )
+        if self.is_trained_here and self.separator is not None and len(self.separator) < 2:
+            raise ConfigError(
+                f"data.tokenizer.separator: {self.separator!r} is part of ordinary text; name a token of at least 2 "
+                "characters, such as </s>"
             )
         check_range(self, "data.tokenizer.", ("training_mb",), at_least=1)
 

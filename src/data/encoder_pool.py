@@ -18,9 +18,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
-from tokenizers import Tokenizer
-
 from src.data.encoder import Encoded, Encoder
+from src.data.text_rule import TextRule
 from src.errors import DataError
 
 Batch = TypeVar("Batch")
@@ -30,8 +29,7 @@ _PROJECT = Path(__file__).parent.parent.parent
 def encode_in_order(
     batches: Iterable[Batch],
     texts_of: Callable[[Batch], list[str]],
-    tokenizer: Tokenizer,
-    separator_id: int,
+    rule: TextRule,
     processes: int,
 ) -> Iterator[tuple[Batch, Encoded]]:
     """Yield each batch with its ids, in the order of `batches`, holding at most 2 batches per process.
@@ -39,8 +37,7 @@ def encode_in_order(
     Args:
         batches: what to encode; a single batch is encoded in this process.
         texts_of: returns a batch's documents.
-        tokenizer: encodes them.
-        separator_id: follows each document.
+        rule: encodes them.
         processes: tokenizing processes.
 
     Raises:
@@ -49,10 +46,10 @@ def encode_in_order(
     remaining = iter(batches)
     first = list(itertools.islice(remaining, 2))
     if len(first) < 2:
-        encoder = Encoder(tokenizer, separator_id)
+        encoder = Encoder(rule)
         yield from ((batch, encoder(texts_of(batch))) for batch in first)
         return
-    with _encoding_processes(tokenizer, separator_id, processes) as encode:
+    with _encoding_processes(rule, processes) as encode:
         pending: deque[tuple[Batch, Future[Encoded]]] = deque()
         for batch in itertools.chain(first, remaining):
             pending.append((batch, encode(texts_of(batch))))
@@ -65,9 +62,7 @@ def encode_in_order(
 
 
 @contextmanager
-def _encoding_processes(
-    tokenizer: Tokenizer, separator_id: int, processes: int
-) -> Generator[Callable[[list[str]], "Future[Encoded]"]]:
+def _encoding_processes(rule: TextRule, processes: int) -> Generator[Callable[[list[str]], "Future[Encoded]"]]:
     """Start tokenizing processes, each with a thread that feeds it, and yield a function that takes a batch."""
     idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
 
@@ -80,7 +75,7 @@ def _encoding_processes(
 
     with ExitStack() as stack:
         for _ in range(processes):
-            idle.put(stack.enter_context(_Process(tokenizer, separator_id)))
+            idle.put(stack.enter_context(_Process(rule)))
         threads = ThreadPoolExecutor(processes)
         stack.callback(threads.shutdown, cancel_futures=True)
         yield lambda texts: threads.submit(encode, texts)
@@ -89,7 +84,7 @@ def _encoding_processes(
 class _Process:
     """A tokenizing process; it ends when its socket is closed, so also when this process is killed."""
 
-    def __init__(self, tokenizer: Tokenizer, separator_id: int) -> None:
+    def __init__(self, rule: TextRule) -> None:
         ours, theirs = socket.socketpair()
         path = os.pathsep.join(filter(None, (str(_PROJECT), os.environ.get("PYTHONPATH"))))
         with theirs:
@@ -100,7 +95,7 @@ class _Process:
                 start_new_session=True,  # Ctrl-C is ours to handle
             )
         self._connection = Connection(ours.detach())
-        self._connection.send((tokenizer.to_str(), separator_id))
+        self._connection.send(rule)
 
     def encode(self, texts: list[str]) -> Encoded:
         try:

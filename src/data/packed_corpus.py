@@ -21,6 +21,7 @@ from src.data.config import DataConfig, SourceConfig
 from src.data.corpus import Document, read_source, sides
 from src.data.files import source_files
 from src.data.shards import SplitCount, TokenSequence
+from src.data.text_rule import SEPARATORS, TextRule, training_rule
 from src.data.tokenizer import fingerprint, load_hub_tokenizer, load_tokenizer, require_room, train_bpe
 from src.errors import DataError
 from src.system.console import Reading, ShowReading, print_note, show_nothing
@@ -33,18 +34,24 @@ _SMALL = 4
 """How much a compressed file may expand; a source smaller than its budget divided by this is read whole."""
 
 
-def choose_tokenizer(config: DataConfig, report: ShowReading, held_out_parts: Sequence[float] = ()) -> Tokenizer:
-    """Return the tokenizer that `config.tokenizer` names, trained if it names none.
+def choose_rule(config: DataConfig, report: ShowReading, held_out_parts: Sequence[float] = ()) -> TextRule:
+    """Return the rule of a new run, with the tokenizer that `config.tokenizer` names, trained if it names none.
 
     `held_out_parts` are as in `corpus.sides`, one for each source; none are 0.
 
     Raises:
-        DataError: it cannot be loaded or downloaded, or has no document separator.
+        DataError: it cannot be loaded or downloaded, or lacks the token that is to separate documents.
     """
     if config.tokenizer.path is not None:
-        return load_tokenizer(Path(config.tokenizer.path))
+        path = config.tokenizer.path
+        return training_rule(load_tokenizer(Path(path)), path, config.tokenizer.separator)
     if config.tokenizer.hub is not None:
-        return load_hub_tokenizer(config.tokenizer.hub)
+        name = config.tokenizer.hub
+        return training_rule(load_hub_tokenizer(name), name, config.tokenizer.separator)
+    return training_rule(_trained_tokenizer(config, report, held_out_parts), "BPE", config.tokenizer.separator)
+
+
+def _trained_tokenizer(config: DataConfig, report: ShowReading, held_out_parts: Sequence[float]) -> Tokenizer:
     sources = config.all_sources()
     files = [source_files(source) for source in sources]
     parts = held_out_parts or [0.0] * len(sources)
@@ -54,7 +61,8 @@ def choose_tokenizer(config: DataConfig, report: ShowReading, held_out_parts: Se
             if not path.is_file():
                 report(Reading("training a tokenizer", 0, 1, "steps"))
                 texts = _training_texts(config, sources, files, parts)
-                write_text(path, train_bpe(texts, config.tokenizer.vocab_size).to_str(pretty=True))
+                separator = config.tokenizer.separator or SEPARATORS[0]
+                write_text(path, train_bpe(texts, config.tokenizer.vocab_size, separator).to_str(pretty=True))
                 report(Reading("training a tokenizer", 1, 1, "steps"))
     return load_tokenizer(path)
 
@@ -63,6 +71,7 @@ def _key(
     config: DataConfig, sources: Sequence[SourceConfig], files: Sequence[list[Path]], parts: Sequence[float]
 ) -> str:
     recipe = f"bpe {config.tokenizer.vocab_size} {config.tokenizer.training_mb}" + (f" {parts}" if any(parts) else "")
+    recipe += f" {config.tokenizer.separator}" if config.tokenizer.separator is not None else ""
     keys = [entry_key(source, paths, config, recipe) for source, paths in zip(sources, files, strict=True)]
     return keys[0] if len(keys) == 1 else entry_key(sources[0], [], config, json.dumps(keys))
 
@@ -101,7 +110,11 @@ class PackedCorpus:
     """Prepared sources; ids are read from disk as they are needed."""
 
     sources: Sequence[PreparedSource]
-    tokenizer: Tokenizer
+    rule: TextRule
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.rule.tokenizer
 
     @property
     def fingerprint(self) -> str:
@@ -135,6 +148,7 @@ class PackedCorpus:
         return {
             "fingerprint": self.fingerprint,
             "tokenizer": fingerprint(self.tokenizer),
+            "text_rule": self.rule.record(),
             "train": asdict(self.train),
             "validation": asdict(self.validation),
             "sources": [_facts(source) for source in self.sources],
@@ -156,7 +170,7 @@ def _facts(source: PreparedSource) -> dict[str, object]:
 
 def prepare_corpus(
     config: DataConfig,
-    tokenizer: Tokenizer | None = None,
+    rule: TextRule | None = None,
     *,
     vocab_size: int | None = None,
     report: ShowReading = show_nothing,
@@ -168,20 +182,20 @@ def prepare_corpus(
 
     Args:
         config: what to read.
-        tokenizer: use this one (a run's own) instead of what the config says.
+        rule: use this one (a run's own), with its tokenizer, instead of what the config says.
         vocab_size: ids that the model has; a tokenizer with more is refused before any work.
         report: called with the progress of reading.
 
     Raises:
         DataError: text or tokenizer cannot be used, or a split has no full window.
     """
-    chosen = choose_tokenizer(config, report) if tokenizer is None else tokenizer
+    chosen = choose_rule(config, report) if rule is None else rule
     if vocab_size is not None:
-        require_room(chosen, vocab_size)
+        require_room(chosen.tokenizer, vocab_size)
     corpus = _prepare(config, chosen, report, [0.0] * len(config.all_sources()))
     if parts := _held_out_parts(corpus, config):
-        if tokenizer is None and config.tokenizer.is_trained_here:  # on the training parts; they alone decide the rest
-            return prepare_corpus(config, choose_tokenizer(config, report, parts), vocab_size=vocab_size, report=report)
+        if rule is None and config.tokenizer.is_trained_here:  # on the training parts; they alone decide the rest
+            return prepare_corpus(config, choose_rule(config, report, parts), vocab_size=vocab_size, report=report)
         corpus = _prepare(config, chosen, report, parts)
         print_note(
             f"the corpus has too few documents to hold out whole ones, so the last {max(parts):.1%} of each document "
@@ -191,12 +205,12 @@ def prepare_corpus(
     return corpus
 
 
-def _prepare(config: DataConfig, tokenizer: Tokenizer, report: ShowReading, parts: Sequence[float]) -> PackedCorpus:
+def _prepare(config: DataConfig, rule: TextRule, report: ShowReading, parts: Sequence[float]) -> PackedCorpus:
     sources = [
-        prepare_source(source, config, tokenizer, report, part)
+        prepare_source(source, config, rule, report, part)
         for source, part in zip(config.all_sources(), parts, strict=True)
     ]
-    return PackedCorpus(sources=sources, tokenizer=tokenizer)
+    return PackedCorpus(sources=sources, rule=rule)
 
 
 def _held_out_parts(corpus: PackedCorpus, config: DataConfig) -> list[float]:

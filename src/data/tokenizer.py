@@ -11,12 +11,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from src.data.text_rule import SEPARATORS, TextRule, imported_rule, recorded_rule
 from src.errors import DataError
 
-END_OF_TEXT = "<|endoftext|>"
-"""Separates documents, as in GPT-NeoX's vocabulary."""
 WORD_CHARACTERS = 128
-"""Longer words of a pre-tokenizer (DNA, white space) are cut: merging takes time quadratic in a word."""
+"""Longer words of a pre-tokenizer (DNA, white space) are cut: training takes time quadratic in a word. A tokenizer that
+does not split text at spaces gets words of up to `PIECE_CHARACTERS`: encoding takes time linear in them."""
 _METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What SentencePiece vocabularies write for a space."""
 _FIELDS = {
@@ -50,15 +50,15 @@ _FIELDS = {
 """Fields of each part of a tokenizer, as version 0.23 of the library writes them; other parts have only a type."""
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE; any text can be encoded, and id 0 separates documents."""
+def train_bpe(texts: Iterator[str], vocab_size: int, separator: str = SEPARATORS[0]) -> Tokenizer:
+    """Train a byte-level BPE; any text can be encoded, and id 0 is the `separator` of documents."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    _take_text_as_text(tokenizer)
+    _cut_long_words(tokenizer)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[separator],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -67,22 +67,23 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a `tokenizer.json`; DataError when it is missing, unreadable or has no document separator."""
+    """Load a `tokenizer.json`; DataError when it is missing or unreadable."""
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer file; give the path of a tokenizer.json")
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{path}: not a tokenizer.json of the `tokenizers` library ({error})") from error
-    return _with_separator(tokenizer, str(path))
+    return _without_limits(tokenizer)
 
 
-def load_bound_tokenizer(path: Path, recorded: Mapping[str, str]) -> Tokenizer:
-    """Load the tokenizer of a run.
+def load_run_rule(path: Path, recorded: Mapping[str, str], text_rule: Mapping[str, Any] | None) -> TextRule:
+    """Load the tokenizer of a run, and the rule by which the run encodes text.
 
     Args:
         path: its `tokenizer.json`.
         recorded: fingerprints of the tokenizers that its model and tables were made with, by where they are recorded.
+        text_rule: the rule as the run recorded it; None in an import that was made before runs did.
 
     Raises:
         DataError: the file is missing or unreadable, or something was made with another tokenizer.
@@ -91,7 +92,9 @@ def load_bound_tokenizer(path: Path, recorded: Mapping[str, str]) -> Tokenizer:
     expected = fingerprint(tokenizer)
     for where, found in recorded.items():
         require_same(found, where, expected, str(path))
-    return tokenizer
+    if text_rule is None:
+        return imported_rule(tokenizer, str(path))
+    return recorded_rule(tokenizer, str(path.parent), text_rule)
 
 
 def load_hub_tokenizer(name: str) -> Tokenizer:
@@ -104,14 +107,7 @@ def load_hub_tokenizer(name: str) -> Tokenizer:
             f"data.tokenizer.hub: could not download {name} from the Hugging Face Hub: {reason}; check the name, your "
             "network or HF_TOKEN, or set data.tokenizer.path to a tokenizer.json"
         ) from error
-    return _with_separator(tokenizer, name)
-
-
-def separator_id(tokenizer: Tokenizer) -> int:
-    """Return the id that ends each document."""
-    found = tokenizer.token_to_id(END_OF_TEXT)
-    assert found is not None, "loading has checked this"
-    return found
+    return _without_limits(tokenizer)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -231,20 +227,18 @@ def _num_bytes(token: str, kinds: set[str]) -> int:
     return len(token.replace(_METASPACE, " ").encode())
 
 
-def _with_separator(tokenizer: Tokenizer, where: str) -> Tokenizer:
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise DataError(f"{where}: has no {END_OF_TEXT} token to separate documents; add it to the tokenizer")
+def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()  # a tokenizer.json may carry limits of the model it was made for
     tokenizer.no_padding()
-    _take_text_as_text(tokenizer)
+    _cut_long_words(tokenizer)
     return tokenizer
 
 
-def _take_text_as_text(tokenizer: Tokenizer) -> None:
-    """Have special tokens that are written in a text encoded as text, and long words cut."""
-    tokenizer.encode_special_tokens = True
-    found = json.loads(tokenizer.to_str())["pre_tokenizer"]
-    if found is not None and _uncut(found) is found:
+def _cut_long_words(tokenizer: Tokenizer) -> None:
+    """Bound the words of a tokenizer that splits text at spaces; others get whole pieces, which stay as they are."""
+    found: Any = tokenizer.pre_tokenizer
+    is_cut = _uncut(written := json.loads(tokenizer.to_str())["pre_tokenizer"]) is not written
+    if found is not None and not is_cut and len(found.pre_tokenize_str("a a")) > 1:
         cut = pre_tokenizers.FixedLength(WORD_CHARACTERS)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([tokenizer.pre_tokenizer, cut])
 

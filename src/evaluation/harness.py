@@ -40,15 +40,20 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
 
     @property
     def eot_token_id(self) -> int:
-        """The id that stands in front of a text without context."""
+        """The id that ends a text."""
         return self.model.end_of_text
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that stands in front of a text without context."""
+        return self.model.start_of_text
 
     @property
     def max_length(self) -> int:
         return self.model.max_length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.model.encode(string)
+        return self.model.encode(string) if add_special_tokens is False else self.model.prompt(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -65,7 +70,7 @@ class HarnessModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         pairs: list[Request] = []
         for index, request in enumerate(requests):
             windows = get_rolling_token_windows(
-                self.model.encode(request.args[0]), self.eot_token_id, self.max_length, context_len=1
+                self.model.encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
             )
             for window in map(make_disjoint_window, windows):
                 owners.append(index)

@@ -5,6 +5,7 @@
 N windows, T tokens, V vocabulary.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from src.data.config import DataConfig, SourceConfig
 from src.data.corpus import Document, read_source
-from src.data.encoder import PIECE_CHARACTERS, cut_at_line_ends
 from src.data.files import source_files
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
-from src.data.tokenizer import byte_lengths, load_bound_tokenizer, separator_id
+from src.data.text_rule import TextRule
+from src.data.tokenizer import byte_lengths, load_run_rule
 from src.data.windows import held_out_windows
 from src.errors import ConfigError, DataError, RunError
 from src.evaluation.perplexity import RowsOf, Score, Share, summarize, window_losses
@@ -46,7 +47,7 @@ class EvaluationCorpus:
             raise ConfigError(f"evaluation.corpora: {self.name} has windows {self.windows}, but it must be at least 1")
 
 
-def corpus_windows(corpus: EvaluationCorpus, tokenizer: Tokenizer, sequence_length: int) -> Tensor:
+def corpus_windows(corpus: EvaluationCorpus, rule: TextRule, sequence_length: int) -> Tensor:
     """Return windows (N, T+1) int64 of a corpus, its documents separated as in training.
 
     Raises:
@@ -56,11 +57,7 @@ def corpus_windows(corpus: EvaluationCorpus, tokenizer: Tokenizer, sequence_leng
     wanted, token_ids = corpus.windows * sequence_length + 1, list[int]()
     for document in read_source(source, source_files(source)):
         if isinstance(document, Document):
-            for piece in cut_at_line_ends(document.text, PIECE_CHARACTERS):
-                token_ids += tokenizer.encode(piece, add_special_tokens=False).ids
-                if len(token_ids) >= wanted:
-                    break
-            token_ids.append(separator_id(tokenizer))
+            token_ids.extend(itertools.islice(rule.document(document.text), wanted - len(token_ids)))
         elif document.problem != "empty":  # a score over other text than was named would be worse than none
             raise DataError(f"evaluation.corpora: {corpus.name}: {document.where}: {document.detail}; correct the text")
         if len(token_ids) >= wanted:
@@ -98,7 +95,8 @@ class HeldOut:
     """(N, T+1) int64."""
     byte_lengths: Tensor
     """(V,) int64: UTF-8 bytes that each id stands for."""
-    tokenizer: Tokenizer
+    rule: TextRule
+    """How its text, and every other, is encoded."""
     token_counts: Tensor
     """(V,) int64: how often each id occurs in the training text."""
     by_source: dict[str, Tensor]
@@ -109,13 +107,17 @@ class HeldOut:
     """The id that ends documents, where the model keeps them apart; None where it sees whole windows."""
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        return self.rule.tokenizer
+
+    @property
     def text(self) -> str:
         """The text that the predicted tokens stand for."""
-        return "".join(self.tokenizer.decode_batch(self.windows[:, 1:].tolist()))
+        return "".join(self.rule.plain.decode_batch(self.windows[:, 1:].tolist()))
 
     def as_trained(self, config: DataConfig) -> "HeldOut":
         """Return the same text for a model of another run, which was trained as `config` says."""
-        return replace(self, document_separator=separator_id(self.tokenizer) if config.document_mask else None)
+        return replace(self, document_separator=self.rule.separator if config.document_mask else None)
 
     def mask(self, token_ids: Tensor) -> Tensor | None:
         """Return the attention mask of windows (B, T) that training used with `data.document_mask`; else None."""
@@ -146,7 +148,7 @@ class HeldOut:
             **{f"corpus/{index}": windows.int() for index, windows in enumerate(self.corpora.values())},
         }
         metadata = {
-            "separator": str(separator_id(self.tokenizer)),
+            "separator": str(self.rule.separator),
             "sources": json.dumps(list(self.by_source)),
             "corpora": json.dumps(list(self.corpora)),
         }
@@ -157,15 +159,17 @@ def held_out(
     corpus: PackedCorpus, config: DataConfig, vocab_size: int, corpora: Sequence[EvaluationCorpus] = ()
 ) -> HeldOut:
     """Cut the held-out windows of a prepared corpus, and of `corpora`, for a model of `vocab_size` ids."""
-    tokenizer, sequence_length = corpus.tokenizer, config.sequence_length
+    rule, sequence_length = corpus.rule, config.sequence_length
+    lengths = byte_lengths(rule.tokenizer, vocab_size)
+    lengths[list(rule.reserved.values())] = 0
     return HeldOut(
         windows=held_out_windows(corpus.tokens("validation"), sequence_length, config.validation_windows),
-        byte_lengths=byte_lengths(tokenizer, vocab_size),
-        tokenizer=tokenizer,
+        byte_lengths=lengths,
+        rule=rule,
         token_counts=corpus.token_counts(vocab_size),
         by_source=windows_by_source(corpus, sequence_length, config.validation_windows),
-        corpora={text.name: corpus_windows(text, tokenizer, sequence_length) for text in corpora},
-        document_separator=separator_id(tokenizer) if config.document_mask else None,
+        corpora={text.name: corpus_windows(text, rule, sequence_length) for text in corpora},
+        document_separator=rule.separator if config.document_mask else None,
     )
 
 
@@ -178,11 +182,11 @@ def held_out_of_run(run: RunDirectory, config: DataConfig) -> tuple[HeldOut, str
         RunError: `held_out.safetensors` is damaged, or relative paths name other text than the run was trained on.
         DataError: the tokenizer is not the one the run was made with, or the corpus has to be read and cannot be.
     """
-    tokenizer = load_bound_tokenizer(run.tokenizer_path, run.recorded_tokenizers())
+    rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
     if run.held_out_path.is_file():
-        return _read(run, config, tokenizer), None
+        return _read(run, config, rule), None
     with naming("data.cache_dir", Path(config.cache_dir)):
-        corpus = prepare_corpus(config, tokenizer)
+        corpus = prepare_corpus(config, rule)
     found = held_out(corpus, config, run.model_config().vocab_size)
     note = f"{run.held_out_path}: missing, as in runs of version 0.1; the held-out text was read from the corpus"
     recorded = run.recorded_corpus("fingerprint")
@@ -204,7 +208,7 @@ def recorded_token_counts(run: RunDirectory) -> Tensor | None:
     return read_tensors(run.held_out_path)["token_counts"] if run.held_out_path.is_file() else None
 
 
-def _read(run: RunDirectory, config: DataConfig, tokenizer: Tokenizer) -> HeldOut:
+def _read(run: RunDirectory, config: DataConfig, rule: TextRule) -> HeldOut:
     path = run.held_out_path
     tensors, metadata = read_tensors(path), read_metadata(path)
     try:
@@ -212,7 +216,7 @@ def _read(run: RunDirectory, config: DataConfig, tokenizer: Tokenizer) -> HeldOu
         return HeldOut(
             windows=tensors["windows"].long(),
             byte_lengths=tensors["byte_lengths"].long(),
-            tokenizer=tokenizer,
+            rule=rule,
             token_counts=tensors["token_counts"],
             by_source={name: tensors[f"source/{index}"].long() for index, name in enumerate(sources)},
             corpora={name: tensors[f"corpus/{index}"].long() for index, name in enumerate(corpora)},

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from src.data.tokenizer import separator_id
+from src.data.text_rule import TextRule
 from src.evaluation.perplexity import Share
 from src.system.console import Progress, no_progress
 
@@ -56,12 +56,12 @@ NOTHING_TO_SCORE = Likelihood(0.0, is_greedy=True, gap=math.inf)
 
 
 class TextModel:
-    """A model and its tokenizer: all that a task needs to know."""
+    """A model and the rule by which it sees text: all that a task needs to know."""
 
     def __init__(
         self,
         model: CausalModel,
-        tokenizer: Tokenizer,
+        rule: TextRule,
         *,
         max_length: int,
         device: torch.device | str = "cpu",
@@ -70,16 +70,31 @@ class TextModel:
         progress: Progress = no_progress,
     ) -> None:
         """Run `model` on up to `batch_tokens` tokens at a time, sequences of up to `max_length` tokens."""
-        self.model, self.tokenizer, self.max_length, self.device = model, tokenizer, max_length, device
+        self.model, self.rule, self.max_length, self.device = model, rule, max_length, device
         self.batch_tokens, self.share, self.progress = batch_tokens, share, progress
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """Turns ids back into text."""
+        return self.rule.plain
+
+    @property
     def end_of_text(self) -> int:
-        """The id that stands in front of a text without context."""
-        return separator_id(self.tokenizer)
+        """The id that ends texts."""
+        return self.rule.separator
+
+    @property
+    def start_of_text(self) -> int:
+        """The id that stands in front of a text without context: the end of another where the rule has none."""
+        return self.rule.before[-1] if self.rule.before else self.rule.separator
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Return the ids of a text alone."""
+        return self.rule.encode(text)
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the ids of a text that is continued."""
+        return self.rule.prompt(text)
 
     def encode_pair(self, context: str, continuation: str) -> Request:
         """Return a request whose boundary falls where the context's own ids end, as lm-eval does it.
@@ -90,9 +105,9 @@ class TextModel:
         spaces = len(context) - len(context.rstrip())
         context, continuation = context[: len(context) - spaces], context[len(context) - spaces :] + continuation
         if not context:
-            return Request([self.end_of_text], self.encode(continuation))
-        context_ids = self.encode(context)
-        rest = self.encode(context + continuation)[len(context_ids) :]
+            return Request(self.rule.before or [self.start_of_text], self.encode(continuation))
+        context_ids = self.prompt(context)
+        rest = self.prompt(context + continuation)[len(context_ids) :]
         return Request(context_ids, rest or self.encode(continuation))
 
     @torch.no_grad()

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
 
+from src.data.text_rule import TextRule
 from src.data.tokenizer import num_ids
 from src.evaluation.comparison import Comparison, compare, print_comparison
 from src.evaluation.config import EvaluationConfig
@@ -160,11 +160,11 @@ def _mebibytes(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 
-def sample_text(model: Transformer, tokenizer: Tokenizer, config: EvaluationConfig) -> str | None:
+def sample_text(model: Transformer, rule: TextRule, config: EvaluationConfig) -> str | None:
     """Continue `config.sample_prompt`, with a fixed seed; None if the config asks for no sample."""
     if not config.sample_prompt or not config.sample_tokens:
         return None
-    token_ids = tokenizer.encode(config.sample_prompt, add_special_tokens=False).ids
+    token_ids = rule.prompt(config.sample_prompt)
     prompt = torch.tensor([token_ids], device=model.embedding.weight.device)  # (1, T)
     new_tokens = min(config.sample_tokens, model.config.max_sequence_length - len(token_ids))
     continued = generate(
@@ -173,6 +173,6 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, config: EvaluationConf
         max_new_tokens=new_tokens,
         temperature=config.sample_temperature,
         seed=0,
-        num_ids=num_ids(tokenizer),
+        num_ids=num_ids(rule.tokenizer),
     )
-    return tokenizer.decode(continued[0].tolist())
+    return rule.plain.decode(continued[0].tolist())

@@ -69,7 +69,7 @@ def prepare_suite(text: HeldOut, config: EvaluationConfig) -> Suite:
 def _corpus_windows(corpus: EvaluationCorpus, text: HeldOut) -> Tensor:
     if corpus.name in text.corpora:  # the run keeps them
         return text.corpora[corpus.name]
-    return corpus_windows(corpus, text.tokenizer, text.windows.shape[1] - 1)
+    return corpus_windows(corpus, text.rule, text.windows.shape[1] - 1)
 
 
 def evaluate_model(
@@ -83,7 +83,7 @@ def evaluate_model(
     """Score a model, in eval mode, on all of a suite; every rank of `share` must call it, and gets the same result."""
     text_model = TextModel(
         model,
-        suite.text.tokenizer,
+        suite.text.rule,
         max_length=model.config.max_sequence_length,
         device=model.embedding.weight.device,
         batch_tokens=batch_size * (suite.text.windows.shape[1] - 1),

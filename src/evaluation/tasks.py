@@ -108,8 +108,8 @@ def next_passage(text: HeldOut, limit: int) -> list[TaskDocument]:
     size = min(PASSAGE_TOKENS, text.windows.shape[1])
     pieces = text.windows.unfold(1, size, size).reshape(-1, size)  # (N, size)
     head = size - max(1, size // 4)
-    contexts = text.tokenizer.decode_batch(pieces[:, :head].tolist())
-    passages = text.tokenizer.decode_batch(pieces[:, head:].tolist())
+    contexts = text.rule.plain.decode_batch(pieces[:, :head].tolist())
+    passages = text.rule.plain.decode_batch(pieces[:, head:].tolist())
     draw = random.Random(0)
     documents: list[TaskDocument] = []
     for index in draw.sample(range(len(passages)), len(passages)):
@@ -131,7 +131,7 @@ def repeated_word(text: HeldOut, limit: int) -> list[TaskDocument]:
     pieces = text.windows.unfold(1, size, size).reshape(-1, size)  # (N, size)
     draw = random.Random(0)
     documents: list[TaskDocument] = []
-    for piece in draw.sample(text.tokenizer.decode_batch(pieces.tolist()), len(pieces)):
+    for piece in draw.sample(text.rule.plain.decode_batch(pieces.tolist()), len(pieces)):
         candidates = list(_repetitions(piece))
         if len(documents) == limit:
             break

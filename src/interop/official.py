@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from src.data.config import DataConfig
-from src.data.tokenizer import END_OF_TEXT, fingerprint, load_tokenizer, vocabulary_size
+from src.data.text_rule import TextRule, imported_rule
+from src.data.tokenizer import fingerprint, load_run_rule, load_tokenizer, vocabulary_size
 from src.errors import CheckpointError, DataError
 from src.inference import InferenceModel, load_model
 from src.inference.disk_experts import DiskExperts
@@ -54,7 +54,7 @@ def import_official(
 
     Raises:
         CheckpointError: the directory is not a complete checkpoint of theirs, or `run_dir` exists.
-        DataError: the tokenizer cannot be read or has more ids than the model.
+        DataError: the tokenizer cannot be read, has more ids than the model, or none that is known to end documents.
     """
     source, target = Path(checkpoint_dir), Path(run_dir)
     require_new(target)
@@ -63,15 +63,15 @@ def import_official(
     config = read_model_config(values, checkpoint.shapes, top_k, str(config_path))
     with_table = TABLE_NAME in checkpoint.shapes
     _require_shapes(checkpoint.shapes, official_shapes(config, with_table=with_table), source)
-    vocabulary = _load_tokenizer(tokenizer, source, config)
+    rule = _load_rule(tokenizer, source, config)
     with atomic_directory(target) as directory:
         run = RunDirectory(directory)
-        run.write_config(_run_config(config, target))
-        if vocabulary is not None:
-            write_text(run.tokenizer_path, vocabulary.to_str(pretty=True))
+        run.write_config(_run_config(config, target, rule), None if rule is None else rule.record())
+        if rule is not None:
+            write_text(run.tokenizer_path, rule.tokenizer.to_str(pretty=True))
         identity = run.write_weights(_read_weights(checkpoint, config, with_experts=not with_table, where=source))
         if with_table:
-            known = None if vocabulary is None else fingerprint(vocabulary)
+            known = None if rule is None else fingerprint(rule.tokenizer)
             import_table(OfficialRows(config, identity, checkpoint), run.lut_path(), known, source, progress)
 
 
@@ -98,9 +98,9 @@ def export_official(
         _write_weights(model, directory, progress)
         end_of_text = None
         if run.tokenizer_path.is_file():
-            tokenizer = load_tokenizer(run.tokenizer_path)
-            end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-            write_text(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
+            rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
+            end_of_text = rule.separator
+            write_text(directory / "tokenizer.json", rule.tokenizer.to_str(pretty=True))
         config = official_config(model.config, model.head.weight.dtype, end_of_text)
         write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -152,7 +152,7 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + more
 
 
-def _load_tokenizer(given: Path | str | None, source: Path, config: ModelConfig) -> Tokenizer | None:
+def _load_rule(given: Path | str | None, source: Path, config: ModelConfig) -> TextRule | None:
     """Load the given tokenizer or the checkpoint's own; the model may have more ids, as padding."""
     path = Path(given) if given is not None else source / "tokenizer.json"
     if given is None and not path.is_file():
@@ -163,17 +163,20 @@ def _load_tokenizer(given: Path | str | None, source: Path, config: ModelConfig)
             f"{path}: has {size} ids, but the model's vocabulary has {config.vocab_size}; "
             "pass the tokenizer that the model was trained with"
         )
-    return tokenizer
+    return imported_rule(tokenizer, str(path))
 
 
-def _run_config(config: ModelConfig, run_dir: Path) -> dict[str, object]:
+def _run_config(config: ModelConfig, run_dir: Path, rule: TextRule | None) -> dict[str, object]:
     """Return the keys that a run's config.yaml needs; all others keep their defaults."""
     return {
         "name": run_dir.name,
         "model": config.to_dict(),
         "data": {
             "sequence_length": min(DataConfig().sequence_length, config.max_sequence_length),
-            "tokenizer": {"path": str(run_dir / "tokenizer.json")},
+            "tokenizer": {
+                "path": str(run_dir / "tokenizer.json"),
+                "separator": None if rule is None else rule.record()["separator"],
+            },
         },
         "trainer": {"max_steps": 1},
     }

@@ -69,8 +69,8 @@ def config_for(cache_dir: Path, *sources: SourceConfig, **changes: object) -> Da
 def documents_of(corpus: PackedCorpus, split: str) -> list[str]:
     """Decode a split back into its documents."""
     tokens = np.concatenate([*corpus.tokens(split).chunks()])
-    ends = np.flatnonzero(tokens == corpus.tokenizer.token_to_id("<|endoftext|>")) + 1
-    return [corpus.tokenizer.decode(piece.tolist()) for piece in np.split(tokens, ends) if len(piece)]
+    ends = np.flatnonzero(tokens == corpus.rule.separator) + 1
+    return [corpus.rule.plain.decode(piece.tolist()) for piece in np.split(tokens, ends) if len(piece)]
 
 
 def all_documents(corpus: PackedCorpus) -> list[str]:

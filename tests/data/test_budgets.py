@@ -9,12 +9,13 @@ from src.config import load_config
 from src.data.config import DataConfig, SourceConfig
 from src.data.packed_corpus import prepare_corpus
 from src.data.shards import Tally
+from src.data.text_rule import training_rule
 from src.data.tokenizer import train_bpe
 from src.errors import ConfigError, DataError
 from tests.conftest import CONFIGS
 from tests.data.corpora import config_for, json_lines, sentences
 
-TOKENIZER = train_bpe(iter(sentences(50)), 300)
+RULE = training_rule(train_bpe(iter(sentences(50)), 300), "BPE")
 
 
 def lines_with_broken_ones(count: int, broken: list[int]) -> bytes:
@@ -25,7 +26,7 @@ def lines_with_broken_ones(count: int, broken: list[int]) -> bytes:
 
 
 def prepare(config: DataConfig) -> Tally:
-    return prepare_corpus(config, TOKENIZER).sources[0].tally
+    return prepare_corpus(config, RULE).sources[0].tally
 
 
 def test_broken_lines_within_the_budget_are_counted(tmp_path: Path) -> None:

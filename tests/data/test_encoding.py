@@ -11,25 +11,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.data import encoder as encoder_module
+from src.data import text_rule as text_rule_module
 from src.data.batches import HashSet
-from src.data.encoder import Encoder, cut_at_line_ends
+from src.data.encoder import Encoder
 from src.data.encoder_pool import encode_in_order
-from src.data.tokenizer import separator_id, train_bpe
+from src.data.text_rule import cut_at_line_ends, training_rule
+from src.data.tokenizer import train_bpe
 from src.errors import DataError
 from tests.data.corpora import sentences
 
 TOKENIZER = train_bpe(iter(sentences(50)), 300)
+RULE = training_rule(TOKENIZER, "BPE")
 BATCHES = [sentences(5, seed=seed) for seed in range(12)]
 
 
 def ids_of(batches: Iterator[list[str]], processes: int) -> list[list[int]]:
-    encoded = encode_in_order(batches, lambda batch: batch, TOKENIZER, separator_id(TOKENIZER), processes)
+    encoded = encode_in_order(batches, lambda batch: batch, RULE, processes)
     return [ids.token_ids.tolist() for _, ids in encoded]
 
 
 def test_ids_are_those_of_the_library_with_separators() -> None:
-    encoder = Encoder(TOKENIZER, separator_id(TOKENIZER))
+    encoder = Encoder(RULE)
     encoded = encoder([*sentences(3), ""])
     expected = [[*TOKENIZER.encode(text).ids, 0] for text in [*sentences(3), ""]]
     assert encoded.token_ids.tolist() == [token for ids in expected for token in ids]
@@ -39,9 +41,9 @@ def test_ids_are_those_of_the_library_with_separators() -> None:
 
 
 def test_long_documents_are_tokenized_in_pieces_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module, "PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(text_rule_module, "PIECE_CHARACTERS", 64)
     texts = ["".join(sentences(20)), "x" * 500, "short"]
-    encoded = Encoder(TOKENIZER, separator_id(TOKENIZER))(texts)
+    encoded = Encoder(RULE)(texts)
     documents = np.split(encoded.token_ids, np.cumsum(encoded.lengths)[:-1])
     assert [TOKENIZER.decode(ids[:-1].tolist()) for ids in documents] == texts
 
@@ -67,7 +69,7 @@ def test_batches_are_taken_only_as_fast_as_they_are_encoded() -> None:
             taken.append(number)
             yield batch
 
-    encoded = encode_in_order(batches(), lambda batch: batch, TOKENIZER, separator_id(TOKENIZER), processes=1)
+    encoded = encode_in_order(batches(), lambda batch: batch, RULE, processes=1)
     for done, _ in enumerate(encoded):
         assert len(taken) - done <= 3
     assert len(taken) == len(BATCHES)
@@ -75,7 +77,7 @@ def test_batches_are_taken_only_as_fast_as_they_are_encoded() -> None:
 
 def test_a_process_that_dies_is_one_clear_error_and_leaves_none_behind() -> None:
     before = {child.pid for child in psutil.Process().children()}
-    encoded = encode_in_order(BATCHES, lambda batch: batch, TOKENIZER, separator_id(TOKENIZER), processes=1)
+    encoded = encode_in_order(BATCHES, lambda batch: batch, RULE, processes=1)
     next(encoded)
     (child,) = {child.pid for child in psutil.Process().children()} - before
     os.kill(child, signal.SIGKILL)

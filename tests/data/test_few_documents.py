@@ -42,7 +42,7 @@ def test_one_or_two_documents_are_enough(
     assert 0.04 < held_out_share(corpus) < 0.08
     assert "so the last 5.0% of each document is held out" in capsys.readouterr().err
     assert corpus.facts()["sources"][0]["held_out_part"] == 0.05  # pyright: ignore[reportIndexIssue]
-    assert prepare_corpus(config, corpus.tokenizer).fingerprint == corpus.fingerprint  # as a run opens it again
+    assert prepare_corpus(config, corpus.rule).fingerprint == corpus.fingerprint  # as a run opens it again
     assert prepare_corpus(config).fingerprint == corpus.fingerprint
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from src.data.config import DataConfig, SourceConfig, TokenizerConfig
 from src.data.files import stdlib_files
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
+from src.data.text_rule import training_rule
 from src.data.tokenizer import byte_lengths, fingerprint, load_tokenizer, require_same, train_bpe, vocabulary_size
 from src.errors import ConfigError, DataError
 from src.system.console import Reading
@@ -65,7 +66,7 @@ def test_bytes_are_counted_as_the_decoder_writes_them(
 
 
 def test_a_document_keeps_its_side_when_the_corpus_grows(config: DataConfig, corpus: PackedCorpus) -> None:
-    grown = prepare_corpus(replace(config, files=[*config.files, f"{STDLIB}/http/*.py"]), corpus.tokenizer)
+    grown = prepare_corpus(replace(config, files=[*config.files, f"{STDLIB}/http/*.py"]), corpus.rule)
     for split in ("train", "validation"):
         assert set(documents_of(corpus, split)) < set(documents_of(grown, split))
 
@@ -109,7 +110,7 @@ def test_files_that_change_while_they_are_read_are_refused(tmp_path: Path) -> No
     with pytest.raises(
         DataError, match=r"its files changed while they were read; run again when they no longer change"
     ):
-        prepare_corpus(config, tokenizer, report=append)
+        prepare_corpus(config, training_rule(tokenizer, "BPE"), report=append)
 
 
 def test_a_damaged_cache_entry_is_refused(tmp_path: Path) -> None:
@@ -141,11 +142,11 @@ def test_sources_are_prepared_apart_and_mixed_by_weight(tmp_path: Path) -> None:
     assert len(corpus.tokens("train")) == corpus.train.tokens
     reweighted = prepare_corpus(
         config_for(tmp_path / "cache", replace(prose, weight=1), replace(code, name="code"), max_empty_fraction=1),
-        corpus.tokenizer,
+        corpus.rule,
     )
     assert [source.path for source in reweighted.sources] == [source.path for source in corpus.sources]
     unweighted = prepare_corpus(
-        config_for(tmp_path / "cache", replace(prose, weight=None), replace(code, weight=None)), corpus.tokenizer
+        config_for(tmp_path / "cache", replace(prose, weight=None), replace(code, weight=None)), corpus.rule
     )
     ((tokens, _),) = unweighted.training_streams()
     assert len(tokens) == corpus.train.tokens
@@ -252,7 +253,7 @@ def test_ids_beyond_16_bits_take_32(tmp_path: Path) -> None:
     tokenizer.add_tokens([f"<{number}>" for number in range(2**16)])
     tokenizer.add_tokens(["document"])
     config = config_for(tmp_path / "cache", SourceConfig(files=[f"{tmp_path}/t.jsonl"]))
-    corpus = prepare_corpus(config, tokenizer)
+    corpus = prepare_corpus(config, training_rule(tokenizer, "BPE"))
     assert corpus.tokens("train").dtype == "<u4"
     assert int(np.max(corpus.tokens("train").read(0, 100))) > 2**16
     assert sorted(all_documents(corpus)) == sorted(sentences(100))

@@ -13,6 +13,7 @@ import pytest
 
 from src.data.config import DataConfig, SourceConfig, TokenizerConfig
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
+from src.data.text_rule import training_rule
 from src.data.tokenizer import load_tokenizer, train_bpe
 from src.system.console import Reading
 from tests.conftest import CONFIGS
@@ -147,5 +148,7 @@ def test_two_processes_at_once_prepare_once(
     assert [process.returncode for process in both] == [0, 0]
     assert outputs[0][0] == outputs[1][0]
     assert sum(str(source.files[0]) in stderr for _, stderr in outputs) == 1  # one of them showed progress
-    corpus = prepare_corpus(replace(config, cache_dir=str(tmp_path)), load_tokenizer(Path(str(config.tokenizer.path))))
+    corpus = prepare_corpus(
+        replace(config, cache_dir=str(tmp_path)), training_rule(load_tokenizer(Path(str(config.tokenizer.path))), "BPE")
+    )
     assert files_of(corpus) == files_of(whole)

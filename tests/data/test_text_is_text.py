@@ -13,12 +13,12 @@ from src.data import tokenizer as tokenizer_module
 from src.data.config import SourceConfig
 from src.data.encoder import Encoder
 from src.data.packed_corpus import prepare_corpus
+from src.data.text_rule import training_rule
 from src.data.tokenizer import (
     WORD_CHARACTERS,
     canonical_json,
     fingerprint,
     load_tokenizer,
-    separator_id,
     train_bpe,
 )
 from src.inspect_lut import single_token
@@ -100,9 +100,9 @@ def test_a_separator_that_is_written_in_a_document_is_text(name: str, tmp_path: 
 @pytest.mark.parametrize("make", [byte_level_tokenizer, unigram_tokenizer])
 def test_prompts_and_scored_texts_are_text_too(make: Callable[[], Tokenizer], tmp_path: Path) -> None:
     make().save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    rule = training_rule(load_tokenizer(tmp_path / "tokenizer.json"), "tokenizer.json")
     for text in SPECIAL:
-        assert separator_id(tokenizer) not in tokenizer.encode(text, add_special_tokens=False).ids
-    encoded = Encoder(Tokenizer.from_str(tokenizer.to_str()), separator_id(tokenizer))(SPECIAL)
-    assert (encoded.token_ids == separator_id(tokenizer)).sum() == len(SPECIAL)
-    assert single_token("<|endoftext|>", tokenizer) == separator_id(tokenizer)
+        assert rule.separator not in rule.prompt(text)
+    encoded = Encoder(rule)(SPECIAL)
+    assert (encoded.token_ids == rule.separator).sum() == len(SPECIAL)
+    assert single_token("<|endoftext|>", rule) == rule.separator

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from src import evaluate, reparameterize
 from src.data.config import DataConfig, SourceConfig, TokenizerConfig
 from src.data.packed_corpus import prepare_corpus
+from src.data.text_rule import TextRule, training_rule
 from src.data.tokenizer import train_bpe
 from src.errors import UserError
 from src.evaluation.comparison import compare
@@ -57,34 +57,33 @@ def test_loss_by_frequency_sorts_tokens_by_their_count_in_training() -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_bpe(iter(["some words to learn, and some more words"] * 10), 280)
+def rule() -> TextRule:
+    return training_rule(train_bpe(iter(["some words to learn, and some more words"] * 10), 280), "BPE")
 
 
-def test_a_corpus_is_its_first_windows_with_documents_separated(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_corpus_is_its_first_windows_with_documents_separated(rule: TextRule, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words to learn " * 4)
     (tmp_path / "b.txt").write_text("and some more words " * 40)
     corpus = EvaluationCorpus(name="two", files=[f"{tmp_path}/*.txt"], windows=3)
-    windows = corpus_windows(corpus, tokenizer, 16)
+    windows = corpus_windows(corpus, rule, 16)
     assert windows.shape == (3, 17)
     assert torch.equal(windows[:-1, -1], windows[1:, 0])
-    separator = tokenizer.token_to_id("<|endoftext|>")
     tokens = torch.cat([windows[0], windows[1, 1:], windows[2, 1:]]).tolist()
     text = (tmp_path / "a.txt").read_text()
-    first = tokenizer.encode(text).ids
-    assert tokens[: len(first) + 1] == [*first, separator]
+    first = rule.encode(text)
+    assert tokens[: len(first) + 1] == [*first, rule.separator]
 
 
-def test_a_corpus_too_small_says_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_corpus_too_small_says_so(rule: TextRule, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some")
     with pytest.raises(UserError, match=r"evaluation.corpora: small has \d+ tokens, less than one window"):
-        corpus_windows(EvaluationCorpus(name="small", files=[f"{tmp_path}/a.txt"]), tokenizer, 16)
+        corpus_windows(EvaluationCorpus(name="small", files=[f"{tmp_path}/a.txt"]), rule, 16)
 
 
-def test_a_corpus_that_is_not_text_is_not_scored_in_part(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_corpus_that_is_not_text_is_not_scored_in_part(rule: TextRule, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n{"text": \n')
     with pytest.raises(UserError, match=r"evaluation.corpora: broken: .*a.jsonl:2: not JSON"):
-        corpus_windows(EvaluationCorpus(name="broken", files=[f"{tmp_path}/a.jsonl"]), tokenizer, 16)
+        corpus_windows(EvaluationCorpus(name="broken", files=[f"{tmp_path}/a.jsonl"]), rule, 16)
 
 
 @pytest.mark.parametrize("names", [("prose", "prose"), ("held_out",), ("held_out/one",)])

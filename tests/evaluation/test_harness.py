@@ -59,7 +59,7 @@ def test_eight_tasks_run_offline(folder: Path, text: HeldOut, model: InferenceMo
 def test_answers_are_those_of_plain_loops(folder: Path, text: HeldOut, model: InferenceModel) -> None:
     tokenizer = text.tokenizer
     task = PUBLISHED["arc_easy"]
-    score = score_task(load_task(task, folder), TextModel(model, tokenizer, max_length=128), limit=20)
+    score = score_task(load_task(task, folder), TextModel(model, text.rule, max_length=128), limit=20)
     for number, row in enumerate(read_rows(folder, task, limit=20)):
         context = f"Question: {row['question']}\nAnswer:"
         values: list[float] = []
@@ -75,13 +75,13 @@ def test_answers_are_those_of_plain_loops(folder: Path, text: HeldOut, model: In
 
 
 def test_a_long_text_is_scored_whole(text: HeldOut, model: InferenceModel) -> None:
-    texts = TextModel(model, text.tokenizer, max_length=24)
+    texts = TextModel(model, text.rule, max_length=24)
 
     class _Asked:
         args = (text.tokenizer.decode(text.windows[0].tolist()),)
 
     (found,) = HarnessModel(texts).loglikelihood_rolling([_Asked()])
-    ids = [texts.end_of_text, *texts.encode(_Asked.args[0])]
+    ids = [texts.start_of_text, *texts.encode(_Asked.args[0])]
     expected = 0.0
     for first in range(1, len(ids), 24):  # windows of at most 24 predicted ids; the last one is filled up with context
         last = min(first + 24, len(ids))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from src.data.text_rule import training_rule
 from src.data.tokenizer import train_bpe
 from src.evaluation import likelihood
 from src.evaluation.likelihood import Request, TextModel
@@ -36,7 +37,9 @@ def model() -> Transformer:
 def text_model(
     model: Transformer, tokenizer: Tokenizer, *, batch_tokens: int = 16, share: Share | None = None
 ) -> TextModel:
-    return TextModel(model, tokenizer, max_length=8, batch_tokens=batch_tokens, share=share or Share())
+    return TextModel(
+        model, training_rule(tokenizer, "BPE"), max_length=8, batch_tokens=batch_tokens, share=share or Share()
+    )
 
 
 def by_hand(model: Transformer, request: Request, max_length: int) -> tuple[float, bool]:

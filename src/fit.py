@@ -119,6 +119,7 @@ def build_module(config: RunConfig, text: HeldOut, signals: StopSignals) -> Lang
         config.optimizer,
         text.byte_lengths,
         document_separator=text.document_separator,
+        without_weights=config.trainer.strategy == "fsdp2" and not is_rank_zero(),
     )
     module.signals = signals
     if config.trainer.compile:

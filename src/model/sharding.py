@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
@@ -27,7 +28,7 @@ def shard_model(model: Transformer, mesh: DeviceMesh) -> None:
     """Shard `model` in place over `mesh`: one group for each of `shard_groups`, and one for all other modules.
 
     The others, embedding and head among them, stay whole from a forward pass until its backward pass, so that the loss
-    can read the head. All ranks must hold the same weights before.
+    can read the head. All ranks must hold the same weights before, or none, on `meta`.
     """
 
     def placement(parameter: nn.Parameter) -> Shard:
@@ -37,6 +38,19 @@ def shard_model(model: Transformer, mesh: DeviceMesh) -> None:
         fully_shard(group, mesh=mesh, shard_placement_fn=placement)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, shard_placement_fn=placement)
     register_fsdp_forward_method(model, "trunk")
+
+
+def shard_from_rank_zero(model: Transformer, mesh: DeviceMesh, device: torch.device) -> None:
+    """Shard `model` over `mesh` and fill every rank's parts from the weights of rank 0; elsewhere it may be on `meta`.
+
+    So one process holds whole weights, not every rank, and one tensor at a time is whole on the devices. Nothing may be
+    on `meta` afterwards, or Lightning would draw other weights.
+    """
+    weights = model.state_dict() if torch.distributed.get_rank() == 0 else {}
+    model.to("meta")  # `weights` keep their storage
+    shard_model(model, mesh)
+    model.to_empty(device=device)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

@@ -24,7 +24,7 @@ from src.model.attention import document_mask
 from src.model.experts import EmbeddingExperts, ExpertRows
 from src.model.loss import next_token_loss, token_losses
 from src.model.router import load_balance_loss, z_loss
-from src.model.sharding import shard_model, whole
+from src.model.sharding import shard_from_rank_zero, whole
 from src.model.step_rows import StepRows
 from src.system.signals import StopSignals
 from src.training.config import ObjectiveConfig, OptimizerConfig
@@ -60,11 +60,13 @@ class LanguageModel(lightning.LightningModule):
         byte_lengths: Tensor,
         *,
         document_separator: int | None = None,
+        without_weights: bool = False,
     ) -> None:
         """Create model and metrics.
 
         `byte_lengths` (V,) int64 are the numbers of UTF-8 bytes of each id's text; `document_separator` is the id that
-        ends a document, if attention must not cross documents.
+        ends a document, if attention must not cross documents. `without_weights` leaves the model on `meta`, for a rank
+        that receives its parts of a sharded model from rank 0.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -72,7 +74,8 @@ class LanguageModel(lightning.LightningModule):
         """Stop signals of this process, which every step's outcome reports."""
         self.document_separator = document_separator
         self.objective, self.optimizer_config = objective, optimizer
-        self.model = Transformer(model)
+        with torch.device("meta") if without_weights else nullcontext():
+            self.model = Transformer(model)
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
         self.routing = RoutingMetrics(model.num_layers, model.num_experts, model.top_k)
         self.validation_loss, self.validation_bytes = _exact_mean(), _exact_mean()
@@ -80,7 +83,7 @@ class LanguageModel(lightning.LightningModule):
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
-            shard_model(self.model, self.device_mesh["data_parallel"])
+            shard_from_rank_zero(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.model.named_parameters(), self.optimizer_config)

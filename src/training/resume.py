@@ -230,6 +230,8 @@ def start_from_run(model: Transformer, run: RunDirectory, tokenizer: Tokenizer) 
     _require_same_model(run.require(), model.config)
     _require_training_form(run)
     _require_same_tokenizer(run, tokenizer)
+    if model.embedding.weight.is_meta:  # rank 0 distributes its weights
+        return
     with load_model(run.path, experts="ffn") as trained:
         model.load_state_dict(trained.state_dict())
 

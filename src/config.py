@@ -105,6 +105,8 @@ class RunConfig:
             raise ConfigError(
                 "checkpoint.ema_decay: not possible with trainer.strategy fsdp2; set it to null, or use ddp"
             )
+        if self.trainer.precision == "64-true":
+            raise ConfigError("trainer.precision: 64-true is not possible with trainer.strategy fsdp2; use 32-true")
         if self.model.expert_execution == "unique_per_step":
             raise ConfigError(
                 "model.expert_execution: unique_per_step keeps rows of a whole step, which trainer.strategy fsdp2 does "

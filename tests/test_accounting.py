@@ -270,6 +270,8 @@ def test_sharded_memory_is_what_the_first_of_many_devices_holds(model: ModelConf
     assert memory.weights == memory.gradients == memory.optimizer_states / 2 == sum(parts)
     vocabulary = 2 * model.vocab_size * model.hidden_size * 4
     assert 2 * vocabulary < memory.gathered <= 2 * 4 * count_parameters(model).trained
+    halved = sharded_memory(model, "bf16-mixed", devices).gathered - 2 * vocabulary
+    assert 0.75 * (memory.gathered - 2 * vocabulary) < halved < 0.8 * (memory.gathered - 2 * vocabulary)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -22,7 +22,7 @@ from src.errors import ConfigError, LutError
 from src.lut.codecs import CODECS
 from src.lut.layout import TableLayout
 from src.model import ModelConfig, Transformer
-from src.model.sharding import shard_dimension, shard_groups
+from src.model.sharding import shard_dimension, shard_groups, wide_modules
 from src.model.transformer import parameter_part
 
 
@@ -141,8 +141,14 @@ def sharded_memory(model: ModelConfig, precision: str, devices: int) -> DeviceMe
     with torch.device("meta"):
         built = Transformer(model)
     size = value_bytes(precision)
-    groups = [_num_values(group) for group in shard_groups(built)]
-    gathered = _num_values(built) - sum(groups) + sum(sorted(groups)[-2:])
+    computed = 2 if precision == "bf16-mixed" else size
+
+    def gathered_bytes(group: nn.Module) -> int:
+        wide = sum(map(_num_values, wide_modules(group)))
+        return (computed + size) * _num_values(group) + (size - computed) * wide
+
+    groups = shard_groups(built)
+    rest = _num_values(built) - sum(map(_num_values, groups))
     part = size * sum(_largest_part(parameter, devices) for parameter in built.parameters())
     return DeviceMemory(
         strategy="fsdp2",
@@ -150,7 +156,7 @@ def sharded_memory(model: ModelConfig, precision: str, devices: int) -> DeviceMe
         weights=part,
         gradients=part,
         optimizer_states=2 * part,
-        gathered=2 * size * gathered,
+        gathered=2 * size * rest + sum(sorted(map(gathered_bytes, groups))[-2:]),
     )
 
 

@@ -82,8 +82,11 @@ class LanguageModel(lightning.LightningModule):
         self.validation_routing = self.routing.clone()
 
     def configure_model(self) -> None:
-        if self.device_mesh is not None:
-            shard_from_rank_zero(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
+        if self.device_mesh is None:
+            return
+        mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
+        gathered = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        shard_from_rank_zero(self.model, mesh, device, gathered=gathered)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.model.named_parameters(), self.optimizer_config)

@@ -1,0 +1,104 @@
+"""FSDP2 shares out the weights of rank 0 and trains on them as one process does, in every precision."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.model.sharding import whole_weights
+from src.run_directory import RunDirectory
+from src.train import resumed_config, train
+from src.training.lightning_module import LanguageModel
+from tests.conftest import small_config
+from tests.distributed.processes import run_ranks
+from tests.distributed.test_parity import ARCHITECTURES, TWO, column
+from tests.training.test_lightning_module import ONLY_TRAIN
+
+SHARDED = (*TWO, "trainer.strategy=fsdp2")
+ONE = "data.micro_batch_size=2"
+
+
+def keep_first_weights(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the weights before the first step to `path`, and on which device each rank built its model beside it."""
+    configure = LanguageModel.configure_model
+
+    def configure_model(self: LanguageModel) -> None:
+        path.with_suffix(f".{self.trainer.global_rank}").write_text(str(self.model.head.weight.device))
+        configure(self)
+
+    def on_train_start(self: LanguageModel) -> None:
+        weights = whole_weights(self.model, keep=True)
+        if self.trainer.is_global_zero:
+            torch.save(weights, path)
+
+    monkeypatch.setattr(LanguageModel, "configure_model", configure_model)
+    monkeypatch.setattr(LanguageModel, "on_train_start", on_train_start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["moe", "mole"])
+def test_ranks_start_from_the_weights_of_one_process_which_only_the_first_builds(
+    architecture: str, tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = (*ONLY_TRAIN, *ARCHITECTURES[architecture], "trainer.max_steps=2")
+    writes = ("lut.at_fit_end=true", "seed=5", "name=base")
+    base = train(small_config(small_overrides, tmp_path, *common, ONE, *writes)).run_dir
+    for name, start in (("fresh", ()), ("from_run", (f"init_from={base}",))):
+        weights: list[dict[str, torch.Tensor]] = []
+        for kind, devices in (("one", (ONE,)), ("two", SHARDED)):
+            path = tmp_path / f"{name}-{kind}.pt"
+            with monkeypatch.context() as patch:
+                keep_first_weights(path, patch)
+                config = small_config(small_overrides, tmp_path, *common, *start, *devices, f"name={name}-{kind}")
+                if kind == "one":
+                    train(config)
+                else:
+                    run_ranks(partial(train, config), tmp_path / f"{name}-logs")
+                    assert path.with_suffix(".0").read_text() == "cpu"
+                    assert path.with_suffix(".1").read_text() == "meta"
+            weights.append(torch.load(path))
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["moe", "mole"])
+def test_losses_of_two_ranks_are_those_of_one_process_in_float64_also_when_resumed(
+    architecture: str, tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = LanguageModel.__init__
+
+    def build_double(self: LanguageModel, *arguments: object, **options: object) -> None:
+        torch.set_default_dtype(torch.float64)
+        try:
+            build(self, *arguments, **options)  # type: ignore[arg-type]
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    monkeypatch.setattr(LanguageModel, "__init__", build_double)
+    constant = "optimizer.schedule=constant"
+    common = (*ONLY_TRAIN, *ARCHITECTURES[architecture], constant, "trainer.precision=32-true")
+    train(small_config(small_overrides, tmp_path, *common, ONE, "trainer.max_steps=20", "name=one"))
+    part = small_config(small_overrides, tmp_path, *common, *SHARDED, "trainer.max_steps=12", "name=two")
+    run_ranks(partial(train, part), tmp_path / "logs")
+    run = RunDirectory(tmp_path / "two")
+    run_ranks(partial(train, resumed_config(run, None, ["trainer.max_steps=20"]), run), tmp_path / "resumed-logs")
+    expected, found = column(tmp_path / "one", "train/loss"), column(run.path, "train/loss")
+    assert len(expected) == 20
+    assert found == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("trainer.compile=true",)], ids=["eager", "compiled"])
+def test_two_ranks_in_bfloat16_train_as_one_process_does(
+    more: Sequence[str], tmp_path: Path, small_overrides: Sequence[str]
+) -> None:
+    common = (*ONLY_TRAIN, "model.num_layers=1", "trainer.max_steps=6", "trainer.precision=bf16-mixed", *more)
+    train(small_config(small_overrides, tmp_path, *common, ONE, "name=one"))
+    config = small_config(small_overrides, tmp_path, *common, *SHARDED, "name=two")
+    run_ranks(partial(train, config), tmp_path / "logs", seconds=300)  # compiling takes a minute
+    expected, found = column(tmp_path / "one", "train/loss"), column(tmp_path / "two", "train/loss")
+    assert len(expected) == 6
+    assert found == pytest.approx(expected, rel=1e-3)

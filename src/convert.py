@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--top-k", type=number(int, 1), help="experts per token of an MoE, which its config lacks (default: 2)"
     )
     options.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: the checkpoint's)")
-    options.add_argument("--lut", default="lut", help="with --to: table of a run without training form (default: lut)")
+    options.add_argument(
+        "--lut", default="lut", help="with --to: table of a run that has no training form (default: lut)"
+    )
     given = options.parse_args(arguments)
     if given.target is not None:
         if given.top_k is not None or given.tokenizer is not None:

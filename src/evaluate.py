@@ -79,7 +79,7 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
         "--local-data", type=expand_home, metavar="DIR", help="folder of <task>.<split>.jsonl[.gz] files"
     )
     options.add_argument(
-        "--limit", type=number(int, 1), dest="task_limit", metavar="N", help="documents of each task at most"
+        "--limit", type=number(int, 1), dest="task_limit", metavar="N", help="most documents of each task"
     )
     options.add_argument(
         "--batch-size", type=number(int, 1), metavar="N", help="windows per forward pass (default: the run's)"

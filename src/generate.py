@@ -71,11 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_form_options(options)
     source = options.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
-    source.add_argument("--prompt-file", type=Path, help="UTF-8 file to continue")
+    source.add_argument("--prompt-file", type=Path, help="file of UTF-8 text to continue")
     source.add_argument("--interactive", action="store_true", help="continue each line of standard input")
-    options.add_argument(
-        "--max-new-tokens", type=number(int, 1), default=128, help="tokens to add at most (default: 128)"
-    )
+    options.add_argument("--max-new-tokens", type=number(int, 1), default=128, help="most tokens to add (default: 128)")
     options.add_argument("--temperature", type=number(float, 0, MAX_FLOAT32), default=0.0, help="0 is greedy (default)")
     options.add_argument("--top-k", type=number(int, 1), help="sample among the k most likely tokens only")
     options.add_argument(

@@ -116,7 +116,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     example = "python -m src.reparameterize --run runs/quickstart --dtype nf4 --lut lut-nf4"
     options = parser("reparameterize", __doc__ or "", example)
     add_run_options(options)
-    options.add_argument("--checkpoint", type=expand_home, help="take its weights first: last, best, or a path")
+    options.add_argument(
+        "--checkpoint", type=expand_home, help="load the weights of this checkpoint first: last, best, or a path"
+    )
     options.add_argument("--from-lut", metavar="NAME", help="recode this table of the run; needs no training form")
     options.add_argument(
         "--dtype",

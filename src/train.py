@@ -134,10 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     options = parser("train", (__doc__ or ""), "python -m src.train trainer.max_steps=100 name=try")
     options.add_argument("--config", help=f"YAML config (default: {DEFAULT_CONFIG}; with --resume the run's own)")
-    options.add_argument("--resume", type=Path, metavar="RUN", help="continue this run, or do what it still lacks")
+    options.add_argument("--resume", type=Path, metavar="RUN", help="continue this run, or finish what is missing")
     options.add_argument("--print-config", action="store_true", help="print every key, its value and meaning, and stop")
     options.add_argument(
-        "--dry-run", action="store_true", help="print what the run costs, allocating none of it, and stop"
+        "--dry-run", action="store_true", help="print what the run would cost, without allocating it, and stop"
     )
     options.add_argument(
         "--unique-ids", type=number(int, 1), metavar="N", help="dry run: distinct ids per micro-batch to assume"

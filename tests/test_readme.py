@@ -1,4 +1,4 @@
-"""The READMEs: their commands and Python run as printed, with small settings, and their figure shows their numbers."""
+"""The READMEs and `--help`: every command and program runs, with small settings, and the figure shows its table."""
 
 import importlib
 import json
@@ -7,44 +7,120 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import zstandard
 from PIL import Image
 
 from src.benchmarks.figure import main as draw_figure
 from src.benchmarks.figure import read_decode_table
 from src.errors import UserError
 from src.train import RunResult
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, STDLIB
 
 ROOT = CONFIGS.parent
-PAGES = [ROOT / name for name in ("README.md", "configs/README.md", "src/README.md", "src/lut/README.md")]
+PAGES = [ROOT / "README.md", *sorted(CONFIGS.rglob("README.md")), *sorted((ROOT / "src").rglob("README.md"))]
 BENCHMARKS = ROOT / "src" / "benchmarks" / "README.md"
 SACRED = [line for line in PAGES[0].read_text().splitlines() if line.startswith("python3.11 -m venv")]
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted([*(ROOT / "src").glob("*.py"), *BENCHMARKS.parent.glob("*.py")])
+    if "options = parser(" in path.read_text()
+]
+
+INSTALL, NETWORK, EIGHT, FOUR = "installs packages", "needs a network", "needs eight devices", "needs four machines"
+LONG = "takes a minute even with the smallest model, which tests/benchmarks runs"
+DRY_RUN, LOCAL = ["--dry-run"], ["data.sources=[]"]
+LISTED: dict[str, tuple[str, list[str] | None]] = {
+    "python3.11 -m venv .venv": (INSTALL, None),
+    "pip install torch==2.13.* -e .[dev]": (INSTALL, None),
+    "pytest": ("runs this test", None),
+    "torchrun --nproc-per-node 8 -m src.train --config configs/paper/410m-mole-4e.yaml trainer.devices=8": (
+        EIGHT,
+        DRY_RUN,
+    ),
+    "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-machine:29500 -m src.train "
+    "--config configs/paper/1b-mole-4e.yaml trainer.devices=8 trainer.num_nodes=4 trainer.strategy=fsdp2": (
+        FOUR,
+        DRY_RUN,
+    ),
+    "sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --signal=SIGUSR1@120 --wrap srun --kill-on-bad-exit=1 "
+    ".venv/bin/python -m src.train --config configs/paper/1b-mole-4e.yaml trainer.devices=8 trainer.num_nodes=4": (
+        "needs SLURM",
+        DRY_RUN,
+    ),
+    "python -m src.train --config configs/data/tinystories.yaml": (NETWORK, DRY_RUN),
+    "python -m src.prepare_data --config configs/data/wikitext-103.yaml": (NETWORK, LOCAL),
+    "python -m src.study --study configs/studies/family-code/study.yaml --jobs 2": (
+        "takes hours, and writes its results next to its definition",
+        DRY_RUN,
+    ),
+    "python -m src.benchmarks.lookup --output results/lookup.json": (LONG, None),
+    "python -m src.benchmarks.lookup --shape 160m-4e --rounds 15 --output results/lookup.json": (LONG, None),
+    "python -m src.benchmarks.decode --output results/decode.json": (LONG, None),
+    "python -m src.benchmarks.decode --shape 160m-4e --batches 1 8 32 --output results/decode.json": (LONG, None),
+}
+"""Commands that small settings alone do not let run here: the reason, and what is appended; None only parses them."""
+
+TEXT = [f"{STDLIB}/{package}/*.py" for package in ("json", "email", "http")]
+SMALLER = {
+    "src.generate": ["--max-new-tokens", "8"],
+    "src.evaluate": ["--limit", "8"],
+    "src.benchmarks.loss": ["--tokens", "64", "--hidden-size", "8", "--vocab-size", "300", "--rounds", "2"],
+    "src.benchmarks.train": ["--shape", "small", "--layers", "1", "--windows", "1", "--sequence-length", "32"],
+    "src.benchmarks.build": ["--shape", "small-4e", "--layers", "1"],
+    "src.benchmarks.data": ["--megabytes", "1", "--raw-megabytes", "1", "--vocab-size", "512", "--files", *TEXT],
+    "src.benchmarks.figure": ["--output", "decode.png"],
+}
+"""What is appended to the other commands of a module, so that they take seconds."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the module and arguments of every command on a page, launchers such as torchrun left out."""
-    for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
-        if line and not line.startswith("python3.11"):
-            words = shlex.split(line, comments=True)
-            if "-m" not in words:  # within the quotes of `sbatch --wrap`
-                words = shlex.split(words[-1])
-            _, module, *arguments = words[words.index("-m") :]
-            yield module, arguments
+def commands(shell: str) -> Iterator[list[str]]:
+    """Yield the words of every command in lines for a shell."""
+    for line in shell.replace("\\\n", " ").splitlines():
+        for command in line.split(" && "):
+            if words := shlex.split(command, comments=True):
+                yield [words[0].removeprefix(".venv/bin/"), *words[1:]]
 
 
-EVERY = [command for page in (*PAGES, BENCHMARKS) for command in commands(page)]
+def printed(words: list[str]) -> str:
+    return " ".join(" ".join(words).split())
+
+
+def parts(words: list[str]) -> tuple[str, list[str]]:
+    """Return the module and the arguments of a command, launchers such as torchrun and sbatch left out."""
+    words = shlex.split(words[-1]) if words[0] == "sbatch" else words
+    assert "-m" in words, f"`{printed(words)}` is no module of this project; list it in LISTED with the reason"
+    _, module, *arguments = words[words.index("-m") :]
+    return module, arguments
 
 
 def main_of(module: str) -> Callable[[Sequence[str]], None]:
     return importlib.import_module(module).main
+
+
+def help_of(module: str, arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main_of(module)([*arguments, "--help"])  # parses what comes before, then stops
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def examples(module: str, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    lines = re.findall(r"^  (python -m .+)$", help_of(module, [], capsys), re.MULTILINE)
+    return list(commands("\n".join(lines)))
+
+
+ON_PAGES = {page: list(commands("".join(blocks(page, "bash")))) for page in PAGES}
+EVERY = [words for page in PAGES for words in ON_PAGES[page]]
+IN_TEXT = [command for page in PAGES for command in re.findall(r"`(python -m src\.[^`<]+)`", page.read_text())]
 
 
 def test_the_readme_has_one_line_to_run_and_one_to_test() -> None:
@@ -57,62 +133,115 @@ def test_the_readme_has_one_line_to_run_and_one_to_test() -> None:
 
 
 def test_the_readme_stays_short_and_its_links_lead_somewhere() -> None:
-    assert len(PAGES[0].read_text().splitlines()) <= 170
-    for page in (*PAGES, BENCHMARKS):
+    assert len(PAGES[0].read_text().splitlines()) <= 150
+    for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-def test_the_readmes_name_every_verb() -> None:
-    named = {module for module, _ in EVERY}
-    verbs = {path.stem for path in (ROOT / "src").glob("*.py") if "run_verb(main)" in path.read_text()}
-    assert {f"src.{verb}" for verb in verbs - {"cli"}} <= named
+def test_the_readme_names_the_systems_that_the_package_declares() -> None:
+    limits = PAGES[0].read_text().partition("## Limits")[2].partition("\n## ")[0]
+    for system in ("Linux", "Python 3.11", "macOS", "Windows"):
+        assert system in limits
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [name.rpartition(" :: ")[2] for name in project["classifiers"]]
+    assert (declared, project["requires-python"]) == (["Linux", "MacOS", "3.11"], ">=3.11")
+    environment = (ROOT / "environment.yml").read_text()
+    assert "- python=3.11\n" in environment
+    assert '"torch==2.13.*"' in environment and '-e ".[dev]"' in environment
 
 
-@pytest.mark.parametrize(("module", "arguments"), EVERY, ids=lambda value: " ".join(value) if value else "")
-def test_every_option_of_a_command_exists(
-    module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main_of(module)([*arguments, "--help"])  # parses what comes before, then stops
-    assert exit_.value.code == 0
-    known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-    assert {word for word in arguments if word.startswith("--")} <= known
+def test_the_readmes_name_every_verb_and_every_benchmark() -> None:
+    assert set(MODULES) <= {parts(words)[0] for words in EVERY if " -m src." in printed(words)}
 
 
-@pytest.fixture(scope="module")
-def workplace(
-    trained: RunResult, small_overrides: Sequence[str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str, list[str]], None]]:
-    """A folder with the runs and files that the READMEs speak of; calling it runs a command there."""
-    place = tmp_path_factory.mktemp("workplace")
-    for name in ("quickstart", "eight-experts"):
-        shutil.copytree(trained.run_dir, place / "runs" / name)
-    (place / "configs").symlink_to(CONFIGS)
-    (place / "MoLE-160M-4E").symlink_to(ROOT / "tests" / "golden" / "mole")
-    small = [*small_overrides, "data.sources=[]"]
+def test_every_option_of_a_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (*EVERY, *commands("\n".join(IN_TEXT))):
+        if " -m src." in printed(words):
+            module, arguments = parts(words)
+            known = set(re.findall(r"--[a-z][a-z-]*", help_of(module, arguments, capsys)))
+            assert {word for word in arguments if word.startswith("--")} <= known, printed(words)
 
-    def run(module: str, arguments: list[str]) -> None:
-        if module == "src.train" and not {"--dry-run", "--print-config"}.intersection(arguments):
-            arguments = [*arguments, "--print-config"]
-        if module == "src.study":
-            arguments = [*arguments, "--dry-run"]
-        if module == "src.prepare_data":
-            arguments = [*arguments, *small]
-        main_of(module)(arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        yield run
+def test_every_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {module: examples(module, capsys) for module in MODULES}
+    assert [module for module, lines in shown.items() if not lines] == []
+    for module, arguments in (parts(words) for lines in shown.values() for words in lines):
+        help_of(module, arguments, capsys)
+    assert set(LISTED) <= {
+        printed(words) for words in (*EVERY, *(words for lines in shown.values() for words in lines))
+    }
+
+
+def test_a_command_that_is_no_module_must_be_listed() -> None:
+    with pytest.raises(AssertionError, match=r"`curl https://x\.org` is no module of this project; list it"):
+        parts(next(commands("curl https://x.org  # text")))
+
+
+Run = Callable[[list[str]], None]
+
+
+@pytest.fixture
+def run(small_overrides: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in a folder with the files that the READMEs speak of, with small settings appended."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("configs").symlink_to(CONFIGS)
+    Path("MoLE-160M-4E").symlink_to(ROOT / "tests" / "golden" / "mole")
+    Path("corpus").mkdir()
+    records = [json.dumps({"text": path.read_text()}) for path in sorted((STDLIB / "email").glob("*.py"))]
+    Path("corpus/email.jsonl.zst").write_bytes(zstandard.compress("\n".join(records).encode()))
+
+    def smaller(module: str, arguments: list[str]) -> list[str]:
+        """Return what a command takes on top; the quick start's micro-batch, larger than a device's share, stays."""
+        if {"--dry-run", "--print-config"}.intersection(arguments):
+            return []
+        stated = {"data.micro_batch_size", *(word.partition("=")[0] for word in arguments)}
+        small = [item for item in small_overrides if item.partition("=")[0] not in stated]
+        if module == "src.train":  # a resumed run keeps its own settings
+            return ["trainer.max_steps=35"] if "--resume" in arguments else [*small, "trainer.max_steps=30"]
+        return small if module == "src.prepare_data" else SMALLER.get(module, [])
+
+    def run(words: list[str]) -> None:
+        _, instead = LISTED.get(printed(words), ("", []))
+        if instead is None:
+            return
+        module, arguments = parts(words)
+        appended = instead if instead == DRY_RUN else [*smaller(module, arguments), *instead]
+        if "trainer.devices=2" in arguments:  # which Lightning starts again for the second rank
+            subprocess.run([sys.executable, "-m", module, *arguments, *appended], check=True)
+        else:
+            main_of(module)([*arguments, *appended])
+
+    return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_command_and_program_runs(page: Path, workplace: Callable[[str, list[str]], None]) -> None:
-    for module, arguments in commands(page):
-        workplace(module, arguments)
+def test_the_readmes_commands_run_in_their_order(run: Run) -> None:
+    for words in ON_PAGES[PAGES[0]]:
+        run(words)
+    for program in blocks(PAGES[0], "python"):
+        exec(compile(program, "README.md", "exec"), {})
+    assert Path("runs/quickstart/lut-nf4/manifest.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_the_other_pages_run(page: Path, run: Run, trained: RunResult) -> None:
+    shutil.copytree(trained.run_dir, "runs/quickstart")
+    for words in ON_PAGES[page]:
+        run(words)
     for program in blocks(page, "python"):
         exec(compile(program, str(page), "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_examples_of_every_help_run(run: Run, trained: RunResult, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(trained.run_dir, "runs/quickstart")
+    for words in [words for module in MODULES for words in examples(module, capsys)]:
+        if words not in EVERY:
+            run(words)
 
 
 @pytest.mark.slow

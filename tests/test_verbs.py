@@ -31,21 +31,6 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main: Callable[[Sequence[str]], None] = {
-        "train": train.main,
-        "evaluate": evaluate.main,
-        "generate": generate.main,
-        "reparameterize": reparameterize.main,
-        "verify": verify.main,
-    }[verb]
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    assert exit_.value.code == 0
-    assert f"example:\n  python -m src.{verb}" in capsys.readouterr().out
-
-
 def test_verbs_start_without_what_only_training_or_drawing_needs() -> None:
     verbs = ", ".join(f"src.{verb}" for verb in (*VERBS, "convert", "inspect_lut", "prepare_data"))
     unwanted = ("lightning", "torchmetrics", "matplotlib", "wandb", "datasets", "lm_eval", "scipy")

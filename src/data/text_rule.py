@@ -6,6 +6,7 @@ tokenizer has it as a special token, as another added token, or as an entry of i
 Importing this must stay cheap (no torch): every tokenizing process does.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -58,10 +59,9 @@ class TextRule:
     def reserved(self) -> dict[str, int]:
         """Tokens that stand for more than their characters, so that no text becomes them."""
         added = self.tokenizer.get_added_tokens_decoder().items()
-        special = (token_id for token_id, token in added if token.special or token.content in SEPARATORS)
-        names = {
-            self.tokenizer.id_to_token(each): each for each in (*self.before, *self.after, self.separator, *special)
-        }
+        special = [token_id for token_id, token in added if token.special or token.content in SEPARATORS]
+        placed = itertools.chain([self.separator], self.before, self.after, *_template(self.tokenizer))
+        names = {self.tokenizer.id_to_token(token_id): token_id for token_id in (*placed, *special)}
         needed = _needed_by_text(self.tokenizer)
         return {name: token_id for name, token_id in names.items() if name is not None and name not in needed}
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from src import prepare_data, train
@@ -14,6 +16,7 @@ from src.data.packed_corpus import prepare_corpus
 from src.data.text_rule import (
     PIECE_CHARACTERS,
     SEPARATORS,
+    TextRule,
     imported_rule,
     pieces,
     recorded_rule,
@@ -66,6 +69,7 @@ def word_piece_entry() -> tuple[Tokenizer, str]:
 
 KINDS = [special_token, added_token, unigram_entry, merged_entry, whole_word_entry, word_piece_entry]
 Make = Callable[[], tuple[Tokenizer, str]]
+MADE: dict[Make, tuple[Tokenizer, str, TextRule]] = {}
 
 
 def loaded(tokenizer: Tokenizer, tmp_path: Path) -> Tokenizer:
@@ -98,6 +102,32 @@ def test_text_without_separators_keeps_its_ids_and_the_tokenizer_its_identity(ma
     for text in [*sentences(20), "a  b", "s>", "</", " ", ""]:
         assert rule.encode(text) == made.encode(text, add_special_tokens=False).ids
     assert fingerprint(rule.tokenizer) == fingerprint(made)
+
+
+def unknown_entry() -> tuple[Tokenizer, str]:
+    """Its unknown token is special, as usual, and so is a part of a merge."""
+    names = {**merged_entry()[0].get_vocab(), "<unk>": 99}
+    merges = [("<", "/"), ("s", ">"), ("</", "s>"), ("</s>", "</s>")]
+    tokenizer = Tokenizer(models.BPE(names, merges, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>", "</"])
+    return tokenizer, "</s>"
+
+
+@pytest.mark.parametrize("make", [*KINDS, unknown_entry])
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_whatever_is_written_no_text_becomes_a_reserved_token(make: Make, data: st.DataObject) -> None:
+    if make not in MADE:
+        made, name = make()
+        MADE[make] = made, name, training_rule(made, "here", name)
+    made, name, rule = MADE[make]
+    parts = st.sampled_from([name, *rule.reserved, "</", "s>", "a", " ", "<", ">", "\n", "\u00e9", "\U0001f600"])
+    text = "".join(data.draw(st.lists(parts, max_size=12)))
+    ids = rule.encode(text)
+    unknown = {rule.tokenizer.token_to_id("<unk>"), rule.tokenizer.token_to_id("[UNK]")}
+    assert not ({*rule.reserved.values()} - unknown) & {*ids}
+    if not any(reserved in text for reserved in rule.reserved):
+        assert ids == made.encode(text, add_special_tokens=False).ids
 
 
 def test_added_tokens_that_stand_for_their_characters_are_text(tmp_path: Path) -> None:

@@ -5,14 +5,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from src.cli import number, parser, run_verb
 from src.studies.cells import Choice, require_known, runs_root
-from src.studies.definition import load_study
+from src.studies.definition import Study, load_study
+from src.studies.figures import draw_figures
+from src.studies.page import write_page
 from src.studies.plan import print_plan
+from src.studies.rows import read_rows
 from src.studies.runner import Runner
+from src.studies.summary import Summary
 from src.system.console import stderr_console
+from src.system.hardware import usable_cores
 from src.system.signals import STOP_SIGNALS
 
 
@@ -27,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--seeds", type=_seeds, metavar="0,1", help="only these seeds")
     options.add_argument("--jobs", type=number(int, 1, 1024), default=1, help="cells at a time, which share the cores")
     options.add_argument("--dry-run", action="store_true", help="list the cells and what they cost, and stop")
+    options.add_argument("--report", action="store_true", help="write the page from results.csv alone, and stop")
     options.add_argument("--rerun", action="store_true", help="run the chosen cells again, replacing their results")
     options.add_argument(
         "overrides",
@@ -45,15 +52,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     require_known(study, choice)
     if given.dry_run:
-        print_plan(study, choice, Console())
+        torch.set_num_threads(max(1, usable_cores() // given.jobs))
+        print_plan(study, choice, given.jobs, Console())
+        return
+    if given.report:
+        report(study)
         return
     root = runs_root(study, choice)
     runner = Runner(study=study, choice=choice, root=root, jobs=given.jobs, rerun=given.rerun, tell=_tell)
     runner.run()
+    report(study)
     if runner.failures:
         for name, reason in runner.failures.items():
             _tell(f"no result: {name}: {reason}")
         sys.exit(1)
+
+
+def report(study: Study) -> None:
+    """Write the page and its plots from `results.csv`."""
+    summary = Summary(study, read_rows(study.results_path))
+    if summary.arms:
+        draw_figures(summary, study.path.parent)
+    write_page(summary)
+    _tell(f"{study.page_path}: written from {len(summary.rows)} results")
 
 
 def _names(text: str) -> list[str]:

@@ -1,19 +1,34 @@
-"""What the cells of a study cost, before they run."""
+"""What the cells of a study cost, before they run: tokens, FLOPs, disk, and time from one measured step of each arm."""
 
-from collections.abc import Sequence
+import contextlib
+import time
+from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 
 from src.accounting.account import count_parameters
 from src.accounting.flops import estimated_unique_ids, step_flops
 from src.config import RunConfig
+from src.model import Transformer
+from src.model.loss import next_token_loss
 from src.studies.cells import Cell, Choice, reported_cells, search_cells
 from src.studies.definition import Study, arm_config
 from src.studies.rows import find, read_rows
 from src.system.console import text_table
+from src.training.optimization import build_optimizer
 
 _STORED_COPIES = 4
 """Of each float32 weight on disk after a run: itself, and in the checkpoint with AdamW's two moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one cell costs."""
+
+    tokens: int
+    flops: float
+    disk_bytes: int
 
 
 def planned_cells(study: Study, choice: Choice) -> list[Cell]:
@@ -22,43 +37,71 @@ def planned_cells(study: Study, choice: Choice) -> list[Cell]:
     return [*search_cells(study, {cell.arm.family for cell in cells}), *cells]
 
 
-def training_tokens(config: RunConfig) -> int:
-    """Return the tokens of all steps."""
-    return config.trainer.max_steps * config.data.global_batch_size * config.data.sequence_length
-
-
-def training_flops(config: RunConfig) -> float:
-    """Return the operations of a run, distinct ids of a micro-batch estimated."""
-    data, model = config.data, config.model
+def cost_of(config: RunConfig) -> Cost:
+    """Count a run, with the distinct ids of a micro-batch estimated."""
+    data, model, steps = config.data, config.model, config.trainer.max_steps
     micro_batches = data.micro_batches_per_step(1)
     ids = micro_batches * estimated_unique_ids(data.micro_batch_size * data.sequence_length, model.vocab_size)
     shape = (micro_batches, data.micro_batch_size, data.sequence_length)
-    return config.trainer.max_steps * step_flops(model, shape, ids)
-
-
-def disk_bytes(config: RunConfig) -> int:
-    """Return what a run leaves on disk: weights, checkpoint and table."""
-    parameters = count_parameters(config.model)
-    table = 2 * parameters.offloaded if config.model.architecture == "mole" else 0
-    return _STORED_COPIES * 4 * parameters.trained + table
-
-
-def print_plan(study: Study, choice: Choice, console: Console) -> None:
-    """Print the cells in order, which of them have a result, and what each costs."""
-    rows = read_rows(study.results_path)
-    table = text_table(study.title, "cell", "", "tokens", "FLOPs", "disk", texts=("cell", ""))
-    left: Sequence[RunConfig] = []
-    for cell in planned_cells(study, choice):
-        config = arm_config(cell.arm, choice.corpus, choice.overrides)
-        is_done = find(rows, *cell.key) is not None
-        left = [*left, *([] if is_done else [config])]
-        figures = f"{training_tokens(config):,}", f"{training_flops(config):.2e}", f"{disk_bytes(config) / 1e6:,.0f} MB"
-        table.add_row(cell.name, "has a result" if is_done else "", *figures)
-    table.add_section()
-    totals = (
-        f"{sum(map(training_tokens, left)):,}",
-        f"{sum(map(training_flops, left)):.2e}",
-        f"{sum(map(disk_bytes, left)) / 1e6:,.0f} MB",
+    parameters = count_parameters(model)
+    table = 2 * parameters.offloaded if model.architecture == "mole" else 0
+    return Cost(
+        tokens=steps * data.global_batch_size * data.sequence_length,
+        flops=steps * step_flops(model, shape, ids),
+        disk_bytes=_STORED_COPIES * 4 * parameters.trained + table,
     )
-    table.add_row(f"{len(left)} cells to run", "", *totals, style="bold")
+
+
+def measure_step(config: RunConfig) -> float:
+    """Return the seconds of one optimizer step on the CPU, on random ids, after one that warms up."""
+    data, precision = config.data, config.trainer.resolved_precision
+    model = Transformer(config.model).to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+    size = data.micro_batch_size, data.sequence_length + 1
+    ranks = torch.rand(size, generator=torch.Generator().manual_seed(0)) * torch.log(
+        torch.tensor(model.config.vocab_size)
+    )
+    token_ids = ranks.exp().long().clamp(max=model.config.vocab_size - 1)  # few ids are frequent, as in text
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        for _ in range(data.micro_batches_per_step(1)):
+            autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+            with autocast:
+                hidden = model.hidden_states(token_ids[:, :-1])
+                loss = next_token_loss(hidden, model.head, token_ids[:, 1:])
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+    return seconds
+
+
+def print_plan(study: Study, choice: Choice, jobs: int, console: Console) -> None:
+    """Print the cells in order, which of them have a result, and what each of the others costs."""
+    rows, left, seconds = read_rows(study.results_path), list[tuple[Cost, float]](), dict[str, float]()
+    table = text_table(study.title, "cell", "", "tokens", "FLOPs", "disk", "time", texts=("cell", ""))
+    for cell in planned_cells(study, choice):
+        if find(rows, *cell.key) is not None:
+            table.add_row(cell.name, "has a result")
+            continue
+        config = arm_config(cell.arm, choice.corpus, choice.overrides)
+        if cell.arm.name not in seconds:
+            seconds[cell.arm.name] = measure_step(config)
+        cost, duration = cost_of(config), config.trainer.max_steps * seconds[cell.arm.name]
+        left.append((cost, duration))
+        table.add_row(cell.name, "", *_shown(cost, duration))
+    table.add_section()
+    total = Cost(
+        tokens=sum(cost.tokens for cost, _ in left),
+        flops=sum(cost.flops for cost, _ in left),
+        disk_bytes=sum(cost.disk_bytes for cost, _ in left),
+    )
+    time_left = sum(duration for _, duration in left) / jobs
+    table.add_row(f"{len(left)} to run, {jobs} at a time", "", *_shown(total, time_left), style="bold")
     console.print(table)
+    console.print("time: of training alone, from one step of each arm, measured here and now", style="dim")
+
+
+def _shown(cost: Cost, seconds: float) -> tuple[str, str, str, str]:
+    return f"{cost.tokens:,}", f"{cost.flops:.2e}", f"{cost.disk_bytes / 1e6:,.0f} MB", f"{seconds / 60:.1f} min"

@@ -114,7 +114,9 @@ def find(rows: Sequence[Row], arm: str, seed: int, value: str = "") -> Row | Non
     return next((row for row in rows if row.key == (arm, seed, value)), None)
 
 
-def _parse(text: str, kind: type) -> Any:
+def _parse(text: str | None, kind: type) -> Any:
+    if text is None:
+        raise ValueError("has fewer fields than there are columns")
     if kind is float:
         return float(text) if text else math.nan
     return kind(text)

@@ -57,7 +57,7 @@ def test_arms_differ_in_model_and_losses_alone(path: Path) -> None:
 
 
 def test_there_are_studies() -> None:
-    assert [path.parent.name for path in STUDIES] == ["family-code", "family-prose"]
+    assert [path.parent.name for path in STUDIES] == ["example", "family-code", "family-prose"]
 
 
 def test_cells_come_seed_by_seed_and_required_arms_first(tmp_path: Path) -> None:

@@ -1,0 +1,260 @@
+"""The page of a study, `README.md` beside its definition: Markdown from the definition and `results.csv` alone."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from src.studies.cells import best_value
+from src.studies.definition import Search, Study
+from src.studies.figures import CURVES, MEMORY, kind
+from src.studies.rows import FREQUENCIES, Row, find, read_rows
+from src.studies.statistics import MeanDifference
+from src.studies.summary import ArmRows, Summary
+from src.system.files import write_text
+
+_FIGURES = ("nats per token", "95 % interval", "p")
+_HOW_TO_READ = """\
+A negative difference means that the first arm has the lower loss. An interval within the smallest difference of
+interest is too small to matter; one that holds 0 and reaches beyond it shows no difference at this resolution, which
+leaves the hypothesis undecided. The test is Student's paired t test over seeds; p is not corrected for the number of
+hypotheses."""
+_ABOUT_LOSSES = """
+
+Mean and standard error over seeds. A seed decides initial weights and the order of windows, which is the same in every
+arm; the held-out text is the same in every cell."""
+_ABOUT_COSTS = """
+
+Parameters: trained; in memory at inference, with experts or table offloaded; offloaded. Read per token: of what is
+offloaded, in 16 bit, for MoE at most, with no expert in memory. FLOPs: experts that read embeddings count once for each
+distinct token of a micro-batch, as they ran. Seconds: of training, at the median speed of its steps; other work on the
+machine slows them, so they are no benchmark."""
+_ABOUT_CONTROLS = """
+
+The loss when a trained model's rows are replaced, and its rise: zeros take the experts away, a permutation gives each
+token the row of another."""
+
+
+def write_page(summary: Summary) -> None:
+    """Write the page, whole or not at all."""
+    write_text(summary.study.page_path, "\n\n".join(_sections(summary)) + "\n")
+
+
+def _sections(summary: Summary) -> Iterator[str]:
+    study = summary.study
+    yield f"# {study.title}"
+    yield (
+        f"Written by `python -m src.study --study configs/studies/{study.name}/study.yaml --report` from "
+        "[the definition](study.yaml) and [its results](results.csv)."
+    )
+    yield f"## What was asked\n\n{study.question}"
+    if not summary.arms:
+        yield "No cell has a result yet."
+        return
+    yield f"## What was found\n\n{_answers(summary)}"
+    yield f"![Held-out loss against weights in memory]({MEMORY})"
+    yield f"## Losses\n\n{_losses(summary)}"
+    yield f"![Validation loss over steps]({CURVES})"
+    yield f"## Differences from {study.arms[study.baseline].label}\n\n{_differences(summary)}"
+    yield f"## Costs\n\n{_costs(summary)}"
+    if controls := _controls(summary):
+        yield f"## What the rows are worth\n\n{controls}"
+    yield f"## Loss by how often the predicted token occurs in the training text\n\n{_frequencies(summary)}"
+    if study.search is not None:
+        yield f"## The search of `{study.search.key}`\n\n{_search(study, study.search, summary.rows)}"
+    if study.notes:
+        yield f"## The text\n\n{study.notes}"
+    yield f"## How it was run\n\n{_provenance(summary)}"
+
+
+def _answers(summary: Summary) -> str:
+    study = summary.study
+    lines = _table("hypothesis, written before the runs", "expected", "found", "", *_FIGURES, texts=4)
+    for item in study.hypotheses:
+        found = summary.compare(item.arm, item.than)
+        names = f"{study.arms[item.arm].label} against {study.arms[item.than].label}"
+        over = found.over_seeds
+        figures = ("", "", "") if over is None else (_signed(over.mean, over.stderr), _interval(over), _p(over.p_value))
+        test = f" ({found.test})" if "window" in found.test else ""
+        answer = f"**{summary.answer(item)}**"
+        lines.append(_line(f"{names}. {item.because}", item.expect, f"{found.verdict}{test}", answer, *figures))
+    smallest = f"\n\nThe smallest difference of interest is {study.smallest_difference:g} nats per token. "
+    return "\n".join(lines) + smallest + _HOW_TO_READ
+
+
+def _losses(summary: Summary) -> str:
+    lines = _table("", "seeds", "held-out loss, nats per token", "bits per byte", "from the table")
+    for arm in summary.arms.values():
+        lookup = arm.mean(lambda row: row.lookup_loss)
+        lines.append(
+            _line(
+                arm.arm.label,
+                ", ".join(str(row.seed) for row in arm.rows),
+                _with_error(arm, lambda row: row.held_out_loss),
+                _with_error(arm, lambda row: row.bits_per_byte),
+                _number(lookup),
+            )
+        )
+    missing = f"\n\nNo result yet: {', '.join(summary.missing)}." if summary.missing else ""
+    return "\n".join(lines) + _ABOUT_LOSSES + missing
+
+
+def _differences(summary: Summary) -> str:
+    study = summary.study
+    seeds = sorted({row.seed for arm in summary.arms.values() for row in arm.rows})
+    lines = _table("", "verdict", *_FIGURES, *(f"seed {seed}, by window" for seed in seeds), texts=2)
+    for name, arm in summary.arms.items():
+        if name == study.baseline:
+            continue
+        found = summary.compare(name, study.baseline)
+        over = found.over_seeds
+        figures = ("", "", "") if over is None else (_signed(over.mean, over.stderr), _interval(over), _p(over.p_value))
+        within = [found.by_window.get(seed) for seed in seeds]
+        cells = ["" if item is None else _signed(item.mean, item.stderr) for item in within]
+        lines.append(_line(arm.arm.label, found.verdict, *figures, *cells))
+    windows = max((item.pairs for arm in summary.arms for item in _by_window(summary, arm)), default=0)
+    return "\n".join(lines) + (
+        "\n\nNats per token, arm minus baseline, with standard errors. Over seeds: paired by seed, Student's paired t "
+        f"test. By window: within one seed, paired by held-out window ({windows} of them); neighboring windows may be "
+        "from one document, so these errors are on the small side, and they say nothing about other seeds."
+    )
+
+
+def _by_window(summary: Summary, arm: str) -> Sequence[MeanDifference]:
+    return list(summary.compare(arm, summary.study.baseline).by_window.values())
+
+
+def _costs(summary: Summary) -> str:
+    headings = ("trained", "resident", "offloaded", "read per token", "training FLOPs", "tokens", "seconds")
+    lines = _table("", *headings)
+    for arm in summary.arms.values():
+        row = arm.rows[0]
+        lines.append(
+            _line(
+                arm.arm.label,
+                _millions(row.trained_parameters),
+                _millions(row.resident_parameters),
+                _millions(row.offloaded_parameters),
+                f"{row.bytes_per_token:,} B" if row.bytes_per_token else "0",
+                f"{arm.mean(lambda row: row.training_flops):.3g}",
+                f"{row.tokens:,}",
+                f"{arm.mean(lambda row: row.seconds):,.0f}",
+            )
+        )
+    return "\n".join(lines) + _ABOUT_COSTS
+
+
+def _controls(summary: Summary) -> str:
+    arms = [arm for arm in summary.arms.values() if kind(arm) == "mole"]
+    if not arms:
+        return ""
+    lines = _table("", "held-out loss", "rows replaced by zeros", "rows permuted over ids", "router entropy, nats")
+    for arm in arms:
+        lines.append(
+            _line(
+                arm.arm.label,
+                _number(arm.mean(lambda row: row.held_out_loss)),
+                _rise(arm, lambda row: row.zeroed_loss),
+                _rise(arm, lambda row: row.permuted_loss),
+                _number(arm.mean(lambda row: row.router_entropy), 3),
+            )
+        )
+    return "\n".join(lines) + _ABOUT_CONTROLS
+
+
+def _frequencies(summary: Summary) -> str:
+    names = [f"loss_seen_{least}" for least in FREQUENCIES]
+    used = [name for name in names if any(math.isfinite(getattr(row, name)) for row in summary.rows)]
+    titles = [_band(int(name.rpartition("_")[2])) for name in used]
+    lines = _table("", *titles)
+    for arm in summary.arms.values():
+        lines.append(_line(arm.arm.label, *(_number(arm.mean(_getter(name)), 3) for name in used)))
+    return "\n".join(lines) + "\n\nNats per token, mean over seeds."
+
+
+def _getter(name: str) -> Callable[[Row], float]:
+    return lambda row: getattr(row, name)
+
+
+def _band(least: int) -> str:
+    return "never" if least == 0 else f"{least:,} to {10 * least - 1:,} times"
+
+
+def _search(study: Study, search: Search, own_rows: Sequence[Row]) -> str:
+    elsewhere = search.study != study.path.resolve()
+    rows = read_rows(search.study.parent / "results.csv") if elsewhere else own_rows
+    if elsewhere:
+        chosen = {family: best_value(search, family, rows) for family in search.families}
+        values = ", ".join(f"{family} {value}" for family, value in chosen.items() if value is not None)
+        return f"Values are those of [another study](../{search.study.parent.name}/README.md): {values or 'not yet'}."
+    lines = _table("family, searched on", *search.values, "used")
+    for family, arm in search.families.items():
+        found = [find(rows, arm, search.seed, value) for value in search.values]
+        best = best_value(search, family, rows)
+        losses = ["" if row is None else _number(row.held_out_loss) for row in found]
+        edge = " (at the edge of what was tried)" if best in (search.values[0], search.values[-1]) else ""
+        lines.append(_line(f"{family}, {study.arms[arm].label}", *losses, f"{best or ''}{edge}"))
+    return "\n".join(lines) + (
+        f"\n\nHeld-out loss with seed {search.seed}, which is of no reported cell. Every arm of a family uses the best "
+        "value of its family."
+    )
+
+
+def _provenance(summary: Summary) -> str:
+    rows = summary.rows
+    machines = sorted({f"{row.machine}, {row.threads} thread{'s' if row.threads > 1 else ''} a cell" for row in rows})
+    corpora = sorted({row.corpus for row in rows})
+    by_commit: dict[str, list[str]] = {}
+    for row in rows:
+        cell = f"{row.arm}{f'-{row.value}' if row.value else ''}-s{row.seed}"
+        by_commit.setdefault(row.commit, []).append(cell)
+    lines = [
+        f"- {len(rows)} cells; {'; '.join(machines)}",
+        f"- corpus {', '.join(corpora)}" + (" (only cells on the same one are compared)" if corpora[1:] else ""),
+    ]
+    most = max(by_commit, key=lambda commit: len(by_commit[commit]))
+    lines.append(f"- commit {most}" + (", but for the following cells" if len(by_commit) > 1 else ""))
+    lines += [f"- commit {commit}: {', '.join(cells)}" for commit, cells in by_commit.items() if commit != most]
+    return "\n".join(lines)
+
+
+def _table(*headings: str, texts: int = 1) -> list[str]:
+    """Return the first lines of a table whose columns after the first `texts` hold numbers."""
+    return [_line(*headings), _line(*("---" if index < texts else "---:" for index in range(len(headings))))]
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else ("" if math.isnan(value) else "diverged")
+
+
+def _with_error(arm: ArmRows, value: Callable[[Row], float]) -> str:
+    center, error = arm.mean(value), arm.stderr(value)
+    if math.isnan(center):
+        return "diverged"
+    return _number(center) + (f" ± {error:.4f}" if math.isfinite(error) else "")
+
+
+def _signed(value: float, error: float) -> str:
+    if math.isnan(value):
+        return "diverged"
+    return f"{value:+.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
+
+
+def _interval(difference: MeanDifference) -> str:
+    return f"{difference.low:+.4f} to {difference.high:+.4f}" if math.isfinite(difference.low) else ""
+
+
+def _p(value: float) -> str:
+    return "" if math.isnan(value) else (f"{value:.2g}" if value >= 1e-4 else "< 0.0001")
+
+
+def _rise(arm: ArmRows, value: Callable[[Row], float]) -> str:
+    changed = arm.mean(value)
+    rise = changed - arm.mean(lambda row: row.held_out_loss)
+    return "" if math.isnan(changed) else f"{changed:.4f} ({rise:+.4f})"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count else "0"

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from src.errors import UserError
-from src.system.files import expand_home, out_of_files
+from src.system.files import expand_home, out_of_files, require_writable
 
 
 def run_verb(main: Callable[[], None]) -> None:
@@ -75,6 +75,16 @@ def output_file(text: str) -> Path:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be written ({reason}); name another file") from error
+    return path
+
+
+def output_directory(text: str) -> Path:
+    """Read an option that names a directory to write in; it is refused, before any work, where that cannot be done."""
+    path = _path(text)
+    try:
+        require_writable(repr(text[:80]), path)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return path
 
 

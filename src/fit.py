@@ -43,7 +43,7 @@ from src.system.hardware import processor_name
 from src.system.private_api import run_hooks_without_steps
 from src.system.ranks import ReportedFailureError, is_rank_zero
 from src.system.signals import Preempted, StopSignals
-from src.training.checkpoints import explain_write_failure, explaining_write_failures
+from src.training.checkpoints import explaining_write_failures
 from src.training.lightning_module import LanguageModel
 from src.training.resume import Resumption, start_from_run
 from src.training.strategy import ShardedStrategy, StreamingCheckpointIO
@@ -87,23 +87,21 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
     ]
     failed = True
     try:
-        trainer = build_trainer(config, callbacks, loggers)
-        checkpoint = None if start is None else start.checkpoint
-        trainer.fit(module, PackedDataModule(corpus, config.data, text.windows), ckpt_path=checkpoint)
+        with explaining_write_failures(run.directory.path):
+            trainer = build_trainer(config, callbacks, loggers)
+            checkpoint = None if start is None else start.checkpoint
+            trainer.fit(module, PackedDataModule(corpus, config.data, text.windows), ckpt_path=checkpoint)
         failed = False
     except Preempted:
         failed = False
         raise
     except BaseException as error:
-        explained = explain_write_failure(error, run.directory.path)
-        if signals.received and not (explained or isinstance(error, TrainingError)):  # of how other ranks ended
+        if signals.received and not isinstance(error, TrainingError):  # a consequence of how other ranks ended
             failed = False
             raise Preempted(signals.received) from error
         signals.restore()  # nothing that follows needs to be protected from them
         if failure.reported:
             raise ReportedFailureError from error
-        if explained is not None:
-            raise explained from error
         raise
     finally:
         close_loggers(loggers, failed=failed)

@@ -23,7 +23,7 @@ from src.lut.scan import read_token_counts
 from src.lut.sources import COMPUTE_DTYPES, open_source
 from src.run_directory import RunDirectory, identify_weights
 from src.system.console import progress_bar, stderr_console
-from src.system.files import expand_home
+from src.system.files import expand_home, require_writable
 from src.training.checkpoints import linked, read_weights
 
 DEFAULT_PRECISION = "bfloat16"
@@ -35,9 +35,9 @@ def adopt_checkpoint(run: RunDirectory, checkpoint: str, *, overwrite: bool) -> 
     RunError when the checkpoint does not exist, or the run already holds other weights and `overwrite` is off.
     """
     path = linked(run.checkpoints_path / f"{checkpoint}.ckpt" if checkpoint in ("last", "best") else Path(checkpoint))
-    if not path.exists():
+    if not (path.is_file() or (path / ".metadata").is_file()):
         names = sorted(path.stem for path in run.checkpoints_path.glob("*.ckpt"))
-        raise RunError(f"{path}: no such checkpoint; this run has {', '.join(names) or 'none'}")
+        raise RunError(f"--checkpoint {checkpoint}: no such checkpoint; this run has {', '.join(names) or 'none'}")
     weights = read_weights(path)
     if run.backbone_path.is_file() and not overwrite:
         if identify_weights(weights) != run.identity():
@@ -84,14 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and build."""
     given = _options(arguments)
     run, console = RunDirectory(given.run).require(), stderr_console()
+    lut_dir, memory_bytes = run.lut_path(given.lut), given.memory_mb * 2**20
+    if not given.dry_run:
+        require_writable("--lut", lut_dir)
     if given.checkpoint is not None:
+        require_writable("--run", run.path)
         adopt_checkpoint(run, given.checkpoint, overwrite=given.overwrite)
     if given.from_lut is None:
         source, token_counts = open_source(run, given.compute_dtype), _token_counts(run)
     else:
         read_manifest(run.lut_path(given.from_lut))  # names a missing table; `open_source` would name a missing run
         source, token_counts = open_source(run.lut_path(given.from_lut)), None
-    lut_dir, memory_bytes = run.lut_path(given.lut), given.memory_mb * 2**20
     dtype = given.dtype or (recorded_precision(lut_dir) if given.resume else None) or DEFAULT_PRECISION
     if given.dry_run:
         planned = plan(source, lut_dir, dtype=dtype, memory_bytes=memory_bytes, resume=given.resume)

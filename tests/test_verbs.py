@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from src import convert, evaluate, generate, inspect_lut, prepare_data, reparameterize, train, verify
+from src.benchmarks import build, data, decode, figure, lookup, loss
+from src.benchmarks import train as benchmark_train
 from src.cli import run_verb
 from src.data.tokenizer import fingerprint, load_tokenizer
-from src.errors import LutError, UserError
+from src.errors import LutError, RunError, UserError
 from src.lut import LutStore, build_lut, read_manifest
 from src.lut.scan import read_token_counts
 from src.run_directory import RunDirectory
@@ -365,6 +367,51 @@ def test_an_output_that_cannot_be_written_is_named_by_its_flag(trained: RunResul
     for place in (unwritable(tmp_path)[1], "/proc/runs"):
         with pytest.raises(UserError, match=r"^--output: .* cannot be written"):
             convert.main(["--to", "official", "--input", str(trained.run_dir), "--output", place])
+
+
+def test_a_table_that_cannot_be_written_is_named_by_its_flag_before_any_work(
+    trained: RunResult, tmp_path: Path
+) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(trained.run_dir, run, symlinks=True)
+    (run / "backbone.safetensors").unlink()
+    before = sorted(run.rglob("*"))
+    for place in unwritable(tmp_path):
+        for more in ([], ["--checkpoint", "last"], ["--from-lut", "lut"]):
+            with pytest.raises(UserError, match=r"^--lut: .* cannot be written|is no path"):
+                reparameterize.main(["--run", str(run), "--lut", place, *more])
+    assert sorted(run.rglob("*")) == before
+
+
+def test_what_is_no_checkpoint_is_named(trained: RunResult, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("not a checkpoint")
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    torch.save({"state_dict": {}}, tmp_path / "of-nothing")
+    torch.save([1, 2], tmp_path / "a-list")
+    checkpoint = trained.run_dir / "checkpoints" / "last.ckpt"
+    (tmp_path / "cut").write_bytes(checkpoint.read_bytes()[:100_000])
+    for name in ("text", "empty", "of-nothing", "a-list", "cut"):
+        with pytest.raises(
+            RunError, match=rf"{name}: (not a readable checkpoint \(.+\)|holds no weights of a model); "
+        ):
+            reparameterize.main(["--run", str(trained.run_dir), "--checkpoint", str(tmp_path / name), "--lut", "new"])
+    for name in ("", "nowhere", str(tmp_path / "folder")):
+        with pytest.raises(RunError, match=rf"^--checkpoint {name or '.'}: no such checkpoint; this run has best, la"):
+            reparameterize.main(["--run", str(trained.run_dir), "--checkpoint", name, "--lut", "new"])
+    assert not (trained.run_dir / "new").exists()
+
+
+def test_outputs_of_benchmarks_are_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {build: ("--json", "--directory"), data: ("--json", "--directory"), loss: ("--output",)}
+    flags |= {lookup: ("--output", "--directory"), decode: ("--output",), figure: ("--output",)}
+    for verb, names in {**flags, benchmark_train: ("--json", "--plot", "--cache-dir")}.items():
+        for name in names:
+            for place in unwritable(tmp_path)[1:]:
+                with pytest.raises(SystemExit) as exit_:
+                    verb.main([name, place if name in ("--directory", "--cache-dir") else f"{place}/file"])
+                assert exit_.value.code == 2
+                assert f"argument {name}: " in capsys.readouterr().err.splitlines()[-1]
 
 
 BYTES_THAT_ARE_NO_TEXT = os.fsdecode(b"caf\xe9")

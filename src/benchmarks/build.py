@@ -24,7 +24,7 @@ from rich.table import Table
 
 from src.benchmarks.common import SHAPES, describe_machine, machine_line, model_config
 from src.benchmarks.memory_use import sampled_peak
-from src.cli import parser, run_verb
+from src.cli import output_directory, output_file, parser, run_verb
 from src.lut import build_lut
 from src.lut.codecs import CODECS
 from src.lut.plan import plan
@@ -191,8 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--dtype", choices=tuple(CODECS), default="bfloat16", help="precision (default: bfloat16)")
     options.add_argument("--compute-dtype", choices=tuple(COMPUTE_DTYPES), default="float32", help="default: float32")
     options.add_argument("--from", dest="source", choices=("run", "model"), default="run", help="default: run")
-    options.add_argument("--directory", type=Path, default=Path("runs"), help="where to build (default: runs)")
-    options.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
+    options.add_argument(
+        "--directory", type=output_directory, default=Path("runs"), help="where to build (default: runs)"
+    )
+    options.add_argument("--json", type=output_file, metavar="FILE", help="also write every figure as JSON")
     given = options.parse_args(arguments)
     config = model_config(given.shape)
     config = replace(config, num_layers=given.layers or config.num_layers)

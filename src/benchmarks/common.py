@@ -18,11 +18,12 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from src.cli import output_directory, output_file
 from src.config import load_config
 from src.lut.codecs import CODECS
 from src.model import ModelConfig
 from src.system.console import Advance
-from src.system.files import write_text
+from src.system.files import atomic_path, write_text
 from src.system.hardware import processor_name, usable_cores
 
 Value = TypeVar("Value")
@@ -120,7 +121,8 @@ def bars(groups: Mapping[str, Timings], path: Path, label: str, scale: float) ->
         panel.set_xscale("log")
         panel.set_title(title)
         panel.set_xlabel(label)
-    figure.savefig(path, dpi=120)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
@@ -151,7 +153,9 @@ def add_common_options(options: argparse.ArgumentParser) -> None:
     """Add what to measure, where, and with which text."""
     options.add_argument("--shape", choices=SHAPES, default="160m-4e", help="sizes of the model (default: 160m-4e)")
     options.add_argument("--dtype", choices=tuple(CODECS), default="bfloat16", help="of the table (default: bfloat16)")
-    options.add_argument("--directory", type=Path, default=Path("runs"), help="disk to measure (default: runs)")
+    options.add_argument(
+        "--directory", type=output_directory, default=Path("runs"), help="disk to measure (default: runs)"
+    )
     add_text_options(options)
 
 
@@ -159,7 +163,9 @@ def add_text_options(options: argparse.ArgumentParser) -> None:
     """Add which text is used, and where figures go."""
     options.add_argument("--corpus", type=Path, nargs="+", default=[], help="text files (default: standard library)")
     options.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: a BPE trained on the corpus)")
-    options.add_argument("--output", type=Path, metavar="FILE.json", help="write it, and a plot with the same name")
+    options.add_argument(
+        "--output", type=output_file, metavar="FILE.json", help="write it, and a plot with the same name"
+    )
 
 
 def report(

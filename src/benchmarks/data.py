@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from src.benchmarks.common import describe_machine, machine_line
 from src.benchmarks.memory_use import sampled_peak
 from src.benchmarks.workload import read_texts
-from src.cli import parser, run_verb
+from src.cli import output_directory, output_file, parser, run_verb
 from src.data.config import DataConfig, TokenizerConfig
 from src.data.datamodule import StepWindows
 from src.data.packed_corpus import prepare_corpus
@@ -158,8 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: one trained on the text)")
     options.add_argument("--vocab-size", type=int, default=16384, help="of the trained tokenizer (default: 16384)")
     options.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"), help="config of the verb")
-    options.add_argument("--directory", type=Path, default=Path(".cache/benchmark-data"), help="where files go")
-    options.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
+    options.add_argument(
+        "--directory", type=output_directory, default=Path(".cache/benchmark-data"), help="where files go"
+    )
+    options.add_argument("--json", type=output_file, metavar="PATH", help="also write the figures there")
     given = options.parse_args(arguments)
     given.directory.mkdir(parents=True, exist_ok=True)
     machine, result = describe_machine(), measure(given)

@@ -25,7 +25,7 @@ from torch import Tensor
 from src.accounting.flops import count_computed_ids, step_flops
 from src.benchmarks.common import SIZES, Value, dense_config, describe_machine, machine_line, take_turns
 from src.benchmarks.memory_use import peak_bytes
-from src.cli import parser, run_verb
+from src.cli import output_directory, output_file, parser, run_verb
 from src.data.config import DataConfig, TokenizerConfig
 from src.data.packed_corpus import prepare_corpus
 from src.data.windows import training_windows
@@ -253,7 +253,7 @@ def read_text(options: argparse.Namespace) -> Text:
         tokenizer=TokenizerConfig(path=options.tokenizer, vocab_size=options.vocab_size),
         sequence_length=options.sequence_length,
         validation_fraction=0.2,  # so that a few files split too
-        cache_dir=options.cache_dir,
+        cache_dir=str(options.cache_dir),
     )
     corpus = prepare_corpus(config)
     samples = np.arange(options.windows, dtype=np.int64)
@@ -390,10 +390,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--files", nargs="*", default=[], help="text files; Python's standard library by default")
     options.add_argument("--tokenizer", type=expand_home, help="tokenizer.json; a BPE trained on the files by default")
     options.add_argument("--vocab-size", type=int, default=16384, help="entries of that BPE (default: 16384)")
-    options.add_argument("--cache-dir", default=".cache/data", help="where tokenized text is kept")
+    options.add_argument(
+        "--cache-dir", type=output_directory, default=".cache/data", help="where tokenized text is kept"
+    )
     options.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    options.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
-    options.add_argument("--plot", type=Path, metavar="FILE", help="also measure growing micro-batches and draw a PNG")
+    options.add_argument("--json", type=output_file, metavar="FILE", help="also write every figure as JSON")
+    options.add_argument(
+        "--plot", type=output_file, metavar="FILE", help="also measure growing micro-batches and draw a PNG"
+    )
     return options.parse_args(arguments)
 
 

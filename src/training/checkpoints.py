@@ -14,12 +14,13 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from src.errors import DISK_FULL, LutWriteError, TrainingError
+from src.errors import DISK_FULL, LutWriteError, RunError, TrainingError
 from src.system.files import free_bytes, sync_directory, system_error
 
 _ENTRY = re.compile(r"step-(\d+)\.ckpt")
@@ -212,11 +213,20 @@ _FILE_PREFIX, _PARTS_PREFIX = "model.", "state_dict.model."
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return a checkpoint's weights by their names in `Transformer`.
 
-    A whole checkpoint is mapped, not read; the parts of ranks are joined in memory.
+    A whole checkpoint is mapped, not read; the parts of ranks are joined in memory. RunError where `path` is none.
     """
     path = linked(path)
-    if path.is_dir():
-        return _read_parts(path)
+    try:
+        weights = _read_parts(path) if path.is_dir() else _read_whole(path)
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, UnpicklingError) as error:
+        reason = str(error).partition("\n")[0][:120] or type(error).__name__
+        raise RunError(f"{path}: not a readable checkpoint ({reason}); name another one, or copy it again") from error
+    if not weights:
+        raise RunError(f"{path}: holds no weights of a model; name a checkpoint that was written here")
+    return weights
+
+
+def _read_whole(path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
     return {name.removeprefix(_FILE_PREFIX): state[name] for name in state if name.startswith(_FILE_PREFIX)}
 

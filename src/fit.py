@@ -46,7 +46,7 @@ from src.system.signals import Preempted, StopSignals
 from src.training.checkpoints import explaining_write_failures
 from src.training.lightning_module import LanguageModel
 from src.training.resume import Resumption, start_from_run
-from src.training.strategy import ShardedStrategy, StreamingCheckpointIO
+from src.training.strategy import ShardedStrategy, StreamingCheckpointIO, cluster_environment
 from src.training.tracking import build_loggers, close_loggers, code_version, package_version, wandb_mode
 
 
@@ -152,7 +152,7 @@ def build_trainer(
         enable_checkpointing=not config.fast_dev_run,
         use_distributed_sampler=False,  # `StepWindows` already gives each rank its own
         callbacks=callbacks,
-        plugins=[StreamingCheckpointIO()],
+        plugins=[StreamingCheckpointIO(), cluster_environment(config)],
         logger=loggers,
     )
     run_hooks_without_steps(trainer)

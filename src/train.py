@@ -21,6 +21,7 @@ from src.system.files import write_text
 from src.system.hardware import keep_freed_memory, require_posix
 from src.system.ranks import FAILED, ReportedFailureError, is_rank_zero, leave
 from src.system.signals import Preempted, StopSignals, exit_code, leave_on_stop_signals
+from src.training.config import require_ranks
 from src.training.resume import Resumption, Wanted, compare_configs
 
 DEFAULT_CONFIG = "configs/quickstart.yaml"
@@ -49,6 +50,7 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
         ReportedFailureError: a rank failed, and the cause has been printed.
     """
     require_posix("training")
+    require_ranks(config.trainer)
     start = None if resume is None else _resumption(resume, config)
     if start is not None and start.missing is not None:
         lacks = f"is missing {', '.join(start.missing)}" if start.missing else "is complete"

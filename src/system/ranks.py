@@ -27,13 +27,37 @@ class ReportedFailureError(Exception):
 def is_rank_zero() -> bool:
     """Whether this process is rank 0 of its run, by the environment variables that launchers set."""
     environment = os.environ
-    if "RANK" in environment:  # torchrun
-        return environment["RANK"] == "0"
-    if "LOCAL_RANK" in environment:  # Lightning
-        return environment["LOCAL_RANK"] == environment.get("NODE_RANK", "0") == "0"
-    if "SLURM_NTASKS" in environment:  # srun
-        return environment.get("SLURM_PROCID", "0") == "0"
-    return environment.get("NODE_RANK", "0") == "0"
+    match launcher()[0]:
+        case "torchrun":
+            return environment["RANK"] == "0"
+        case "srun":
+            return environment.get("SLURM_PROCID", "0") == "0"
+        case _:  # Lightning, or a person on each machine
+            return environment.get("LOCAL_RANK", "0") == environment.get("NODE_RANK", "0") == "0"
+
+
+def launcher() -> tuple[str, int]:
+    """Return what started the ranks of this run and how many, by its environment variables; ("", 1) if nothing did.
+
+    A batch script or an interactive shell of SLURM is one process, however many tasks its job has: only `srun` starts
+    ranks. What MPI's own launchers set comes first, since they start ranks inside jobs of SLURM.
+    """
+    environment = os.environ
+    if "RANK" in environment:
+        return "torchrun", _count("WORLD_SIZE")
+    for name, variable in (("mpirun", "OMPI_COMM_WORLD_SIZE"), ("jsrun", "JSM_NAMESPACE_SIZE")):
+        if _count(variable) > 1:
+            return name, _count(variable)
+    is_step = "SLURM_STEP_ID" in environment or environment.get("SLURM_PROCID", "0") != "0"
+    tasks = _count("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS")
+    if tasks > 1 and (is_step or "SLURM_STEP_NUM_TASKS" in environment):
+        return "srun", tasks
+    return ("mpirun", _count("PMI_SIZE")) if _count("PMI_SIZE") > 1 else ("", 1)
+
+
+def _count(variable: str) -> int:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else 1
 
 
 def ranks_started_together() -> int:

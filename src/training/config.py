@@ -1,11 +1,13 @@
 """How a model is trained: objective, optimizer, Trainer, W&B and checkpoints."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from src.errors import ConfigError, check_range
 from src.system.hardware import device_count, native_precision
+from src.system.ranks import launcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ class TrainerConfig:
     """Number of devices, a list such as 0,1, or auto."""
     num_nodes: int = 1
     """Machines."""
-    strategy: Literal["auto", "ddp", "ddp_spawn", "ddp_fork", "fsdp2"] = "auto"
+    strategy: Literal["auto", "ddp", "ddp_fork", "fsdp2"] = "auto"
     """How devices work together: with ddp each holds the model, with fsdp2 a part; auto is ddp for several devices."""
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true"] = "auto"
     """auto is bf16-mixed if the accelerator computes in bfloat16, else 32-true."""
@@ -140,6 +142,32 @@ class TrainerConfig:
         if "," in self.devices:  # a list of indices
             return self.num_nodes * len([index for index in self.devices.split(",") if index.strip()])
         return self.num_nodes * (int(self.devices) if self.devices.isdecimal() else device_count(self.accelerator))
+
+
+def require_ranks(config: TrainerConfig) -> None:
+    """Raise ConfigError if a launcher started other ranks than those of `config`, or is none that works here.
+
+    Lightning would go on with another number of ranks, or wait for those that nobody starts.
+    """
+    name, started = launcher()
+    wanted, nodes = config.world_size, os.environ.get("SLURM_NNODES") if name == "srun" else None
+    if name not in ("", "torchrun", "srun"):
+        raise ConfigError(
+            f"{name} started {started} processes, but only torchrun and srun can start ranks here; take one of them, "
+            "or start one process, which starts the others of its machine"
+        )
+    if name and (started != wanted or nodes not in (None, str(config.num_nodes))):
+        raise ConfigError(
+            f"trainer.devices: {config.devices} on {config.num_nodes} machines (trainer.num_nodes) are {wanted} ranks, "
+            f"but {name} started {started}{f' on {nodes}' if nodes else ''}; let both agree"
+        )
+    if name and started > 1 and config.strategy == "ddp_fork":
+        raise ConfigError(f"trainer.strategy: ddp_fork starts its ranks, but {name} has started them; set it to ddp")
+    if not name and config.num_nodes > 1 and not {"NODE_RANK", "GROUP_RANK"} & set(os.environ):
+        raise ConfigError(
+            f"trainer.num_nodes: {config.num_nodes}, but this process is the only one; start one for each device with "
+            "srun or torchrun, or one on each machine with NODE_RANK, MASTER_ADDR and MASTER_PORT set"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,11 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.kubeflow import KubeflowEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
@@ -20,7 +25,24 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from src.errors import WriteError
 from src.system.files import atomic_path, free_bytes, system_error, when_visible
 from src.system.private_api import use_all_devices
+from src.system.ranks import launcher
 from src.training.checkpoints import CheckpointFiles, cannot_write, tensor_bytes
+from src.training.config import TrainerConfig
+
+
+def cluster_environment(config: TrainerConfig) -> ClusterEnvironment:
+    """Return how ranks find each other: those that a launcher started, or those that Lightning starts by itself.
+
+    Lightning would guess it, and take any job of SLURM for one whose ranks `srun` has started.
+    """
+    match launcher()[0]:
+        case "srun":  # which need not be told how many tasks a machine has, but Lightning asks
+            os.environ["SLURM_NTASKS_PER_NODE"] = str(config.world_size // config.num_nodes)
+            return SLURMEnvironment(auto_requeue=False)
+        case "torchrun":  # or what sets its variables, such as Kubeflow, with one process on each machine
+            return TorchElasticEnvironment() if "LOCAL_RANK" in os.environ else KubeflowEnvironment()
+        case _:
+            return LightningEnvironment()
 
 
 class ShardedStrategy(ModelParallelStrategy):

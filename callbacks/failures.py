@@ -1,5 +1,6 @@
 """What holds the ranks of a fit together: one run directory, one end, and a reaction to numbers that are not finite."""
 
+import re
 import signal
 import time
 from contextlib import suppress
@@ -20,8 +21,10 @@ from src.training.lightning_module import LanguageModel, StepOutput
 
 RECORD = "failure.txt"
 _LEARN_SECONDS = 3.0
-_GLOO = "gloo/transport"
-"""Gloo raises a bare RuntimeError; the path of its source file is in the message."""
+_LOST_CONTACT = re.compile(
+    r"gloo/transport"  # the path of a source file; gloo raises a bare RuntimeError, and so does NCCL's watchdog
+    r"|remote process exit|communicator was aborted|Watchdog caught collective operation timeout"
+)
 
 
 class RunCallback(lightning.Callback):
@@ -104,7 +107,7 @@ class RankFailureCallback(lightning.Callback):
 def is_lost_contact(exception: BaseException) -> bool:
     """Whether a collective operation failed, most likely because another rank is gone."""
     return isinstance(exception, torch.distributed.DistError) or (
-        isinstance(exception, RuntimeError) and _GLOO in str(exception)
+        isinstance(exception, RuntimeError) and _LOST_CONTACT.search(str(exception)) is not None
     )
 
 

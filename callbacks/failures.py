@@ -63,7 +63,6 @@ class RankFailureCallback(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Replace Lightning's handler of SIGTERM, which starts a collective operation inside the handler."""
-        self.signals.children = started_ranks(trainer)
         self.signals.listen()
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -11,18 +12,37 @@ from pathlib import Path
 
 from src.errors import UserError
 from src.system.files import expand_home, out_of_files, require_writable
+from src.system.ranks import leave
+from src.system.signals import StopSignals
 
 
 def run_verb(main: Callable[[], None]) -> None:
-    """Run a verb; a `UserError` becomes one line on stderr and its exit code, a closed pipe ends it silently."""
+    """Run a verb; a `UserError` becomes one line on stderr and its exit code, a closed pipe ends it silently.
+
+    Ctrl-C ends it with 130 after it has cleaned up, a second one at once.
+    """
+    signals = StopSignals([signal.SIGINT])
+    signals.listen()
+    try:
+        _run(main)
+    except BaseException as error:
+        if not signals.received and not isinstance(error, KeyboardInterrupt):
+            raise
+        with suppress(OSError):
+            print("interrupted", file=sys.stderr)
+        if signals.received and signals.owns_process:
+            leave(128 + signal.SIGINT)  # everything is closed, and the interpreter would wait for threads
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        signals.restore()
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
         try:
             main()
         finally:
             sys.stdout.flush()  # a closed pipe raises here, not while the interpreter shuts down
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT
     except BrokenPipeError:
         try:
             os.write(sys.stdout.fileno(), b"\n")

@@ -3,9 +3,11 @@
 Imports Lightning, which takes seconds; `src.train` imports this module only to train.
 """
 
+import multiprocessing
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -13,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from callbacks import (
     BestWeightsCallback,
@@ -40,9 +43,9 @@ from src.run_directory import RunDirectory
 from src.system.console import print_note, progress_report, stderr_console
 from src.system.files import naming, require_writable, write_text
 from src.system.hardware import processor_name
-from src.system.private_api import run_hooks_without_steps
+from src.system.private_api import forks_ranks, run_hooks_without_steps, started_ranks
 from src.system.ranks import ReportedFailureError, is_rank_zero
-from src.system.signals import Preempted, StopSignals
+from src.system.signals import STOP_SIGNALS, Preempted, StopSignals
 from src.training.checkpoints import explaining_write_failures
 from src.training.lightning_module import LanguageModel
 from src.training.resume import Resumption, start_from_run
@@ -89,6 +92,7 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
     try:
         with explaining_write_failures(run.directory.path):
             trainer = build_trainer(config, callbacks, loggers)
+            _pass_on(signals, trainer)
             checkpoint = None if start is None else start.checkpoint
             trainer.fit(module, PackedDataModule(corpus, config.data, text.windows), ckpt_path=checkpoint)
         failed = False
@@ -96,9 +100,10 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
         failed = False
         raise
     except BaseException as error:
-        if signals.received and not isinstance(error, TrainingError):  # a consequence of how other ranks ended
+        signum = signals.received or _signal_of_fork(error)
+        if signum and not isinstance(error, TrainingError):  # a consequence of how other ranks ended
             failed = False
-            raise Preempted(signals.received) from error
+            raise Preempted(signum) from error
         signals.restore()  # nothing that follows needs to be protected from them
         if failure.reported:
             raise ReportedFailureError from error
@@ -107,6 +112,20 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
         close_loggers(loggers, failed=failed)
     report = next(item.report for item in callbacks if isinstance(item, EvaluationCallback))
     return run.directory.path, report
+
+
+def _pass_on(signals: StopSignals, trainer: lightning.Trainer) -> None:
+    """Let a stop signal of this process reach the ranks that it starts."""
+    if forks_ranks(trainer):
+        signals.delegate(multiprocessing.active_children)
+    else:
+        signals.children = partial(started_ranks, trainer)
+
+
+def _signal_of_fork(error: BaseException) -> int:
+    """Return the stop signal that ended a forked rank; 0 for any other error."""
+    signum = error.exit_code - 128 if isinstance(error, ProcessExitedException) else 0
+    return signum if signum in STOP_SIGNALS else 0
 
 
 def build_module(config: RunConfig, text: HeldOut, signals: StopSignals) -> LanguageModel:

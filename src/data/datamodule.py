@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from src.data.config import DataConfig
 from src.data.packed_corpus import PackedCorpus
 from src.data.windows import Mixture
+from src.system.signals import ignore_stop_signals
 
 NO_WINDOW = -1
 """Token id that fills padding windows."""
@@ -77,6 +78,7 @@ class PackedDataModule(lightning.LightningDataModule):
             num_workers=self.config.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.config.num_workers > 0,
+            worker_init_fn=ignore_stop_signals,
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:

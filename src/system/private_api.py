@@ -55,8 +55,16 @@ def ranks_are_scripts(trainer: Any) -> bool:
 
     Without it: compare `trainer.strategy` of the config with the names of the forking strategies.
     """
+    return trainer.world_size > 1 and not forks_ranks(trainer)
+
+
+def forks_ranks(trainer: Any) -> bool:
+    """Whether this process forks its ranks and only waits for them.
+
+    Without it: compare `trainer.strategy` of the config with the names of the forking strategies.
+    """
     launcher = trainer.strategy.launcher
-    return trainer.world_size > 1 and (launcher is None or _starts_scripts(launcher))
+    return launcher is not None and not _starts_scripts(launcher)
 
 
 def started_ranks(trainer: Any) -> list[Popen[bytes]]:

@@ -63,7 +63,7 @@ class Signalled:
     [
         (signal.SIGTERM, 5, 0, ()),
         (signal.SIGUSR1, 8, 2, ()),  # a validation follows step 8, and comes before the checkpoint
-        (signal.SIGTERM, 6, 0, ("checkpoint.ema_decay=0.9",)),
+        (signal.SIGINT, 6, 0, ("checkpoint.ema_decay=0.9",)),
     ],
 )
 def test_a_stop_signal_loses_no_step(
@@ -96,7 +96,7 @@ def results(run: Path) -> tuple[dict[str, bytes], dict[str, object]]:
     return table, RunDirectory(run).record()
 
 
-def signal_at(patch: pytest.MonkeyPatch, target: str, call: int) -> None:
+def signal_at(patch: pytest.MonkeyPatch, target: str, call: int, signum: int = signal.SIGTERM) -> None:
     """Send this process a signal in the `call`-th call of the function or method `target`."""
     original, calls = pkgutil.resolve_name(target), 0
 
@@ -104,7 +104,7 @@ def signal_at(patch: pytest.MonkeyPatch, target: str, call: int) -> None:
         nonlocal calls
         calls += 1
         if calls == call:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signum)
         return original(*arguments, **named)
 
     patch.setattr(target, signalling)
@@ -117,29 +117,31 @@ def finished(tmp_path_factory: pytest.TempPathFactory, small_overrides: Sequence
 
 
 @pytest.mark.parametrize(
-    ("target", "call", "left"),
+    ("target", "call", "left", "signum"),
     [
-        ("src.run_directory.RunDirectory.write_weights", 1, "weights, table, evaluation"),
-        ("src.lut.builder.encode_chunk", 3, "table, evaluation"),
-        ("callbacks.evaluation.evaluate_model", 2, "evaluation"),
-        ("callbacks.evaluation.publish_results", 1, ""),
+        ("src.run_directory.RunDirectory.write_weights", 1, "weights, table, evaluation", signal.SIGTERM),
+        ("src.lut.builder.encode_chunk", 3, "table, evaluation", signal.SIGINT),
+        ("callbacks.evaluation.evaluate_model", 2, "evaluation", signal.SIGINT),
+        ("callbacks.evaluation.publish_results", 1, "", signal.SIGTERM),
     ],
 )
 def test_a_signal_after_the_last_step_ends_the_run_and_resuming_does_the_rest(
     target: str,
     call: int,
     left: str,
+    signum: int,
     finished: Path,
     tmp_path: Path,
     small_overrides: Sequence[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    before = signal.getsignal(signum)
     with monkeypatch.context() as patch, pytest.raises(Preempted):
-        signal_at(patch, target, call)
+        signal_at(patch, target, call, signum)
         train(small_config(small_overrides, tmp_path, *WITH_RESULTS))
     run = tmp_path / finished.name
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signum) == before
     assert (run / "lut" / "manifest.json").exists() == ("table" not in left)
     assert not list(run.rglob("*.tmp"))
     capsys.readouterr()
@@ -227,12 +229,14 @@ def test_a_run_that_used_up_its_time_is_finished_when_it_is_resumed(
     assert f"all {steps} steps are done, and the run is complete" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(("signum", "seconds"), [(signal.SIGUSR1, 0.2), (signal.SIGINT, 0.2), (signal.SIGINT, 60)])
 def test_a_signal_ends_a_process_whose_main_thread_is_stuck_in_c_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    signum: int, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.system.signals.UNWIND_SECONDS", 0.2)
+    monkeypatch.setattr("src.system.signals.UNWIND_SECONDS", seconds)
 
     def stuck() -> None:
+        leave_on_stop_signals()
         StopSignals().listen()
         lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
         lock(mutex)
@@ -244,9 +248,12 @@ def test_a_signal_ends_a_process_whose_main_thread_is_stuck_in_c_code(
         time.sleep(0.01)
     time.sleep(0.1)
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGUSR1)
-    process.join(20)
-    assert process.exitcode == 128 + signal.SIGUSR1
+    os.kill(process.pid, signum)
+    process.join(1 if seconds > 1 else 20)
+    if seconds > 1:
+        os.kill(process.pid, signum)  # at once, the second time
+        process.join(20)
+    assert process.exitcode == 128 + signum
 
 
 SLOW = {
@@ -290,7 +297,7 @@ def test_at_random_moments_a_signal_ends_the_run_and_resuming_completes_it(
         process = start(partial(verb, [*common, f"name={number}"], marks), log)
         wait_for(marks / place, process)
         time.sleep(moments.uniform(0, 6 if place == "step" else 1.5))
-        signum = moments.choice([signal.SIGTERM, signal.SIGUSR1])
+        signum = moments.choice([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
         assert process.pid is not None
         os.kill(process.pid, signum)
         process.join(10)

@@ -69,14 +69,24 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
     options = parser("evaluate", __doc__ or "", "python -m src.evaluate --run runs/quickstart --compare ffn")
     add_form_options(options)
     options.epilog = f"{options.epilog}\n\n{describe_tasks()}"
-    # The defaults of the next five are in the run's section `evaluation`.
+    # The defaults of the next six are in the run's section `evaluation`.
     options.add_argument(
         "--tasks",
         type=lambda names: [name for name in names.split(",") if name],
         help="names with commas between, of those below (default: evaluation.tasks of the run)",
     )
     options.add_argument(
-        "--local-data", type=expand_home, metavar="DIR", help="folder of <task>.<split>.jsonl[.gz] files"
+        "--num-fewshot",
+        type=number(int, 0),
+        metavar="N",
+        help="examples in front of each document of lm-eval's tasks (default: as each task defines)",
+    )
+    options.add_argument(
+        "--local-data",
+        type=expand_home,
+        metavar="DIR",
+        help="folder of <task>.<split>.jsonl[.gz] files: the split that is scored, and the one of the examples "
+        "(default: lm-eval's tasks are read from the Hugging Face hub)",
     )
     options.add_argument(
         "--limit", type=number(int, 1), dest="task_limit", metavar="N", help="most documents of each task"
@@ -99,7 +109,7 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
 
 def _evaluation_config(config: EvaluationConfig, given: Namespace) -> EvaluationConfig:
     """Return the run's own section, with the overrides of the command line."""
-    flags = {name: getattr(given, name) for name in ("tasks", "local_data", "task_limit", "batch_size")}
+    flags = {name: getattr(given, name) for name in ("tasks", "num_fewshot", "local_data", "task_limit", "batch_size")}
     overrides = {name: value for name, value in flags.items() if value is not None}
     return replace(config, corpora=[*config.corpora, *map(_corpus, given.corpus)], **overrides)
 

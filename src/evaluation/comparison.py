@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from src.evaluation.equivalence import NEAR_TIE
-from src.evaluation.results import Evaluation, PairedDifference, TaskScore, TextScore, paired_difference, standard_error
+from src.evaluation.results import Evaluation, PairedDifference, TaskScore, TextScore, paired_difference
 from src.system.console import text_table
 
 
@@ -54,8 +54,8 @@ def _compare_task(first: TaskScore, second: TaskScore) -> Iterator[Comparison]:
             name=first.task,
             metric=metric,
             paired=paired_difference(values, second.values[metric]),
-            changed_predictions=len(gaps),
-            near_ties=sum(gap < NEAR_TIE for gap in gaps),
+            changed_predictions=len(gaps) if first.predictions else None,
+            near_ties=sum(gap < NEAR_TIE for gap in gaps) if first.predictions else None,
         )
 
 
@@ -103,9 +103,10 @@ def _tasks_table(tasks: list[TaskScore], name: str) -> Table:
     headings = ("", "metric", "score", "std. error", "documents")
     table = text_table(f"{name}: tasks", *headings, texts=headings[:2])
     for task in tasks:
-        for metric, values in task.values.items():
-            cells = f"{task.mean(metric):.4f}", _four_digits(standard_error(values)), f"{len(values):,}"
-            table.add_row(task.task, metric, *cells)
+        shots = task.about.get("num_fewshot")
+        label = f"{task.task}, {shots}-shot" if shots else task.task
+        for metric, (score, stderr) in task.figures().items():
+            table.add_row(label, metric, f"{score:.4f}", _four_digits(stderr), f"{task.num_documents:,}")
     return table
 
 

@@ -16,12 +16,15 @@ class EvaluationConfig:
     every_validations: int | None = None
     """Also score the training form on tasks and texts every N validations; null scores it at the end only."""
     tasks: list[str] = field(default_factory=lambda: ["next_passage", "repeated_word"])
-    """Names of tasks; `python -m src.evaluate --help` lists them. Those of lm-eval need the extra `eval`."""
+    """Names of tasks; `python -m src.evaluate --help` lists ours. Every task, tag and group of lm-eval is one, too, and
+    needs the extra `eval`."""
+    num_fewshot: int | None = None
+    """Examples in front of each document of lm-eval's tasks; null takes as many as a task defines."""
     task_limit: int | None = None
     """Largest number of documents per task; null takes all, or 100 of a task made of held-out text."""
     local_data: str | None = None
-    """Folder with the paper's tasks as <task>.<split>.jsonl or .jsonl.gz; null fetches them from the Hugging Face
-    hub."""
+    """Folder with the data of lm-eval's tasks as <task>.<split>.jsonl or .jsonl.gz; null fetches them from the Hugging
+    Face hub."""
     corpora: list[EvaluationCorpus] = field(default_factory=list[EvaluationCorpus])
     """More texts to score than the held-out one; each has a `name` and `files`."""
     batch_size: int = 16
@@ -37,6 +40,6 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "evaluation.", ("batch_size", "every_validations", "task_limit"), at_least=1)
-        check_range(self, "evaluation.", ("sample_tokens", "sample_temperature"), at_least=0)
+        check_range(self, "evaluation.", ("num_fewshot", "sample_tokens", "sample_temperature"), at_least=0)
         for name in self.tasks:
             find_task(name)

@@ -9,7 +9,7 @@ N windows or documents.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -130,25 +130,43 @@ class TaskScore:
     task: str
     values: dict[str, list[float]]
     """Per metric (N,): one number per document."""
-    predictions: list[int]
-    """(N,) the choice with the highest log-likelihood, or 1 where the continuation is the greedy one, else 0."""
+    predictions: Sequence[int | str]
+    """(N,) the choice with the highest log-likelihood, or 1 where the continuation is the greedy one, else 0, or the
+    text that was written; empty where nothing is predicted."""
     gaps: list[float]
-    """(N,) by how much each prediction won: below rounding it may go either way."""
+    """(N,) by how much each prediction won: below rounding it may go either way; infinite for texts."""
     fingerprint: str
     """Of the documents: only scores of the same ones can be compared."""
+    scores: dict[str, float] = field(default_factory=dict[str, float])
+    """Metrics as the task aggregates them; others are means of `values`."""
+    errors: dict[str, float] = field(default_factory=dict[str, float])
+    """Standard errors of `scores`; NaN where the task has none."""
+    documents: int = 0
+    """How many were scored, where that is not the length of `predictions`: 0."""
+    about: dict[str, int | str] = field(default_factory=dict[str, int | str])
+    """Of a task that is defined elsewhere: `num_fewshot`, examples in front of each document, and its `version`."""
+
+    @property
+    def num_documents(self) -> int:
+        return self.documents or len(self.predictions)
+
+    def figures(self) -> dict[str, tuple[float, float]]:
+        """Return score and standard error of every metric."""
+        means = {name: (_mean(values), standard_error(values)) for name, values in self.values.items()}
+        return means | {name: (score, self.errors.get(name, math.nan)) for name, score in self.scores.items()}
 
     def mean(self, metric: str) -> float:
         return _mean(self.values[metric])
 
     def metrics(self) -> dict[str, float]:
-        means = {f"{self.task}/{metric}": self.mean(metric) for metric in self.values}
-        errors = {f"{self.task}/{metric}_stderr": standard_error(values) for metric, values in self.values.items()}
-        return means | errors
+        figures = self.figures().items()
+        scores = {f"{self.task}/{metric}": score for metric, (score, _) in figures}
+        return scores | {f"{self.task}/{metric}_stderr": error for metric, (_, error) in figures}
 
     def to_dict(self) -> dict[str, Any]:
         values = {name.removeprefix(f"{self.task}/"): value for name, value in self.metrics().items()}
         plain = {name: None if math.isnan(value) else value for name, value in values.items()}
-        return {**plain, "documents": len(self.predictions)}
+        return {**plain, "documents": self.num_documents, **self.about}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from src.evaluation.config import EvaluationConfig
 from src.evaluation.held_out import EvaluationCorpus, HeldOut, corpus_windows
 from src.evaluation.likelihood import TextModel
 from src.evaluation.perplexity import Share, loss_by_frequency, summarize, window_losses
-from src.evaluation.results import Evaluation, TextScore, fingerprint_documents
+from src.evaluation.results import Evaluation, TaskScore, TextScore, fingerprint_documents
 from src.evaluation.tasks import ScoreTask, find_task
 from src.model import Transformer
 from src.system.console import Progress, no_progress
@@ -53,7 +53,8 @@ def prepare_suite(text: HeldOut, config: EvaluationConfig) -> Suite:
             taken = "is another corpus too" if names.count(name) > 1 else "is the run's own held-out text"
             raise ConfigError(f"evaluation.corpora: {name} {taken}; give this one a name of its own")
     local_data = None if config.local_data is None else Path(config.local_data)
-    tasks = {name: find_task(name).prepare(text, config.task_limit, local_data) for name in config.tasks}
+    found = {name: find_task(name, config.num_fewshot) for name in config.tasks}
+    tasks = {name: task.prepare(text, config.task_limit, local_data) for name, task in found.items()}
     return Suite(
         text=text,
         corpora={
@@ -94,7 +95,11 @@ def evaluate_model(
         _score_text(name, model, corpus, suite.text, batch_size, share, progress)
         for name, corpus in suite.corpora.items()
     ]
-    return Evaluation(texts=texts, tasks=[score(text_model) for score in suite.tasks])
+    tasks: dict[str, TaskScore] = {}  # a task may be in several groups
+    for score in suite.tasks:
+        scored = score(text_model)
+        tasks |= {each.task: each for each in (scored if isinstance(scored, list) else [scored])}
+    return Evaluation(texts=texts, tasks=list(tasks.values()))
 
 
 @torch.no_grad()

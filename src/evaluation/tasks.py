@@ -1,19 +1,21 @@
 """Evaluation tasks: what one is, which there are, and how those made of held-out text are asked and scored.
 
 A task is one object that carries its own facts, registered in one line: `register_task(GeneratedTask(...))`. Two come
-from held-out text, so that every run is scored on tasks without any data set. The paper's eight (arXiv:2503.15798,
-section 4.1) are lm-eval's: this module knows their files and rows, but only `harness` imports lm-eval. Documents are
-text: models with other tokenizers get the same ones.
+from held-out text, so that every run is scored on tasks without any data set. All others are lm-eval's: this module
+knows their files and rows, and more of the paper's eight (arXiv:2503.15798, section 4.1), but only `harness` and
+`definitions` import lm-eval. Documents are text: models with other tokenizers get the same ones.
 """
 
 import difflib
+import functools
+import glob
 import importlib.util
 import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,10 +35,13 @@ GENERATED_DOCUMENTS = 100
 """Documents of a generated task, unless the limit is lower."""
 _WORD = re.compile(r" [^\W\d]{4,}")
 _ENDINGS = (".jsonl", ".jsonl.gz")
+_NAMING_LINE = re.compile(r"""^[ \t]*(?:-|["']?(?:task|group|tag)["']?[ \t]*:)([^\n]*)""", re.MULTILINE)
+"""Lines of a definition that name tasks, tags and groups."""
+_NAME = re.compile(r"[\w:.()+-]+")
 
 Row = dict[str, Any]
-ScoreTask = Callable[[TextModel], TaskScore]
-"""Scores a model on documents that are already there."""
+ScoreTask = Callable[[TextModel], TaskScore | list[TaskScore]]
+"""Scores a model on documents that are already there; a group has a score of its own and one of each of its tasks."""
 
 
 class Task(Protocol):
@@ -78,20 +83,56 @@ def register_task(task: Task) -> None:
     TASKS[task.name] = task
 
 
-def find_task(name: str) -> Task:
-    """Return a task by name; ConfigError says which there are."""
-    if name not in TASKS:
-        nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0)[0]
-        raise ConfigError(
-            f"evaluation.tasks: unknown task {name!r}; did you mean {nearest!r}? Known: {', '.join(sorted(TASKS))}"
-        )
-    return TASKS[name]
+def find_task(name: str, num_fewshot: int | None = None) -> Task:
+    """Return a task, tag or group by name, with so many examples in front of each document if it is lm-eval's.
+
+    Raises:
+        ConfigError: it is unknown; without lm-eval only where it looks like one that is registered, so that runs whose
+            config names tasks of lm-eval can be read.
+    """
+    task, others = TASKS.get(name), harness_names()
+    if task is None and (name in others if others else not difflib.get_close_matches(name, TASKS, cutoff=0.8)):
+        task = PublishedTask(name)
+    if task is None:
+        raise unknown_task(name, others)
+    return replace(task, num_fewshot=num_fewshot) if isinstance(task, PublishedTask) else task
+
+
+def unknown_task(name: str, others: Collection[str]) -> ConfigError:
+    """Return the error for a name that is neither registered nor one of `others`."""
+    attempts = ((others, 0.87), (TASKS, 0.5), ([*others, *TASKS], 0))  # ours first, unless another is a slip away
+    nearest = next(
+        found[0] for names, cutoff in attempts if (found := difflib.get_close_matches(name, names, 1, cutoff))
+    )
+    return ConfigError(
+        f"evaluation.tasks: unknown task {name!r}; did you mean {nearest!r}? Known: {', '.join(sorted(TASKS))}, and "
+        "what `python -m lm_eval ls tasks` prints"
+    )
+
+
+@functools.cache
+def harness_names() -> frozenset[str]:
+    """Return words of lm-eval's definitions, all names of tasks, tags and groups among them; none without lm-eval.
+
+    This takes a second where lm-eval's own index, which knows them exactly, takes ten.
+    """
+    package = importlib.util.find_spec("lm_eval")
+    if package is None or package.origin is None:
+        return frozenset()
+    names = set[str]()
+    for path in (Path(package.origin).parent / "tasks").rglob("*"):
+        if path.suffix in ("", ".yaml") and path.is_file():
+            for values in _NAMING_LINE.findall(path.read_text(encoding="utf-8", errors="ignore")):
+                names.update(_NAME.findall(values))
+    return frozenset(names)
 
 
 def describe_tasks() -> str:
     """Return a line of help for each task."""
     width = max(map(len, TASKS))
-    return "\n".join(["tasks:", *(f"  {name:{width}}  {task.help}" for name, task in TASKS.items())])
+    lines = [f"  {name:{width}}  {task.help}" for name, task in TASKS.items()]
+    others = "  and every task, tag and group of lm-eval: `python -m lm_eval ls tasks` prints them"
+    return "\n".join(["tasks:", *lines, others])
 
 
 @dataclass(frozen=True)
@@ -210,18 +251,20 @@ def _is_plain(text: str) -> bool:
 
 @dataclass(frozen=True)
 class PublishedTask:
-    """A task that lm-eval (the extra `eval`) defines and scores."""
+    """A task, tag or group that lm-eval (the extra `eval`) defines and scores."""
 
     name: str
     """lm-eval's own name."""
-    definition: str
-    """Its YAML file inside lm-eval's `tasks` folder."""
-    split: str
+    folder: str | None = None
+    """Folder of its definition inside lm-eval's `tasks`; None looks through all of them, which takes seconds."""
+    split: str = "test"
     """The split that it is scored on."""
-    columns: tuple[str, ...]
-    """What each of its rows must hold."""
+    columns: tuple[str, ...] = ()
+    """What each of its rows must hold; by default what the first one holds."""
     adapt: Callable[[Row], Row] = dict
     """Brings rows of other editions into the form that lm-eval reads."""
+    num_fewshot: int | None = None
+    """Examples in front of each document; None is as many as its definition says."""
 
     @property
     def help(self) -> str:
@@ -230,43 +273,46 @@ class PublishedTask:
     def prepare(self, text: HeldOut, limit: int | None, local_data: Path | None) -> ScoreTask | None:
         if importlib.util.find_spec("lm_eval") is None:
             raise ConfigError(f"task {self.name} needs lm-eval, which is not installed; pip install -e '.[eval]'")
-        from src.evaluation.harness import load_task, score_task  # imports lm-eval
+        from src.evaluation.definitions import load_task  # imports lm-eval
+        from src.evaluation.harness import score_task
 
-        return partial(score_task, load_task(self, local_data, limit), limit=limit)
+        return partial(score_task, load_task(self, local_data), limit=limit)
 
 
 def read_rows(folder: Path, task: PublishedTask, limit: int | None = None) -> list[Row]:
-    """Read the rows that a task is scored on from `<folder>/<task>.<split>.jsonl` or `.jsonl.gz`.
+    """Read the rows of a task's split from `<folder>/<task>.<split>.jsonl` or `.jsonl.gz`.
 
     Raises:
         DataError: the folder, the task's file or its split is missing, or a row is not one of the task's.
     """
-    path, rows = _find(folder, task), list[Row]()
+    path, rows = find_rows(folder, task), list[Row]()
     with open_file(path) as opened:
         for number, line in enumerate(itertools.islice(opened.data, limit), start=1):
-            rows.append(_parse(line, f"{path}, line {number}", task))
+            if line.strip():
+                rows.append(_parse(line, f"{path}, line {number}", task, rows[0] if rows else {}))
     if not rows:
-        raise DataError(f"{path}: no rows; task {task.name} needs {', '.join(task.columns)} in each line")
+        raise DataError(f"{path}: no rows; task {task.name} needs {_columns(task, {})} in each line")
     return rows
 
 
-def _find(folder: Path, task: PublishedTask) -> Path:
+def find_rows(folder: Path, task: PublishedTask, use: str = "is scored on") -> Path:
+    """Return the file of a task's split, which it has a use for; DataError says which one is missing."""
     name, split = task.name, task.split
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of evaluation data; name one that holds {name}.{split}.jsonl")
     for ending in _ENDINGS:
         if (path := folder / f"{name}.{split}{ending}").is_file():
             return path
-    other = sorted(path.name for path in folder.glob(f"{name}.*") if path.name.endswith(_ENDINGS))
+    other = sorted(path.name for path in folder.glob(f"{glob.escape(name)}.*") if path.name.endswith(_ENDINGS))
     if other:
         raise DataError(
-            f"{folder}: holds {', '.join(other)}, but task {name} is scored on its {split} split; "
+            f"{folder}: holds {', '.join(other)}, but task {name} {use} its {split} split; "
             f"add {name}.{split}.jsonl, or .jsonl.gz"
         )
     raise DataError(f"{folder}: no file for task {name}; add {name}.{split}.jsonl, or .jsonl.gz")
 
 
-def _parse(line: bytes, where: str, task: PublishedTask) -> Row:
+def _parse(line: bytes, where: str, task: PublishedTask, first: Row) -> Row:
     try:
         row = json.loads(line.decode())
         json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair
@@ -274,10 +320,15 @@ def _parse(line: bytes, where: str, task: PublishedTask) -> Row:
         reason = str(error).partition(";")[0]  # without the library's advice
         raise DataError(f"{where}: not JSON ({reason}); each line must be one object") from error
     row = task.adapt(row) if isinstance(row, dict) else {}
-    missing = [column for column in task.columns if column not in row]
-    if missing:
-        raise DataError(f"{where}: no {missing[0]!r}; task {task.name} needs {', '.join(task.columns)}")
+    missing = [column for column in task.columns or first if column not in row]
+    if missing or not row:
+        found = f"no {missing[0]!r}" if missing else "not an object with keys"
+        raise DataError(f"{where}: {found}; task {task.name} needs {_columns(task, first)}")
     return row
+
+
+def _columns(task: PublishedTask, first: Row) -> str:
+    return ", ".join(task.columns or first) or "an object"
 
 
 def _boolq(row: Row) -> Row:
@@ -294,19 +345,15 @@ def _race(row: Row) -> Row:
 register_task(GeneratedTask("next_passage", "which of four passages continues the held-out text", next_passage))
 register_task(GeneratedTask("repeated_word", "complete held-out text with a word that occurred before", repeated_word))
 for published in (
-    PublishedTask("arc_challenge", "arc/arc_challenge.yaml", "test", ("question", "choices", "answerKey")),
-    PublishedTask("arc_easy", "arc/arc_easy.yaml", "test", ("question", "choices", "answerKey")),
+    PublishedTask("arc_challenge", "arc", "test", ("question", "choices", "answerKey")),
+    PublishedTask("arc_easy", "arc", "test", ("question", "choices", "answerKey")),
+    PublishedTask("boolq", "super_glue/boolq", "validation", ("passage", "question", "label"), adapt=_boolq),
+    PublishedTask("hellaswag", "hellaswag", "validation", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
+    PublishedTask("lambada_openai", "lambada", "test", ("text",)),
+    PublishedTask("piqa", "piqa", "validation", ("goal", "sol1", "sol2", "label")),
+    PublishedTask("race", "race", "test", ("article", "problems"), adapt=_race),
     PublishedTask(
-        "boolq", "super_glue/boolq/default.yaml", "validation", ("passage", "question", "label"), adapt=_boolq
-    ),
-    PublishedTask(
-        "hellaswag", "hellaswag/hellaswag.yaml", "validation", ("activity_label", "ctx_a", "ctx_b", "endings", "label")
-    ),
-    PublishedTask("lambada_openai", "lambada/lambada_openai.yaml", "test", ("text",)),
-    PublishedTask("piqa", "piqa/piqa.yaml", "validation", ("goal", "sol1", "sol2", "label")),
-    PublishedTask("race", "race/race.yaml", "test", ("article", "problems"), adapt=_race),
-    PublishedTask(
-        "social_iqa", "siqa/siqa.yaml", "validation", ("context", "question", "answerA", "answerB", "answerC", "label")
+        "social_iqa", "siqa", "validation", ("context", "question", "answerA", "answerB", "answerC", "label")
     ),
 ):
     register_task(published)

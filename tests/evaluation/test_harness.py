@@ -12,7 +12,8 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from src import evaluate
 from src.config import load_run_config
 from src.evaluation.config import EvaluationConfig
-from src.evaluation.harness import HarnessModel, load_task, score_task
+from src.evaluation.definitions import load_task
+from src.evaluation.harness import HarnessModel, score_task
 from src.evaluation.held_out import HeldOut, held_out_of_run
 from src.evaluation.likelihood import TextModel
 from src.evaluation.suite import evaluate_model, evaluating, prepare_suite
@@ -59,7 +60,7 @@ def test_eight_tasks_run_offline(folder: Path, text: HeldOut, model: InferenceMo
 def test_answers_are_those_of_plain_loops(folder: Path, text: HeldOut, model: InferenceModel) -> None:
     tokenizer = text.tokenizer
     task = PUBLISHED["arc_easy"]
-    score = score_task(load_task(task, folder), TextModel(model, text.rule, max_length=128), limit=20)
+    (score,) = score_task(load_task(task, folder), TextModel(model, text.rule, max_length=128), limit=20)
     for number, row in enumerate(read_rows(folder, task, limit=20)):
         context = f"Question: {row['question']}\nAnswer:"
         values: list[float] = []

@@ -61,7 +61,8 @@ def test_it_scores_as_hf_does() -> None:
     from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-    from src.evaluation.harness import HarnessModel, load_task
+    from src.evaluation.definitions import load_task
+    from src.evaluation.harness import HarnessModel
     from src.evaluation.tasks import PublishedTask, find_task
 
     pretrained, tokenizer = _pretrained()
@@ -77,7 +78,7 @@ def test_it_scores_as_hf_does() -> None:
     theirs = reference(pretrained=pretrained, tokenizer=tokenizer, batch_size=16, device="cpu", max_length=2048)
     widest = 0.0
     for task in TASKS:
-        loaded: Any = load_task(cast(PublishedTask, find_task(task)), Path(DATA or ""), DOCUMENTS)
+        loaded: Any = load_task(cast(PublishedTask, find_task(task)), Path(DATA or ""))
         results: list[Any] = [evaluate(model, loaded, limit=DOCUMENTS, bootstrap_iters=0) for model in (ours, theirs)]
         found, expected = (_likelihoods(result["samples"][task]) for result in results)
         assert len(found) == len(expected) == DOCUMENTS

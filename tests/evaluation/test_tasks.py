@@ -4,6 +4,8 @@ import codecs
 import gzip
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -16,6 +18,7 @@ from src.evaluation.config import EvaluationConfig
 from src.evaluation.held_out import HeldOut, held_out_of_run
 from src.evaluation.likelihood import Likelihood, Request, TextModel
 from src.evaluation.tasks import (
+    PublishedTask,
     TaskDocument,
     find_task,
     next_passage,
@@ -92,6 +95,27 @@ def test_an_unknown_task_is_named_with_the_nearest() -> None:
         EvaluationConfig(tasks=["next_pasage"])
 
 
+def test_names_of_lm_eval_are_accepted_without_importing_it() -> None:
+    names = ["sciq", "mmlu", "mmlu_stem_tasks"]
+    assert EvaluationConfig(tasks=names, num_fewshot=5).tasks == names
+    script = f"import sys; from src.evaluation.config import EvaluationConfig as C; C(tasks={names})"
+    code = f"{script}; sys.exit('lm_eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    with pytest.raises(ConfigError, match=r"evaluation.num_fewshot: -1, but it must be at least 0"):
+        EvaluationConfig(num_fewshot=-1)
+
+
+def test_without_lm_eval_configs_that_name_its_tasks_are_read(text: HeldOut, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.evaluation.tasks.harness_names", frozenset[str])
+    assert EvaluationConfig(tasks=["sciq", "next_passage"]).tasks == ["sciq", "next_passage"]
+    with pytest.raises(ConfigError, match=r"unknown task 'repeatd_word'; did you mean 'repeated_word'"):
+        EvaluationConfig(tasks=["repeatd_word"])
+    monkeypatch.setattr(importlib.util, "find_spec", {}.get)
+    for name in ("sciq", "mmlu"):
+        with pytest.raises(ConfigError, match=rf"task {name} needs lm-eval, .*; pip install -e '.\[eval\]'"):
+            find_task(name).prepare(text, None, None)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_rows(tmp_path / "evals")
@@ -138,6 +162,23 @@ def test_damaged_rows_are_named(folder: Path) -> None:
     path.write_text("")
     with pytest.raises(DataError, match=r"piqa.validation.jsonl: no rows"):
         read_rows(folder, PUBLISHED["piqa"])
+
+
+def test_empty_lines_are_no_rows(folder: Path) -> None:
+    path = folder / "piqa.validation.jsonl"
+    path.write_text("\n".join(["", path.read_text(), "", " "]))
+    assert len(read_rows(folder, PUBLISHED["piqa"])) == 50
+
+
+def test_rows_of_any_task_have_the_keys_of_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "a[b].test.jsonl"
+    for row, found in (({"x": 1}, "no 'y'"), ([1], "no 'x'")):
+        path.write_text(json.dumps({"x": 1, "y": 2}) + "\n" + json.dumps(row))
+        with pytest.raises(DataError, match=rf"line 2: {found}; task a\[b\] needs x, y"):
+            read_rows(tmp_path, PublishedTask("a[b]"))
+    path.write_text("3")
+    with pytest.raises(DataError, match="line 1: not an object with keys"):
+        read_rows(tmp_path, PublishedTask("a[b]"))
 
 
 @pytest.mark.parametrize("name", ["piqa.validation.jsonl", "arc_easy.test.jsonl.gz"])

@@ -1,16 +1,16 @@
 """What the verbs share on the command line: parsers, common options, and one line for a user's mistake."""
 
 import argparse
-import errno
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
-from src.errors import UserError
+from src.errors import ConfigError, UserError, caused_by, one_line
+from src.run_directory import RunDirectory
 from src.system.files import expand_home, out_of_files, require_writable
 from src.system.ranks import leave
 from src.system.signals import StopSignals
@@ -85,21 +85,14 @@ def number(kind: type[int] | type[float], at_least: float, at_most: float = 2**6
 
 def output_file(text: str) -> Path:
     """Read an option that names a file to write; it is refused, before any work, where none can be written."""
-    path = Path(text)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be written ({reason}); name another file") from error
-    return path
+    path = _path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be written (Is a directory); name another file")
+    return output_directory(str(path.parent)) / path.name
 
 
 def output_directory(text: str) -> Path:
-    """Read an option that names a directory to write in; it is refused, before any work, where that cannot be done."""
+    """Read an option that names a directory to write into, which need not exist; refused where that is impossible."""
     path = _path(text)
     try:
         require_writable(repr(text[:80]), path)
@@ -108,9 +101,44 @@ def output_directory(text: str) -> Path:
     return path
 
 
+def input_file(text: str) -> Path:
+    """Read an option that names a file to read."""
+    path = _path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no file; give the path of one")
+    return path
+
+
+def table_name(text: str) -> str:
+    """Read an option that names a table of a run, a directory inside it."""
+    if not _path(text).name or ".." in Path(text).parts:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} names no table; give a name such as lut-nf4")
+    return text
+
+
+def find_config(path: Path) -> Path:
+    """Return what `--config` names; ConfigError where it is no file."""
+    if not path.is_file():
+        raise ConfigError(f"--config: {path}: no such config file; see configs/ for the existing ones")
+    return path
+
+
+def find_run(path: Path, option: str = "--run") -> RunDirectory:
+    """Return the run directory that an option names; RunError where it is none."""
+    with caused_by(option):
+        return RunDirectory(path).require()
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of `run_verb`."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {one_line(message)}\n")  # without the usage, which is many lines: `--help` shows it
+
+
 def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser:
     """Return a parser whose help ends with an example; `~` in its paths is the home directory."""
-    options = argparse.ArgumentParser(
+    options = _Parser(
         prog=f"python -m src.{verb}",
         description=description,
         epilog=f"example:\n  {example}",
@@ -123,6 +151,8 @@ def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser
 
 
 def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no path")
     try:
         return Path(expand_home(text))
     except UserError as error:
@@ -136,7 +166,9 @@ def _path_text(text: str) -> str:
 def add_run_options(options: argparse.ArgumentParser) -> None:
     """Add `--run` and `--lut`."""
     options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
-    options.add_argument("--lut", default="lut", help="name of the table inside the run (default: lut)")
+    options.add_argument(
+        "--lut", type=table_name, default="lut", help="name of the table inside the run (default: lut)"
+    )
 
 
 def add_form_options(options: argparse.ArgumentParser) -> None:
@@ -149,6 +181,11 @@ def add_form_options(options: argparse.ArgumentParser) -> None:
         help="lut reads rows from the table, ffn computes them, auto prefers a finished table (default)",
     )
     add_reader_option(options)
+    add_device_option(options)
+
+
+def add_device_option(options: argparse.ArgumentParser) -> None:
+    """Add `--device`, which is tried before any work."""
     options.add_argument("--device", type=_device, default="cpu", help="where the model computes (default: cpu)")
 
 

@@ -11,17 +11,18 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import MissingMandatoryValue, OmegaConf
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
 from src.data.config import DataConfig
-from src.errors import ConfigError, UserError, check_range
+from src.errors import ConfigError, UserError, caused_by, check_range
 from src.evaluation.config import EvaluationConfig
 from src.lut.codecs import CODECS
 from src.model.config import ModelConfig
@@ -88,6 +89,9 @@ class RunConfig:
                 f"({self.model.vocab_size}); enlarge the model's vocabulary or shrink the tokenizer's"
             )
         self._check_sharding()
+        if self.lut.at_fit_end and self.model.architecture == "mole":
+            with caused_by("lut.dtype"):
+                CODECS[self.lut.dtype].vector_bytes(self.model.hidden_size)
         if self.name in ("", ".", "..") or "/" in self.name or len(self.name.encode()) > 200:
             raise ConfigError(
                 f"name: {_shorten(self.name)}, but it must be a directory name without '/', at most 200 bytes long"
@@ -146,8 +150,13 @@ _TYPED = "!typed"
 """Tag of a node that holds a value as it was typed on the command line."""
 
 
+@cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(RunConfig)
+
+
 def _compose(layers: Sequence[_Layer], path: Path) -> RunConfig:
-    merged = OmegaConf.structured(RunConfig)
+    merged = _schema()
     for where, values in layers:
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(values))
@@ -157,7 +166,7 @@ def _compose(layers: Sequence[_Layer], path: Path) -> RunConfig:
         return cast(RunConfig, OmegaConf.to_object(merged))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{path}: {error.full_key} is required; give it a value") from error
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError(f"{path}: {error}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, str(path))) from error
@@ -365,6 +374,7 @@ def _describe(section: Any, indent: int) -> Iterator[str]:
             yield pad + text.strip().replace("\n", f"\n{pad}")
 
 
+@cache
 def _field_docs(section: type) -> dict[str, str]:
     """Return the string literal under each field of a dataclass."""
     definition = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(section))).body[0])

@@ -1,19 +1,25 @@
 """`python -m src.convert`: read Hugging Face checkpoints into runs, and write runs back."""
 
+from argparse import Namespace
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from src.cli import number, parser, run_verb
+from src.cli import number, parser, run_verb, table_name
+from src.errors import caused_by
 from src.interop import FAMILIES
 from src.system.console import progress_bar, stderr_console
 from src.system.files import naming, require_writable
 
 
 @contextmanager
-def _writing(output: Path) -> Generator[None]:
-    require_writable("--output", output.parent)
-    with naming("--output", output):
+def _blaming_flags(given: Namespace) -> Generator[None]:
+    require_writable("--output", given.output.parent)
+    with (
+        naming("--output", given.output),
+        caused_by("--input", given.input),
+        caused_by("--tokenizer", given.tokenizer),
+    ):
         yield
 
 
@@ -35,18 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: the checkpoint's)")
     options.add_argument(
-        "--lut", default="lut", help="with --to: table of a run that has no training form (default: lut)"
+        "--lut",
+        type=table_name,
+        default="lut",
+        help="with --to: table of a run that has no training form (default: lut)",
     )
     given = options.parse_args(arguments)
     if given.target is not None:
         if given.top_k is not None or given.tokenizer is not None:
             options.error("--top-k and --tokenizer belong to --from; a run knows both")
-        with _writing(given.output):
+        with _blaming_flags(given):
             exports[given.target](given.input, given.output, lut=given.lut, progress=progress_bar)
     else:
         top_k = 2 if given.top_k is None else given.top_k
         convert = FAMILIES[given.source].import_checkpoint
-        with _writing(given.output):
+        with _blaming_flags(given):
             convert(given.input, given.output, top_k=top_k, tokenizer=given.tokenizer, progress=progress_bar)
     stderr_console().print(f"{given.input} -> {given.output}", markup=False, highlight=False, soft_wrap=True)
 

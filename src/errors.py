@@ -6,14 +6,25 @@ on the way. Anything else is a bug and keeps its traceback.
 
 import errno
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 
 MAX_FLOAT32 = 3.4e38
 """What models compute in has no larger numbers."""
 
 
+def one_line(text: str) -> str:
+    """Return a message as one printable line: what it quotes may hold line ends and bytes that are no text."""
+    joined = re.sub(r"\s*[\r\n]+\s*", " ", text.strip())
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in joined)
+
+
 class UserError(ValueError):
-    """A mistake in the user's input; the message alone must be enough to correct it."""
+    """A mistake in the user's input; the message alone, always one line, must be enough to correct it."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
     exit_code = 2
 
@@ -70,6 +81,17 @@ class TrainingError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint of the authors' code that cannot be read, or a run that cannot be written as one."""
+
+
+@contextmanager
+def caused_by(setting: str, path: object = "") -> Generator[None]:
+    """Put the flag or key whose value it is about in front of a UserError that starts with `path`, if not named yet."""
+    try:
+        yield
+    except UserError as error:
+        if setting in str(error) or not str(error).startswith(one_line(str(path))):
+            raise
+        raise type(error)(f"{setting}: {error}") from error
 
 
 def check_range(

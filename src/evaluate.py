@@ -8,10 +8,11 @@ from typing import cast
 
 from rich.console import Console
 
-from src.cli import add_form_options, number, output_file, parser, run_verb
+from src.cli import add_form_options, find_run, number, output_file, parser, run_verb
 from src.config import load_run_config
+from src.data.files import expand_files
 from src.data.tokenizer import fingerprint, load_tokenizer
-from src.errors import ConfigError
+from src.errors import ConfigError, caused_by
 from src.evaluation.comparison import compare, print_comparison, print_evaluation
 from src.evaluation.config import EvaluationConfig
 from src.evaluation.held_out import EvaluationCorpus, held_out_of_run
@@ -21,7 +22,7 @@ from src.evaluation.suite import Suite, evaluate_model, prepare_suite
 from src.evaluation.tasks import describe_tasks
 from src.inference import load_model
 from src.inference.disk_experts import DiskExperts
-from src.inference.loader import ExpertForm
+from src.inference.loader import ExpertForm, require_table
 from src.lut.manifest import MANIFEST_NAME
 from src.run_directory import RunDirectory
 from src.system.console import print_note, progress_bar
@@ -40,12 +41,17 @@ class Candidate:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and evaluate."""
     given = _parse(arguments)
-    first = Candidate(RunDirectory(given.run).require(), given.experts, given.lut)
+    first = Candidate(find_run(given.run), given.experts, given.lut)
+    with caused_by("--lut"):
+        require_table(first.run, first.experts, first.lut)
     if given.compare == "lut" and given.experts == "auto":  # the first is then this run's other form
         first = replace(first, experts="ffn")
     second = None if given.compare is None else _other(first, given.compare)
     if second == first:
         raise ConfigError(f"--compare {given.compare}: that is what --experts and --lut name already; compare another")
+    if second is not None:
+        with caused_by("--compare"):
+            require_table(second.run, second.experts, second.lut)
     config = load_run_config(first.run)
     asked, (text, note) = _evaluation_config(config.evaluation, given), held_out_of_run(first.run, config.data)
     suite, console = prepare_suite(text, asked), Console()
@@ -111,13 +117,19 @@ def _evaluation_config(config: EvaluationConfig, given: Namespace) -> Evaluation
     """Return the run's own section, with the overrides of the command line."""
     flags = {name: getattr(given, name) for name in ("tasks", "num_fewshot", "local_data", "task_limit", "batch_size")}
     overrides = {name: value for name, value in flags.items() if value is not None}
-    return replace(config, corpora=[*config.corpora, *map(_corpus, given.corpus)], **overrides)
+    with caused_by("--corpus"):
+        config = replace(config, corpora=[*config.corpora, *map(_corpus, given.corpus)])
+    if given.local_data is not None and not Path(given.local_data).is_dir():
+        raise ConfigError(f"--local-data: {given.local_data} is no directory; name one that has the tasks' files")
+    with caused_by("--tasks"):
+        return replace(config, **overrides)
 
 
 def _corpus(option: str) -> EvaluationCorpus:
     name, equals, pattern = option.partition("=")
     if not (name and equals and pattern):
         raise ConfigError(f"--corpus {option!r}: write NAME=GLOB, such as --corpus prose='texts/*.txt'")
+    expand_files([pattern], "--corpus")  # names what is not there
     return EvaluationCorpus(name=name, files=[pattern])
 
 
@@ -134,7 +146,7 @@ def _other(first: Candidate, other: str) -> Candidate:
             f"--compare {other}: neither a run directory nor a table of {first.run.path}; "
             f"it has {', '.join(tables) or 'no table'}; lut and ffn name the forms"
         )
-    run.require()
+    find_run(run.path, "--compare")
     prints = [fingerprint(load_tokenizer(each.tokenizer_path)) for each in (first.run, run)]
     if prints[0] != prints[1]:
         raise ConfigError(

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from src.cli import add_form_options, number, parser, require_text, run_verb
+from src.cli import add_form_options, find_run, input_file, number, parser, require_text, run_verb
 from src.data.text_rule import TextRule
 from src.data.tokenizer import load_run_rule, num_ids
-from src.errors import MAX_FLOAT32, UserError
+from src.errors import MAX_FLOAT32, UserError, caused_by
 from src.inference import InferenceModel, load_model, stream
 from src.inference.generation import Sampling
-from src.run_directory import RunDirectory
+from src.inference.loader import require_table
 
 
 def pieces(tokenizer: Tokenizer, token_ids: Iterable[int], prompt_ids: Sequence[int] = ()) -> Iterator[str]:
@@ -57,11 +57,16 @@ def interact(write: Callable[[str], None]) -> None:
 def _prompt(text: str | None, file: Path | None) -> str:
     if file is None:
         assert text is not None
-        return require_text("--prompt", text)
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a NUL in the path
-        raise UserError(f"--prompt-file {file}: cannot be read as UTF-8 text ({error})") from error
+        prompt, flag = require_text("--prompt", text), "--prompt"
+    else:
+        flag = f"--prompt-file {file}"
+        try:
+            prompt = file.read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8
+            raise UserError(f"{flag}: cannot be read as UTF-8 text ({error})") from error
+    if not prompt:
+        raise UserError(f"{flag}: the prompt is empty; give at least one character")
+    return prompt
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_form_options(options)
     source = options.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
-    source.add_argument("--prompt-file", type=Path, help="file of UTF-8 text to continue")
+    source.add_argument("--prompt-file", type=input_file, help="file of UTF-8 text to continue")
     source.add_argument("--interactive", action="store_true", help="continue each line of standard input")
     options.add_argument("--max-new-tokens", type=number(int, 1), default=128, help="most tokens to add (default: 128)")
     options.add_argument("--temperature", type=number(float, 0, MAX_FLOAT32), default=0.0, help="0 is greedy (default)")
@@ -89,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end the text
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; `require_text` then refuses the line
-    run = RunDirectory(given.run).require()
+    run = find_run(given.run)
+    with caused_by("--lut"):
+        require_table(run, given.experts, given.lut)
     rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
     sampling = _sampling(given.temperature, given.top_k, given.top_p, given.seed, num_ids(rule.tokenizer))
     prompt = None if given.interactive else _prompt(given.prompt, given.prompt_file)

@@ -6,11 +6,11 @@ from rich.console import Console
 from rich.markup import escape
 from tokenizers import Tokenizer
 
-from src.cli import add_run_options, number, output_file, parser, require_text, run_verb
+from src.cli import add_run_options, find_run, number, output_file, parser, require_text, run_verb
 from src.config import load_run_config
 from src.data.text_rule import TextRule
 from src.data.tokenizer import load_run_rule
-from src.errors import UserError
+from src.errors import UserError, caused_by
 from src.evaluation.held_out import held_out_of_run
 from src.evaluation.routing_view import TokenWeights, measure_token_weights, windows_with
 from src.inference import load_model
@@ -107,10 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--neighbors", type=number(int, 1), default=5, help="nearest tokens to show (default: 5)")
     options.add_argument("--json", type=output_file, metavar="FILE", help="also write every figure as JSON")
     given = options.parse_args(arguments)
-    run = RunDirectory(given.run).require()
+    run = find_run(given.run)
     rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
     tokenizer, lut_dir = rule.tokenizer, run.lut_path(given.lut)
-    layout, token_id = read_manifest(lut_dir).layout, single_token(require_text("--token", given.token), rule)
+    with caused_by("--lut"):
+        layout = read_manifest(lut_dir).layout
+    token_id = single_token(require_text("--token", given.token), rule)
     layers = range(layout.num_layers) if given.layer is None else [given.layer]
     if given.layer is not None and not 0 <= given.layer < layout.num_layers:
         raise UserError(f"--layer {given.layer}: the table has layers 0 to {layout.num_layers - 1}")

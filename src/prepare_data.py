@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from src.cli import output_file, parser, run_verb
+from src.cli import find_config, output_file, parser, run_verb
 from src.config import load_config
 from src.data.cache import PreparedSource
 from src.data.packed_corpus import prepare_corpus
@@ -45,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{__doc__} The next call continues an interrupted one; what is finished is not done again.",
         "python -m src.prepare_data --config configs/data/wikitext-103.yaml",
     )
-    options.add_argument("--config", required=True, help="YAML config of a run; its data section is used")
+    options.add_argument("--config", type=Path, required=True, help="YAML config of a run; its data section is used")
     options.add_argument("--json", type=output_file, metavar="PATH", help="also write the figures as JSON")
     options.add_argument("overrides", nargs="*", metavar="key=value", help="override a config key, such as data.seed=1")
     given = options.parse_args(arguments)
-    config = load_config(given.config, given.overrides)
+    config = load_config(find_config(given.config), given.overrides)
     with naming("data.cache_dir", Path(config.data.cache_dir)), progress_report(stderr_console()) as report:
         corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=report)
     reports = [describe_source(source, config.data.sequence_length) for source in corpus.sources]

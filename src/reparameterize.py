@@ -4,15 +4,16 @@ import argparse
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from src.cli import add_run_options, number, parser, run_verb
+from src.cli import add_run_options, find_run, number, parser, run_verb, table_name
 from src.data.tokenizer import fingerprint, load_tokenizer
-from src.errors import LutError, RunError
+from src.errors import LutError, RunError, caused_by
 from src.evaluation.held_out import recorded_token_counts
 from src.lut import Manifest, build_lut, read_manifest
 from src.lut.builder import Estimate, estimate
@@ -38,7 +39,10 @@ def adopt_checkpoint(run: RunDirectory, checkpoint: str, *, overwrite: bool) -> 
     if not (path.is_file() or (path / ".metadata").is_file()):
         names = sorted(path.stem for path in run.checkpoints_path.glob("*.ckpt"))
         raise RunError(f"--checkpoint {checkpoint}: no such checkpoint; this run has {', '.join(names) or 'none'}")
-    weights = read_weights(path)
+    try:
+        weights = read_weights(path)
+    except (OSError, EOFError, KeyError, RuntimeError, UnpicklingError) as error:
+        raise RunError(f"{path}: not a readable checkpoint ({error}); name another, or copy it again") from error
     if run.backbone_path.is_file() and not overwrite:
         if identify_weights(weights) != run.identity():
             raise RunError(
@@ -83,17 +87,19 @@ def _token_counts(run: RunDirectory) -> Tensor | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and build."""
     given = _options(arguments)
-    run, console = RunDirectory(given.run).require(), stderr_console()
+    run, console = find_run(given.run), stderr_console()
     lut_dir, memory_bytes = run.lut_path(given.lut), given.memory_mb * 2**20
     if not given.dry_run:
         require_writable("--lut", lut_dir)
     if given.checkpoint is not None:
         require_writable("--run", run.path)
-        adopt_checkpoint(run, given.checkpoint, overwrite=given.overwrite)
+        with caused_by("--checkpoint"):
+            adopt_checkpoint(run, given.checkpoint, overwrite=given.overwrite)
     if given.from_lut is None:
         source, token_counts = open_source(run, given.compute_dtype), _token_counts(run)
     else:
-        read_manifest(run.lut_path(given.from_lut))  # names a missing table; `open_source` would name a missing run
+        with caused_by("--from-lut"):
+            read_manifest(run.lut_path(given.from_lut))  # `open_source` would name a missing run
         source, token_counts = open_source(run.lut_path(given.from_lut)), None
     dtype = given.dtype or (recorded_precision(lut_dir) if given.resume else None) or DEFAULT_PRECISION
     if given.dry_run:
@@ -122,7 +128,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument(
         "--checkpoint", type=expand_home, help="load the weights of this checkpoint first: last, best, or a path"
     )
-    options.add_argument("--from-lut", metavar="NAME", help="recode this table of the run; needs no training form")
+    options.add_argument(
+        "--from-lut", type=table_name, metavar="NAME", help="recode this table of the run; needs no training form"
+    )
     options.add_argument(
         "--dtype",
         choices=tuple(CODECS),

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from src.cli import number, parser, run_verb
+from src.errors import caused_by
 from src.studies.cells import Choice, require_known, runs_root
 from src.studies.definition import Study, load_study
 from src.studies.figures import draw_figures
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="override a config key in all cells; corpus=DIR names a folder",
     )
     given = options.parse_args(arguments)
-    study = load_study(given.study)
+    with caused_by("--study", given.study):
+        study = load_study(given.study)
     corpus = [text.partition("=")[2] for text in given.overrides if text.startswith("corpus=")]
     choice = Choice(
         arms=given.arms,

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from src.accounting import account, print_account
-from src.cli import number, output_file, parser, run_verb
+from src.cli import find_config, find_run, number, output_file, parser, run_verb
 from src.config import RunConfig, describe, load_config, load_run_config
 from src.errors import RunError
 from src.evaluation.report import Report
@@ -105,12 +105,12 @@ def _tell(text: str) -> None:
     stderr_console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def resumed_config(run: RunDirectory, path: str | None, overrides: Sequence[str]) -> RunConfig:
+def resumed_config(run: RunDirectory, path: Path | None, overrides: Sequence[str]) -> RunConfig:
     """Return the config to resume `run` with, and print in what it differs from the run's.
 
     `path` is a config to use instead of the run's own. ConfigError names keys that cannot change.
     """
-    before = load_run_config(run.require())
+    before = load_run_config(find_run(run.path, "--resume"))
     now = load_run_config(run, overrides) if path is None else load_config(path, overrides)
     for difference in compare_configs(run, absolute_paths(before.to_dict()), absolute_paths(now.to_dict())):
         _tell(f"{run.path} continues with {difference}")
@@ -135,7 +135,9 @@ def dry_run(config: RunConfig, unique_ids: int | None = None, json_path: Path | 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     options = parser("train", (__doc__ or ""), "python -m src.train trainer.max_steps=100 name=try")
-    options.add_argument("--config", help=f"YAML config (default: {DEFAULT_CONFIG}; with --resume the run's own)")
+    options.add_argument(
+        "--config", type=Path, help=f"YAML config (default: {DEFAULT_CONFIG}; with --resume the run's own)"
+    )
     options.add_argument("--resume", type=Path, metavar="RUN", help="continue this run, or finish what is missing")
     options.add_argument("--print-config", action="store_true", help="print every key, its value and meaning, and stop")
     options.add_argument(
@@ -149,11 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = options.parse_args(arguments)
     if not given.dry_run and (given.unique_ids is not None or given.json is not None):
         options.error("--unique-ids and --json belong to --dry-run")
+    path = None if given.config is None else find_config(given.config)
     resume = None if given.resume is None else RunDirectory(given.resume)
     if resume is None:
-        config = load_config(given.config or DEFAULT_CONFIG, given.overrides)
+        config = load_config(path or DEFAULT_CONFIG, given.overrides)
     else:
-        config = resumed_config(resume, given.config, given.overrides)
+        config = resumed_config(resume, path, given.overrides)
     if given.print_config:
         print(describe(config))
         return

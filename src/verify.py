@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from src.cli import add_run_options, output_file, parser, run_verb
+from src.cli import add_run_options, find_run, output_file, parser, run_verb
 from src.config import load_run_config
+from src.errors import caused_by
 from src.evaluation.equivalence import plot_costs
 from src.evaluation.held_out import held_out_of_run
 from src.evaluation.proof import Check, prove
-from src.run_directory import RunDirectory
+from src.lut import read_manifest
 from src.system.console import print_note, progress_bar, text_table
 from src.system.files import atomic_path, write_json
 
@@ -34,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--plot", type=output_file, metavar="FILE", help="also draw bytes per token against loss into a PNG"
     )
     given = options.parse_args(arguments)
-    run = RunDirectory(given.run).require()
+    run = find_run(given.run)
+    with caused_by("--lut"):
+        read_manifest(run.lut_path(given.lut))
     text, note = held_out_of_run(run, load_run_config(run).data)
     print_note(note)
     checks = list(prove(run, text, lut=given.lut, progress=progress_bar))

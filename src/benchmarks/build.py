@@ -24,7 +24,7 @@ from rich.table import Table
 
 from src.benchmarks.common import SHAPES, describe_machine, machine_line, model_config
 from src.benchmarks.memory_use import sampled_peak
-from src.cli import output_directory, output_file, parser, run_verb
+from src.cli import number, output_directory, output_file, parser, run_verb
 from src.lut import build_lut
 from src.lut.codecs import CODECS
 from src.lut.plan import plan
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, build, print, and remove the table again."""
     options = parser("benchmarks.build", __doc__ or "", "python -m src.benchmarks.build --shape 160m-16e")
     options.add_argument("--shape", choices=SHAPES, default="small-4e", help="sizes of the model (default: small-4e)")
-    options.add_argument("--layers", type=int, help="another number of layers")
+    options.add_argument("--layers", type=number(int, 1, 4096), help="another number of layers")
     options.add_argument("--dtype", choices=tuple(CODECS), default="bfloat16", help="precision (default: bfloat16)")
     options.add_argument("--compute-dtype", choices=tuple(COMPUTE_DTYPES), default="float32", help="default: float32")
     options.add_argument("--from", dest="source", choices=("run", "model"), default="run", help="default: run")

@@ -18,12 +18,12 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from src.cli import output_directory, output_file
+from src.cli import input_file, number, output_directory, output_file
 from src.config import load_config
 from src.lut.codecs import CODECS
 from src.model import ModelConfig
 from src.system.console import Advance
-from src.system.files import atomic_path, write_text
+from src.system.files import atomic_path, expand_home, write_text
 from src.system.hardware import processor_name, usable_cores
 
 Value = TypeVar("Value")
@@ -78,9 +78,9 @@ def take_turns(
     """Call each contender once per round with the round's number, in a new random order each; return its results."""
     results: dict[str, list[Value]] = {name: [] for name in contenders}
     order = random.Random(0)
-    for number in range(rounds):
+    for turn in range(rounds):
         for name in order.sample(list(contenders), len(contenders)):
-            results[name].append(contenders[name](number))
+            results[name].append(contenders[name](turn))
         advance(1)
     return results
 
@@ -149,6 +149,10 @@ def machine_line(machine: dict[str, str | int]) -> str:
     )
 
 
+COUNT, BPE_SIZE = number(int, 1, 2**31 - 1), number(int, 257, 2**31 - 1)
+"""Types of options that say how many, and how large a byte-level BPE is."""
+
+
 def add_common_options(options: argparse.ArgumentParser) -> None:
     """Add what to measure, where, and with which text."""
     options.add_argument("--shape", choices=SHAPES, default="160m-4e", help="sizes of the model (default: 160m-4e)")
@@ -161,8 +165,10 @@ def add_common_options(options: argparse.ArgumentParser) -> None:
 
 def add_text_options(options: argparse.ArgumentParser) -> None:
     """Add which text is used, and where figures go."""
-    options.add_argument("--corpus", type=Path, nargs="+", default=[], help="text files (default: standard library)")
-    options.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: a BPE trained on the corpus)")
+    options.add_argument(
+        "--corpus", type=expand_home, nargs="+", default=[], help="text files (default: standard library)"
+    )
+    options.add_argument("--tokenizer", type=input_file, help="tokenizer.json (default: a BPE trained on the corpus)")
     options.add_argument(
         "--output", type=output_file, metavar="FILE.json", help="write it, and a plot with the same name"
     )

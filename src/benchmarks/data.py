@@ -23,15 +23,17 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from src.benchmarks.common import describe_machine, machine_line
+from src.benchmarks.common import BPE_SIZE, COUNT, describe_machine, machine_line
 from src.benchmarks.memory_use import sampled_peak
 from src.benchmarks.workload import read_texts
-from src.cli import output_directory, output_file, parser, run_verb
+from src.cli import find_config, input_file, output_directory, output_file, parser, run_verb
 from src.data.config import DataConfig, TokenizerConfig
 from src.data.datamodule import StepWindows
+from src.data.files import expand_files
 from src.data.packed_corpus import prepare_corpus
 from src.data.tokenizer import load_tokenizer, train_bpe
-from src.system.files import atomic_path, write_text
+from src.errors import caused_by
+from src.system.files import atomic_path, expand_home, write_text
 
 _BATCH_CHARACTERS = 1 << 20
 _SAMPLE_INTERVAL_SECONDS = 0.1
@@ -116,6 +118,11 @@ def measure(options: argparse.Namespace) -> Result:
     """Write the corpus, prepare it, and measure."""
     folder = options.directory
     corpus, vocabulary = folder / f"{options.megabytes}mb.jsonl", options.tokenizer or folder / "tokenizer.json"
+    if options.tokenizer is not None:
+        with caused_by("--tokenizer"):
+            load_tokenizer(options.tokenizer)
+    expand_files(options.files, "--files")  # names what is not there
+    folder.mkdir(parents=True, exist_ok=True)
     if not corpus.is_file():
         write_corpus(corpus, options.files, options.megabytes * 10**6)
     if not vocabulary.is_file():
@@ -152,18 +159,20 @@ def measure(options: argparse.Namespace) -> Result:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, report."""
     options = parser("benchmarks.data", __doc__ or "", "python -m src.benchmarks.data --megabytes 1000")
-    options.add_argument("--megabytes", type=int, default=100, help="text to prepare (default: 100)")
-    options.add_argument("--raw-megabytes", type=int, default=32, help="text per sample of bare speed (default: 32)")
-    options.add_argument("--files", nargs="*", default=[], help="text to repeat (default: the embedded corpus)")
-    options.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: one trained on the text)")
-    options.add_argument("--vocab-size", type=int, default=16384, help="of the trained tokenizer (default: 16384)")
+    options.add_argument("--megabytes", type=COUNT, default=100, help="text to prepare (default: 100)")
+    options.add_argument("--raw-megabytes", type=COUNT, default=32, help="text per sample of bare speed (default: 32)")
+    options.add_argument(
+        "--files", type=expand_home, nargs="*", default=[], help="text to repeat (default: the embedded corpus)"
+    )
+    options.add_argument("--tokenizer", type=input_file, help="tokenizer.json (default: one trained on the text)")
+    options.add_argument("--vocab-size", type=BPE_SIZE, default=16384, help="of the trained tokenizer (default: 16384)")
     options.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"), help="config of the verb")
     options.add_argument(
         "--directory", type=output_directory, default=Path(".cache/benchmark-data"), help="where files go"
     )
     options.add_argument("--json", type=output_file, metavar="PATH", help="also write the figures there")
     given = options.parse_args(arguments)
-    given.directory.mkdir(parents=True, exist_ok=True)
+    find_config(given.config)
     machine, result = describe_machine(), measure(given)
     table = Table("figure", "value", title=machine_line(machine))
     for name, value in asdict(result).items():

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from src.benchmarks import workload
 from src.benchmarks.common import (
+    COUNT,
     Target,
     Timings,
     add_common_options,
@@ -213,9 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, and write JSON and a plot."""
     example = "python -m src.benchmarks.decode --shape 160m-4e --batches 1 8 32 --output results/decode.json"
     options = parser("benchmarks.decode", __doc__ or "", example)
-    options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
-    options.add_argument("--rounds", type=int, default=25, help="interleaved rounds (default: 25)")
-    options.add_argument("--prefill-rounds", type=int, default=15, help="the same for prompts (default: 15)")
+    options.add_argument("--batches", type=COUNT, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
+    options.add_argument("--rounds", type=COUNT, default=25, help="interleaved rounds (default: 25)")
+    options.add_argument("--prefill-rounds", type=COUNT, default=15, help="the same for prompts (default: 15)")
     add_reader_option(options)
     add_common_options(options)
     given = options.parse_args(arguments)

@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from src.cli import output_file, parser, run_verb
+from src.cli import input_file, output_file, parser, run_verb
 from src.errors import UserError
 from src.system.files import atomic_path
 
@@ -74,7 +74,9 @@ def _draw_machine(panel: Axes, machine: str, rows: Mapping[str, Sequence[float]]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the table and write the PNG."""
     options = parser("benchmarks.figure", __doc__ or "", "python -m src.benchmarks.figure --output decode.png")
-    options.add_argument("--page", type=Path, default=HERE / "README.md", metavar="FILE.md", help="where the table is")
+    options.add_argument(
+        "--page", type=input_file, default=HERE / "README.md", metavar="FILE.md", help="where the table is"
+    )
     options.add_argument(
         "--output", type=output_file, default=HERE / "decode.png", metavar="FILE.png", help="what to write"
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from src.benchmarks import workload
 from src.benchmarks.common import (
+    COUNT,
     Target,
     Timings,
     add_common_options,
@@ -214,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, and write JSON and a plot."""
     example = "python -m src.benchmarks.lookup --shape 160m-4e --rounds 15 --output results/lookup.json"
     options = parser("benchmarks.lookup", __doc__ or "", example)
-    options.add_argument("--rounds", type=int, default=15, help="interleaved rounds per cell (default: 15)")
+    options.add_argument("--rounds", type=COUNT, default=15, help="interleaved rounds per cell (default: 15)")
     add_reader_option(options)
     add_common_options(options)
     given = options.parse_args(arguments)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.benchmarks.common import (
+    BPE_SIZE,
+    COUNT,
     Target,
     Timings,
     add_text_options,
@@ -113,10 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser("benchmarks.loss", __doc__ or "", "python -m src.benchmarks.loss --output results/loss.json")
-    options.add_argument("--tokens", type=int, default=4096, help="positions of a micro-batch (default: 4096)")
-    options.add_argument("--hidden-size", type=int, default=768, help="default: 768")
-    options.add_argument("--vocab-size", type=int, default=50304, help="default: 50304")
-    options.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
+    options.add_argument("--tokens", type=COUNT, default=4096, help="positions of a micro-batch (default: 4096)")
+    options.add_argument("--hidden-size", type=COUNT, default=768, help="default: 768")
+    options.add_argument("--vocab-size", type=BPE_SIZE, default=50304, help="default: 50304")
+    options.add_argument("--rounds", type=COUNT, default=7, help="interleaved rounds (default: 7)")
     add_text_options(options)
     return options.parse_args(arguments)
 

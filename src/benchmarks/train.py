@@ -23,13 +23,24 @@ from rich.table import Table
 from torch import Tensor
 
 from src.accounting.flops import count_computed_ids, step_flops
-from src.benchmarks.common import SIZES, Value, dense_config, describe_machine, machine_line, take_turns
+from src.benchmarks.common import (
+    BPE_SIZE,
+    COUNT,
+    SIZES,
+    Value,
+    dense_config,
+    describe_machine,
+    machine_line,
+    take_turns,
+)
 from src.benchmarks.memory_use import peak_bytes
-from src.cli import output_directory, output_file, parser, run_verb
+from src.cli import add_device_option, input_file, number, output_directory, output_file, parser, run_verb
 from src.data.config import DataConfig, TokenizerConfig
+from src.data.files import expand_files
 from src.data.packed_corpus import prepare_corpus
+from src.data.tokenizer import load_tokenizer
 from src.data.windows import training_windows
-from src.errors import UserError
+from src.errors import UserError, caused_by
 from src.model import ModelConfig, Transformer
 from src.model.experts import LayerExperts, mix
 from src.model.router import Routing, router_probs
@@ -248,9 +259,13 @@ class Text:
 
 def read_text(options: argparse.Namespace) -> Text:
     """Take the first training windows of the corpus that the options name."""
+    expand_files(options.files, "--files")  # names what is not there
+    if options.tokenizer is not None:
+        with caused_by("--tokenizer"):
+            load_tokenizer(options.tokenizer)
     config = DataConfig(
         files=options.files,
-        tokenizer=TokenizerConfig(path=options.tokenizer, vocab_size=options.vocab_size),
+        tokenizer=TokenizerConfig(path=options.tokenizer and str(options.tokenizer), vocab_size=options.vocab_size),
         sequence_length=options.sequence_length,
         validation_fraction=0.2,  # so that a few files split too
         cache_dir=str(options.cache_dir),
@@ -382,18 +397,20 @@ def _plain(measured: dict[str, Any]) -> dict[str, Any]:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser("benchmarks.train", __doc__ or "", "python -m src.benchmarks.train --shape 160m --experts 16")
     options.add_argument("--shape", choices=SIZES, default="160m", help="widths of a paper's model (default: 160m)")
-    options.add_argument("--layers", type=int, default=2, help="layers of the stack (default: 2)")
-    options.add_argument("--experts", type=int, default=4, help="experts of the MoLE (default: 4)")
-    options.add_argument("--windows", type=int, default=8, help="windows of a step (default: 8)")
-    options.add_argument("--sequence-length", type=int, default=2048, help="tokens of a window (default: 2048)")
-    options.add_argument("--rounds", type=int, default=5, help="rounds that every contestant takes (default: 5)")
-    options.add_argument("--files", nargs="*", default=[], help="text files; Python's standard library by default")
-    options.add_argument("--tokenizer", type=expand_home, help="tokenizer.json; a BPE trained on the files by default")
-    options.add_argument("--vocab-size", type=int, default=16384, help="entries of that BPE (default: 16384)")
+    options.add_argument("--layers", type=number(int, 1, 4096), default=2, help="layers of the stack (default: 2)")
+    options.add_argument("--experts", type=COUNT, default=4, help="experts of the MoLE (default: 4)")
+    options.add_argument("--windows", type=COUNT, default=8, help="windows of a step (default: 8)")
+    options.add_argument("--sequence-length", type=COUNT, default=2048, help="tokens of a window (default: 2048)")
+    options.add_argument("--rounds", type=COUNT, default=5, help="rounds that every contestant takes (default: 5)")
     options.add_argument(
-        "--cache-dir", type=output_directory, default=".cache/data", help="where tokenized text is kept"
+        "--files", type=expand_home, nargs="*", default=[], help="text files; Python's standard library by default"
     )
-    options.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    options.add_argument("--tokenizer", type=input_file, help="tokenizer.json; a BPE trained on the files by default")
+    options.add_argument("--vocab-size", type=BPE_SIZE, default=16384, help="entries of that BPE (default: 16384)")
+    options.add_argument(
+        "--cache-dir", type=output_directory, default=Path(".cache/data"), help="where tokenized text is kept"
+    )
+    add_device_option(options)
     options.add_argument("--json", type=output_file, metavar="FILE", help="also write every figure as JSON")
     options.add_argument(
         "--plot", type=output_file, metavar="FILE", help="also measure growing micro-batches and draw a PNG"

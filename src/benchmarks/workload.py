@@ -22,7 +22,7 @@ from src.data.config import SourceConfig
 from src.data.corpus import Document, read_source
 from src.data.files import source_files
 from src.data.tokenizer import load_tokenizer, train_bpe
-from src.errors import DataError, UserError
+from src.errors import DataError, UserError, caused_by
 from src.lut import build_lut
 from src.lut.readers.reader import Reader
 from src.model import ModelConfig, Transformer
@@ -74,19 +74,23 @@ def require_distinct(token_ids: Tensor) -> None:
         raise DataError("a measured request repeats a token, so part of it would cost nothing; draw other ids")
 
 
-def load_text_ids(corpus: Sequence[Path], tokenizer: Path | None, vocab_size: int) -> TextIds:
+def load_text_ids(corpus: Sequence[Path | str], tokenizer: Path | None, vocab_size: int) -> TextIds:
     """Read `corpus` as training reads files, by default the standard library; by default train a BPE on it."""
-    texts = list(read_texts(map(str, corpus)))
+    loaded = None
     if tokenizer is not None:
-        return TextIds(load_tokenizer(tokenizer), texts, vocab_size)
+        with caused_by("--tokenizer"):
+            loaded = load_tokenizer(tokenizer)
+    texts = list(read_texts(map(str, corpus), "--corpus"))
+    if loaded is not None:
+        return TextIds(loaded, texts, vocab_size)
     return TextIds(train_bpe(iter(texts), min(_DEFAULT_VOCABULARY, vocab_size)), texts, vocab_size)
 
 
-def read_texts(files: Iterable[str] = ()) -> Iterator[str]:
-    """Yield the documents of `files`, by default of the standard library."""
+def read_texts(files: Iterable[str] = (), option: str = "--files") -> Iterator[str]:
+    """Yield the documents of `files`, by default of the standard library; errors call them `option`."""
     patterns = list(files)
     source = SourceConfig(files=patterns) if patterns else SourceConfig(embedded=True)
-    return (item.text for item in read_source(source, source_files(source)) if isinstance(item, Document))
+    return (item.text for item in read_source(source, source_files(source, option)) if isinstance(item, Document))
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:

@@ -147,7 +147,7 @@ def prepare_source(
     Raises:
         DataError: the source cannot be read, is over a budget, or its files change while they are read.
     """
-    files = source_files(source)
+    files = source_files(source, config.files_key)
     recipe = f"{fingerprint(rule.tokenizer)} {config.shard_mb} {config.duplicate_memory_mb}"
     recipe += "" if rule.is_default else f" {rule.separator} {rule.before} {rule.after}"
     key = entry_key(source, files, config, f"{recipe} parts {held_out_part}" if held_out_part else recipe)

@@ -1,9 +1,9 @@
 """What text a model is trained on, and how it is cut into windows."""
 
-import math
+import re
 from dataclasses import dataclass, field
 
-from src.errors import ConfigError, check_range
+from src.errors import MAX_FLOAT32, ConfigError, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class TokenizerConfig:
         if self.is_trained_here and self.vocab_size < 257:
             raise ConfigError(
                 f"data.tokenizer.vocab_size: {self.vocab_size}, but a byte-level vocabulary needs at least 257 "
-                "(256 bytes and the document separator)"
+                "(256 bytes and the document separator); raise it, or model.vocab_size where it takes that value"
             )
         if self.is_trained_here and self.separator is not None and len(self.separator) < 2:
             raise ConfigError(
@@ -82,8 +82,15 @@ class SourceConfig:
         if len(named) != 1:
             found = " and ".join(named) or "none of them"
             raise ConfigError(f"data.sources: a source must name one of embedded, files and hub, but {found} is set")
-        if self.weight is not None and not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ConfigError(f"data.sources: {self.label} has weight {self.weight}, but it must be above 0")
+        if self.weight is not None and not 0 < self.weight <= MAX_FLOAT32:
+            raise ConfigError(f"data.sources: {self.label} has weight {self.weight}, but it must be above 0 and finite")
+        try:
+            re.compile(self.document_start or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(
+                f"data.sources: {self.label} has document_start {self.document_start!r}, which is no regular "
+                f"expression ({error})"
+            ) from error
 
     @property
     def label(self) -> str:
@@ -147,6 +154,11 @@ class DataConfig:
         check_range(self, "data.", ("prepare_processes", "num_workers"), at_least=0, at_most=4096)
         check_range(self, "data.", ("validation_fraction",), above=0, below=1)
         check_range(self, "data.", ("max_malformed_fraction", "max_empty_fraction"), at_least=0, at_most=1)
+
+    @property
+    def files_key(self) -> str:
+        """The key that names the files."""
+        return "data.sources" if self.sources else "data.files"
 
     def all_sources(self) -> list[SourceConfig]:
         """Return what is read: `sources`, or `files` as one source, or the embedded corpus."""

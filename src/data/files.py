@@ -74,17 +74,22 @@ def _is_library(name: str) -> bool:
     return name not in _STDLIB_SKIPPED and not name.startswith("test")
 
 
-def source_files(source: SourceConfig) -> list[Path]:
-    """Return the files of a source, sorted; of a hub dataset those of its local folder, if it is one."""
+def source_files(source: SourceConfig, key: str = "data.files") -> list[Path]:
+    """Return the files of a source, sorted; of a hub dataset those of its local folder, if it is one.
+
+    Raises as `expand_files` does.
+    """
     if source.embedded:
         return stdlib_files()
     if source.hub is not None:
         return sorted(path for path in Path(source.hub).rglob("*") if path.is_file())
-    return expand_files(source.files)
+    return expand_files(source.files, key)
 
 
-def expand_files(patterns: Sequence[str]) -> list[Path]:
+def expand_files(patterns: Sequence[str], key: str) -> list[Path]:
     """Return the files that paths, folders and globs name, sorted. What exists as a path is no glob.
+
+    `key` is what errors call the setting that they are from.
 
     Raises:
         DataError: one of them holds no file, or a file of a format that is not read.
@@ -95,12 +100,12 @@ def expand_files(patterns: Sequence[str]) -> list[Path]:
         found = [path for path in matches if path.is_file()]
         found += _files_below([path for path in matches if path.is_dir()])
         if not found:
-            raise DataError(_nothing_found(pattern, matches))
+            raise DataError(f"{key}: {_nothing_found(pattern, matches)}")
         files.update(found)
     for path in sorted(files):
         if (suffix := format_suffix(path)) in _REFUSED.split():
             raise DataError(
-                f"data.files: {path}: files ending in {suffix} are not read; unpack or convert it to {_READ}, or "
+                f"{key}: {path}: files ending in {suffix} are not read; unpack or convert it to {_READ}, or "
                 "rename it to .txt if its bytes are the text to train on"
             )
     return sorted(files)
@@ -118,8 +123,8 @@ def _files_below(folders: Sequence[Path]) -> list[Path]:
 
 def _nothing_found(pattern: str, matches: Sequence[Path]) -> str:
     if matches:
-        return f"data.files: the folder {pattern!r} holds no file ending in {_READ}"
-    return f"data.files: {pattern!r} matches no file; give a path, a folder or a glob of text files"
+        return f"the folder {pattern!r} holds no file ending in {_READ}"
+    return f"{pattern!r} matches no file; give a path, a folder or a glob of text files"
 
 
 def format_suffix(path: Path) -> str:

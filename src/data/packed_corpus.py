@@ -23,7 +23,7 @@ from src.data.files import source_files
 from src.data.shards import SplitCount, TokenSequence
 from src.data.text_rule import SEPARATORS, TextRule, training_rule
 from src.data.tokenizer import fingerprint, load_hub_tokenizer, load_tokenizer, require_room, train_bpe
-from src.errors import DataError
+from src.errors import DataError, caused_by
 from src.system.console import Reading, ShowReading, print_note, show_nothing
 from src.system.files import write_text
 
@@ -44,7 +44,8 @@ def choose_rule(config: DataConfig, report: ShowReading, held_out_parts: Sequenc
     """
     if config.tokenizer.path is not None:
         path = config.tokenizer.path
-        return training_rule(load_tokenizer(Path(path)), path, config.tokenizer.separator)
+        with caused_by("data.tokenizer.path"):
+            return training_rule(load_tokenizer(Path(path)), path, config.tokenizer.separator)
     if config.tokenizer.hub is not None:
         name = config.tokenizer.hub
         return training_rule(load_hub_tokenizer(name), name, config.tokenizer.separator)
@@ -53,7 +54,7 @@ def choose_rule(config: DataConfig, report: ShowReading, held_out_parts: Sequenc
 
 def _trained_tokenizer(config: DataConfig, report: ShowReading, held_out_parts: Sequence[float]) -> Tokenizer:
     sources = config.all_sources()
-    files = [source_files(source) for source in sources]
+    files = [source_files(source, config.files_key) for source in sources]
     parts = held_out_parts or [0.0] * len(sources)
     path = Path(config.cache_dir) / f"tokenizer-{_key(config, sources, files, parts)}.json"
     if not path.is_file():

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from src.errors import check_range
-from src.evaluation.held_out import EvaluationCorpus
+from src.errors import ConfigError, check_range
+from src.evaluation.held_out import HELD_OUT, EvaluationCorpus
 from src.evaluation.tasks import find_task
 
 
@@ -43,3 +43,8 @@ class EvaluationConfig:
         check_range(self, "evaluation.", ("num_fewshot", "sample_tokens", "sample_temperature"), at_least=0)
         for name in self.tasks:
             find_task(name)
+        names = [corpus.name for corpus in self.corpora]
+        for name in names:
+            if names.count(name) > 1 or name.partition("/")[0] == HELD_OUT:
+                taken = "is another corpus too" if names.count(name) > 1 else "is the run's own held-out text"
+                raise ConfigError(f"evaluation.corpora: {name} {taken}; give this one a name of its own")

@@ -30,6 +30,9 @@ from src.run_directory import RunDirectory, read_metadata, read_tensors, write_t
 from src.system.console import Advance, no_advance
 from src.system.files import naming
 
+HELD_OUT = "held_out"
+"""The name of a run's own held-out text among corpora."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationCorpus:
@@ -43,6 +46,8 @@ class EvaluationCorpus:
     """Windows of data.sequence_length tokens that are scored: the first ones."""
 
     def __post_init__(self) -> None:
+        if not self.files:
+            raise ConfigError(f"evaluation.corpora: {self.name} has no files; name some, or leave it out")
         if self.windows < 1:
             raise ConfigError(f"evaluation.corpora: {self.name} has windows {self.windows}, but it must be at least 1")
 
@@ -55,7 +60,7 @@ def corpus_windows(corpus: EvaluationCorpus, rule: TextRule, sequence_length: in
     """
     source = SourceConfig(name=corpus.name, files=corpus.files)
     wanted, token_ids = corpus.windows * sequence_length + 1, list[int]()
-    for document in read_source(source, source_files(source)):
+    for document in read_source(source, source_files(source, "evaluation.corpora")):
         if isinstance(document, Document):
             token_ids.extend(itertools.islice(rule.document(document.text), wanted - len(token_ids)))
         elif document.problem != "empty":  # a score over other text than was named would be worse than none

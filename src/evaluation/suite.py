@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src.errors import ConfigError
 from src.evaluation.config import EvaluationConfig
-from src.evaluation.held_out import EvaluationCorpus, HeldOut, corpus_windows
+from src.evaluation.held_out import HELD_OUT, EvaluationCorpus, HeldOut, corpus_windows
 from src.evaluation.likelihood import TextModel
 from src.evaluation.perplexity import Share, loss_by_frequency, summarize, window_losses
 from src.evaluation.results import Evaluation, TaskScore, TextScore, fingerprint_documents
@@ -21,9 +20,6 @@ from src.evaluation.tasks import ScoreTask, find_task
 from src.model import Transformer
 from src.system.console import Progress, no_progress
 from src.system.random_state import capture_random_state, restore_random_state
-
-HELD_OUT = "held_out"
-"""The name of a run's own held-out text among corpora."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +40,9 @@ def prepare_suite(text: HeldOut, config: EvaluationConfig) -> Suite:
     A run's held-out `text` is scored itself, and the generated tasks are made of it; `config` names the rest.
 
     Raises:
-        ConfigError: a task is unknown, a corpus has the name of another, or lm-eval is needed and not installed.
+        ConfigError: a task is unknown, or lm-eval is needed and not installed.
         DataError: data of a task or corpus is missing or damaged.
     """
-    names = [corpus.name for corpus in config.corpora]
-    for name in names:
-        if names.count(name) > 1 or name.partition("/")[0] == HELD_OUT:
-            taken = "is another corpus too" if names.count(name) > 1 else "is the run's own held-out text"
-            raise ConfigError(f"evaluation.corpora: {name} {taken}; give this one a name of its own")
     local_data = None if config.local_data is None else Path(config.local_data)
     found = {name: find_task(name, config.num_fewshot) for name in config.tasks}
     tasks = {name: task.prepare(text, config.task_limit, local_data) for name, task in found.items()}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from src.errors import LutMismatchError, RunError
 from src.inference.disk_experts import DiskExperts
 from src.lut import LutStore
-from src.lut.manifest import MANIFEST_NAME
+from src.lut.manifest import MANIFEST_NAME, read_manifest
 from src.lut.sources import permutation_note, recorded_permutation, require_lookup_form
 from src.model import ModelConfig, Transformer
 from src.model.experts import EmbeddingExperts
@@ -80,6 +80,12 @@ def written_form(run: RunDirectory, lut: str = "lut") -> Literal["lut", "ffn"]:
     """Return the form that `load_model` prefers: `lut` where there is a finished table of that name."""
     has_table = run.model_config().architecture == "mole" and (run.lut_path(lut) / MANIFEST_NAME).is_file()
     return "lut" if has_table else "ffn"
+
+
+def require_table(run: RunDirectory, experts: ExpertForm, lut: str) -> None:
+    """Raise LutError where `load_model` would find no table, or one with another name than the default is missing."""
+    if lut != "lut" or (written_form(run, lut) if experts == "auto" else experts) == "lut":
+        read_manifest(run.lut_path(lut))
 
 
 def _widen_routers(model: InferenceModel) -> InferenceModel:

@@ -187,7 +187,7 @@ def _is_table_only(run: RunDirectory, lut: str) -> bool:
         return False
     if not (run.lut_path(lut) / MANIFEST_NAME).is_file():
         raise CheckpointError(
-            f"{run.path}: holds neither {run.experts_path.name} nor a finished table {lut}; nothing to export"
+            f"{run.path}: holds neither {run.experts_path.name} nor a finished table {lut} (--lut); nothing to export"
         )
     return True
 

@@ -39,7 +39,8 @@ class Preempted(SystemExit):
     def __init__(self, signum: int, step: int | None = None) -> None:
         """Say which signal came and, when training was stopped between two steps, the last step in a checkpoint."""
         where = "" if step is None else f" after step {step}, which is in the last checkpoint"
-        super().__init__(f"{signal.Signals(signum).name}: stopped{where}; --resume the run to do the rest")
+        again = ", or start again if it has no checkpoint" if step is None else ""
+        super().__init__(f"{signal.Signals(signum).name}: stopped{where}; --resume the run to do the rest{again}")
         self.signum, self.step = signum, step
         self.code = exit_code(signum)
 

@@ -268,6 +268,16 @@ def test_packages_that_only_a_metric_needs_are_named(tmp_path: Path, monkeypatch
             loaded(name, tmp_path)
 
 
+def test_metrics_that_cannot_be_fetched_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    write(tmp_path, "polemo2_in.test.jsonl", [{"sentence": "Tak.", "target": "__label__meta_amb"}] * 2)
+    write(tmp_path, "wmt-ro-en-t5-prompt.validation.jsonl", [{"translation": {"en": "a", "ro": "b"}}] * 2)
+    for name, metric in (("polemo2_in", "accuracy"), ("wmt-ro-en-t5-prompt", "wer")):
+        with pytest.raises(ConfigError, match=rf"{name} needs the metric .*{metric}, which .* could not fetch"):
+            loaded(name, tmp_path)
+
+
 def test_the_hub_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     for name in ("sciq", "gpqa_main_zeroshot"):

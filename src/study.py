@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,12 +14,13 @@ from src.errors import caused_by
 from src.studies.cells import Choice, require_known, runs_root
 from src.studies.definition import Study, load_study
 from src.studies.figures import draw_figures
-from src.studies.page import write_page
+from src.studies.page import page_text
 from src.studies.plan import print_plan
 from src.studies.rows import read_rows
 from src.studies.runner import Runner
 from src.studies.summary import Summary
 from src.system.console import stderr_console
+from src.system.files import write_text
 from src.system.hardware import usable_cores
 from src.system.signals import STOP_SIGNALS
 
@@ -53,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         corpus=str(Path(corpus[-1]).expanduser().absolute()) if corpus else None,
     )
     require_known(study, choice)
+    if study.search is not None and any(text.startswith(f"{study.search.key}=") for text in choice.overrides):
+        study = replace(study, search=None)
     if given.dry_run:
         torch.set_num_threads(max(1, usable_cores() // given.jobs))
         print_plan(study, choice, given.jobs, Console())
@@ -75,7 +79,7 @@ def report(study: Study) -> None:
     summary = Summary(study, read_rows(study.results_path))
     if summary.arms:
         draw_figures(summary, study.path.parent)
-    write_page(summary)
+    write_text(study.page_path, page_text(summary))
     _tell(f"{study.page_path}: written from {len(summary.rows)} results")
 
 

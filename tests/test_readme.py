@@ -33,6 +33,7 @@ MODULES = [
 
 INSTALL, NETWORK, EIGHT, FOUR = "installs packages", "needs a network", "needs eight devices", "needs four machines"
 LONG = "takes a minute even with the smallest model, which tests/benchmarks runs"
+BESIDE = "writes its results next to its definition; tests/studies runs one"
 DRY_RUN, LOCAL = ["--dry-run"], ["data.sources=[]"]
 LISTED: dict[str, tuple[str, list[str] | None]] = {
     "python3.11 -m venv .venv": (INSTALL, None),
@@ -58,6 +59,8 @@ LISTED: dict[str, tuple[str, list[str] | None]] = {
         "takes hours, and writes its results next to its definition",
         DRY_RUN,
     ),
+    "python -m src.study --study configs/studies/example/study.yaml --jobs 2": (BESIDE, DRY_RUN),
+    "python -m src.study --study configs/studies/family-prose/study.yaml --jobs 2 corpus=texts": (BESIDE, DRY_RUN),
     "python -m src.benchmarks.lookup --output results/lookup.json": (LONG, None),
     "python -m src.benchmarks.lookup --shape 160m-4e --rounds 15 --output results/lookup.json": (LONG, None),
     "python -m src.benchmarks.decode --output results/decode.json": (LONG, None),

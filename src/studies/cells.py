@@ -23,6 +23,9 @@ _NO_RESULT = {
 """Keys that change no number."""
 
 
+_DECIDED = {"seed", "name", "data.shuffle_seed"}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One training run of a study."""
@@ -147,14 +150,18 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def is_finished(run: RunDirectory, steps: int) -> bool:
-    """Whether a run has its final report and scores."""
+def is_finished(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether a run has all its steps, its final report and scores."""
     record = run.record() if run.config_path.is_file() else {}
-    return "evaluation" in record and record.get("steps") == steps and run.scores_path.is_file()
+    all_steps = record.get("steps") == config.trainer.max_steps or config.trainer.max_time is not None
+    return "evaluation" in record and all_steps and run.scores_path.is_file()
 
 
 def require_known(study: Study, choice: Choice) -> None:
-    """Raise ConfigError for an arm or seed that the study does not have."""
+    """Raise ConfigError for an arm or seed that the study does not have, and for overrides of what it decides."""
+    for override in choice.overrides:
+        if (key := override.partition("=")[0].strip()) in _DECIDED:
+            raise ConfigError(f"{key}: a study decides it, cell by cell; choose cells with --arms and --seeds")
     seeds = {seed for arm in study.arms.values() for seed in arm.seeds}
     for option, given, known in (("--arms", choice.arms, study.arms), ("--seeds", choice.seeds, seeds)):
         for item in given or ():

@@ -9,7 +9,6 @@ from src.studies.figures import CURVES, MEMORY, kind
 from src.studies.rows import FREQUENCIES, Row, find, read_rows
 from src.studies.statistics import MeanDifference
 from src.studies.summary import ArmRows, Summary
-from src.system.files import write_text
 
 _FIGURES = ("nats per token", "95 % interval", "p")
 _HOW_TO_READ = """\
@@ -33,9 +32,9 @@ The loss when a trained model's rows are replaced, and its rise: zeros take the 
 token the row of another."""
 
 
-def write_page(summary: Summary) -> None:
-    """Write the page, whole or not at all."""
-    write_text(summary.study.page_path, "\n\n".join(_sections(summary)) + "\n")
+def page_text(summary: Summary) -> str:
+    """Return the page's Markdown."""
+    return "\n\n".join(_sections(summary)) + "\n"
 
 
 def _sections(summary: Summary) -> Iterator[str]:

@@ -38,7 +38,7 @@ from src.studies.definition import Study
 from src.studies.measure import measure
 from src.studies.rows import Row, find, read_rows, write_rows
 from src.system.console import progress_report, stderr_console
-from src.system.hardware import usable_cores
+from src.system.hardware import require_posix, usable_cores
 from src.system.locks import open_locked
 from src.training.checkpoints import CheckpointFiles
 
@@ -85,6 +85,7 @@ class Runner:
         Raises:
             UserError: a config is wrong, results of another config or corpus are in the way, or the study runs already.
         """
+        require_posix("a study")
         self.rows = read_rows(self.study.results_path)
         torch.set_num_threads(self.threads)  # of what is measured here
         cells = reported_cells(self.study, self.choice)
@@ -132,6 +133,7 @@ class Runner:
         row = find(self.rows, *cell.key)
         if row is not None and self.rerun:
             self.rows.remove(row)
+            write_rows(self.study.results_path, self.rows)
             shutil.rmtree(run.path, ignore_errors=True)
             return False
         if row is not None:
@@ -145,7 +147,7 @@ class Runner:
             shutil.rmtree(run.path)
             return False
         _require_same(found, wanted, str(run.path))
-        if is_finished(run, config.trainer.max_steps):
+        if is_finished(run, config):
             self._add(measure(run, cell, config, self._corpus(config)))
             return True
         return False
@@ -172,7 +174,7 @@ class Runner:
 
     def _finish(self, ended: _Running) -> None:
         run, name = RunDirectory(self.root / ended.cell.name), ended.cell.name
-        if ended.process.returncode == 0 and is_finished(run, ended.config.trainer.max_steps):
+        if ended.process.returncode == 0 and is_finished(run, ended.config):
             row = measure(run, ended.cell, ended.config, self._corpus(ended.config))
             self._add(row)
             minutes = (time.monotonic() - ended.started) / 60

@@ -10,7 +10,8 @@ from tests.conftest import CONFIGS
 
 SCRIPT = """
 import importlib, os, signal, sys
-import lm_eval.api, matplotlib.pyplot, omegaconf, pyarrow.parquet, rich.console, safetensors.torch, tokenizers, torch
+import lm_eval.api, matplotlib.pyplot, omegaconf, pyarrow.parquet, rich.console, safetensors.torch, tokenizers
+import torch.distributed.checkpoint.state_dict
 
 class Lacking:
     def find_spec(self, name, path=None, target=None):
@@ -22,7 +23,7 @@ for name in LACKING:
     sys.modules.pop(name, None)
 sys.meta_path.insert(0, Lacking())
 for module, names in {
-    os: "O_DIRECT RWF_NOWAIT fork posix_fadvise pread preadv pwrite register_at_fork sched_getaffinity set_blocking",
+    os: "O_DIRECT RWF_NOWAIT fork posix_fadvise pread preadv pwrite register_at_fork sched_getaffinity",
     signal: "SIGALRM SIGHUP SIGKILL SIGPIPE SIGUSR1 SIGUSR2 setitimer pthread_kill pthread_sigmask",
 }.items():
     for name in names.split():

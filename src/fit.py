@@ -42,7 +42,7 @@ from src.evaluation.suite import Suite, prepare_suite
 from src.run_directory import RunDirectory
 from src.system.console import print_note, progress_report, stderr_console
 from src.system.files import naming, require_writable, write_text
-from src.system.hardware import processor_name
+from src.system.hardware import processor_name, resolved_accelerator
 from src.system.private_api import forks_ranks, run_hooks_without_steps, started_ranks
 from src.system.ranks import ReportedFailureError, is_rank_zero
 from src.system.signals import STOP_SIGNALS, Preempted, StopSignals
@@ -140,6 +140,9 @@ def build_module(config: RunConfig, text: HeldOut, signals: StopSignals) -> Lang
     )
     module.signals = signals
     if config.trainer.compile:
+        from torch._dynamo import config as dynamo  # which takes seconds to import
+
+        dynamo.optimize_ddp = False  # it would split each layer's graph at the size of DDP's buckets
         module.model.compile_layers()
     return module
 
@@ -152,7 +155,7 @@ def build_trainer(
     # Gradients are views of DDP's buckets, not copies, also where Lightning chooses DDP by itself.
     StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True)
     trainer = lightning.Trainer(
-        accelerator=_accelerator(config.accelerator),
+        accelerator=resolved_accelerator(config.accelerator) if config.accelerator == "auto" else config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=_strategy(run_config),
@@ -176,11 +179,6 @@ def build_trainer(
     )
     run_hooks_without_steps(trainer)
     return trainer
-
-
-def _accelerator(name: str) -> str:
-    """Resolve `auto`, which in Lightning also means accelerators that lack the float64 of our metrics."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _strategy(config: RunConfig) -> str | Strategy:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from tokenizers import Tokenizer
 
-from src.cli import add_run_options, find_run, number, output_file, parser, require_text, run_verb
+from src.cli import add_device_option, add_run_options, find_run, number, output_file, parser, require_text, run_verb
 from src.config import load_run_config
 from src.data.text_rule import TextRule
 from src.data.tokenizer import load_run_rule
@@ -47,13 +47,13 @@ def token_text(token_id: int, tokenizer: Tokenizer) -> str:
     return repr(tokenizer.decode([token_id], skip_special_tokens=False))
 
 
-def token_weights(run: RunDirectory, lut: str, token_id: int) -> TokenWeights:
+def token_weights(run: RunDirectory, lut: str, token_id: int, device: str = "cpu") -> TokenWeights:
     """Route the run's held-out text through its lookup form."""
     text, note = held_out_of_run(run, load_run_config(run).data)
     print_note(note)
     inputs = windows_with(text.windows, token_id, MAX_WINDOWS)
     with (
-        load_model(run.path, experts="lut", lut=lut) as model,
+        load_model(run.path, experts="lut", lut=lut, device=device) as model,
         progress_bar("routing text (windows)", len(inputs)) as advance,
     ):
         return measure_token_weights(model, inputs, token_id, progress=advance, mask=text.mask)
@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and print what the table holds for the token."""
     options = parser("inspect_lut", __doc__ or "", 'python -m src.inspect_lut --run runs/quickstart --token " the"')
     add_run_options(options)
+    add_device_option(options)
     options.add_argument("--token", required=True, help="text that is one token, most words with a space in front")
     options.add_argument("--layer", type=number(int, 0), help="show only this layer (default: all)")
     options.add_argument("--neighbors", type=number(int, 1), default=5, help="nearest tokens to show (default: 5)")
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--layer {given.layer}: the table has layers 0 to {layout.num_layers - 1}")
     with progress_bar("reading the table (rows)", layout.vocab_size) as advance:
         found = find_neighbors(lut_dir, token_id, layers=layers, neighbors=given.neighbors, progress=advance)
-    weights = token_weights(run, given.lut, token_id)
+    weights = token_weights(run, given.lut, token_id, given.device)
     entries = to_document(found, weights, tokenizer)
     seen = f"{weights.occurrences:,} times in held-out text" if weights.occurrences else "not in held-out text"
     print_entries(entries, f"token {token_text(token_id, tokenizer)} (id {token_id}), {seen}", Console())

@@ -18,7 +18,7 @@ from src.evaluation.report import Report
 from src.run_directory import RunDirectory, absolute_paths
 from src.system.console import print_note, stderr_console
 from src.system.files import write_text
-from src.system.hardware import keep_freed_memory, require_posix
+from src.system.hardware import keep_freed_memory, require_posix, resolved_accelerator
 from src.system.ranks import FAILED, ReportedFailureError, is_rank_zero, leave
 from src.system.signals import Preempted, StopSignals, exit_code, leave_on_stop_signals
 from src.training.config import require_ranks
@@ -163,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.dry_run:
         dry_run(config, given.unique_ids, given.json)
         return
-    keep_freed_memory()
+    if resolved_accelerator(config.trainer.accelerator) == "cpu":
+        keep_freed_memory()  # on a GPU's host it would keep what building the model took
     _quieten_lightning()
     _train_as_process(config, resume)
 

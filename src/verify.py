@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from src.cli import add_run_options, find_run, output_file, parser, run_verb
+from src.cli import add_device_option, add_run_options, find_run, output_file, parser, run_verb
 from src.config import load_run_config
 from src.errors import caused_by
 from src.evaluation.equivalence import plot_costs
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and check; exit code 1 when a check fails."""
     options = parser("verify", __doc__ or "", "python -m src.verify --run runs/quickstart")
     add_run_options(options)
+    add_device_option(options)
     options.add_argument("--json", type=output_file, metavar="FILE", help="also write every figure as JSON")
     options.add_argument(
         "--plot", type=output_file, metavar="FILE", help="also draw bytes per token against loss into a PNG"
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         read_manifest(run.lut_path(given.lut))
     text, note = held_out_of_run(run, load_run_config(run).data)
     print_note(note)
-    checks = list(prove(run, text, lut=given.lut, progress=progress_bar))
+    checks = list(prove(run, text, lut=given.lut, device=given.device, progress=progress_bar))
     print_checks(checks, f"{run.path} / {given.lut}", Console())
     if given.json is not None:
         write_json(given.json, [check.to_dict() for check in checks])

@@ -461,9 +461,10 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(
 
 @pytest.mark.parametrize("device", ["gpu0", "meta", pytest.param("cuda:99"), "cpu,cuda", ""])
 def test_a_device_that_cannot_be_used_is_named_before_any_work(device: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in (generate, evaluate):
+    needs = {generate: ["--prompt", "x"], evaluate: [], verify: [], inspect_lut: ["--token", "x"]}
+    for verb, more in needs.items():
         with pytest.raises(SystemExit) as left:
-            verb.main(["--run", "no-run", "--device", device, *(["--prompt", "x"] if verb is generate else [])])
+            verb.main(["--run", "no-run", "--device", device, *more])
         assert left.value.code == 2
         assert f"argument --device: {device!r} cannot be used (" in capsys.readouterr().err
 

@@ -76,7 +76,7 @@ class PackedDataModule(lightning.LightningDataModule):
             batch_size=None,
             sampler=StepSampler(trainer.global_step),
             num_workers=self.config.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=_is_copied(trainer),
             persistent_workers=self.config.num_workers > 0,
             worker_init_fn=ignore_stop_signals,
         )
@@ -91,7 +91,13 @@ class PackedDataModule(lightning.LightningDataModule):
         windows = self.held_out[trainer.global_rank :: trainer.world_size]
         missing = math.ceil(len(self.held_out) / trainer.world_size) - len(windows)
         filled = torch.cat([windows, windows.new_full((missing, self.held_out.shape[1]), NO_WINDOW)])
-        return DataLoader(_Windows(filled), batch_size=self.config.micro_batch_windows(trainer.world_size))
+        size = self.config.micro_batch_windows(trainer.world_size)
+        return DataLoader(_Windows(filled), batch_size=size, pin_memory=_is_copied(trainer))
+
+
+def _is_copied(trainer: lightning.Trainer) -> bool:
+    """Whether batches are copied to a GPU, which page-locked memory lets happen while it computes."""
+    return trainer.strategy.root_device.type == "cuda"
 
 
 class _Windows(Dataset[Tensor]):

@@ -5,6 +5,7 @@ Everything is computed in float32. Without a training form, the checks that need
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ class Check:
         return {name: value for name, value in asdict(self).items() if name != "cost"}
 
 
-def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress) -> Iterator[Check]:
-    """Check a run and its table called `lut`, and yield each check when it is done.
+def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress, device: str = "cpu") -> Iterator[Check]:
+    """Check a run and its table called `lut`, and yield each check when it is done; models compute on `device`.
 
     Raises:
         UserError: there is no table, or it cannot be opened at all.
@@ -63,8 +64,9 @@ def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress) -> 
     if not sound.holds:
         return
     yield check_identity(run, lut)
-    reference = load_model(run.path, experts="ffn", dtype=torch.float32) if run.experts_path.is_file() else None
-    with load_model(run.path, experts="lut", lut=lut, dtype=torch.float32, reader="memmap") as lookup:
+    load = partial(load_model, run.path, device=device, dtype=torch.float32)
+    reference = load(experts="ffn") if run.experts_path.is_file() else None
+    with load(experts="lut", lut=lut, reader="memmap") as lookup:
         if reference is None:
             yield _absent("training form against table", "the run holds no training form")
         for reader in READERS:
@@ -122,7 +124,14 @@ def check_reader(
     windows = _compared(text)
     precision = read_manifest(run.lut_path(lut)).layout.precision
     with (
-        load_model(run.path, experts="lut", lut=lut, dtype=torch.float32, reader=reader) as other,
+        load_model(
+            run.path,
+            experts="lut",
+            lut=lut,
+            device=reference.embedding.weight.device,
+            dtype=torch.float32,
+            reader=reader,
+        ) as other,
         progress(f"comparing logits ({reader})", len(windows)) as advance,
     ):
         distance = logit_distance(reference, other, windows, progress=advance, mask=text.mask)

@@ -164,10 +164,10 @@ def measure_token_weights(
     """Run inputs (B, T) int64, one window at a time, and average the mixture weights where the token occurs."""
     sums, occurrences = torch.zeros(model.config.num_layers, model.config.num_experts), 0
     for window in inputs.unsqueeze(1):  # (1, T)
-        here = window == token_id  # (1, T)
+        here = (window[0] == token_id).nonzero().flatten()  # positions
         logits = model.trunk(window, attention_mask=mask(window)).router_logits
         gates = [_gates(layer_logits, model.config.top_k) for layer_logits in logits]
-        sums += torch.stack([gate[here].float().sum(dim=0) for gate in gates])  # (L, E)
-        occurrences += int(here.sum())
+        sums += torch.stack([gate[0].cpu().index_select(0, here).float().sum(dim=0) for gate in gates])  # (L, E)
+        occurrences += len(here)
         progress(1)
     return TokenWeights(occurrences=occurrences, shares=sums / occurrences if occurrences else None)

@@ -16,7 +16,8 @@ from src.model.experts import FEW_POSITIONS, LayerRows
 class Staging:
     """Buffers between disk and device: filled by a reader, copied on a stream of their own, and used again.
 
-    A buffer is free once the event behind its copy has passed; nothing waits for the device as a whole.
+    A buffer is free once the event behind its copy has passed; nothing waits for the device as a whole. A buffer holds
+    a power of two of rows, so that page-locked memory, which takes long to get, also serves the next prompt.
     """
 
     def __init__(self, row_bytes: int) -> None:
@@ -31,7 +32,11 @@ class Staging:
                 if len(buffer) >= num_rows and (copied is None or copied.query()):
                     return self._used.pop(index)[0]
             self._used = [(buffer, copied) for buffer, copied in self._used if copied and not copied.query()]
-        return torch.empty(num_rows, self._row_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        if device.type != "cuda":
+            return torch.empty(num_rows, self._row_bytes, dtype=torch.uint8)
+        rows = 1 << (num_rows - 1).bit_length()
+        with torch.cuda.stream(self._stream(device)):  # or the memory would be got through GPU 0, and start it
+            return torch.empty(rows, self._row_bytes, dtype=torch.uint8, pin_memory=True)
 
     def deliver(self, buffer: Tensor, num_rows: int, device: torch.device) -> Tensor:
         """Copy the first rows of `buffer` to `device` and take the buffer back.
@@ -40,9 +45,7 @@ class Staging:
         """
         codes, copied = buffer[:num_rows], None
         if device.type == "cuda":
-            with self._lock:
-                stream = self._streams.setdefault(device, torch.cuda.Stream(device))
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream := self._stream(device)):
                 on_device = codes.to(device, non_blocking=True)
                 copied = torch.cuda.Event()
                 copied.record(stream)
@@ -54,6 +57,12 @@ class Staging:
         with self._lock:
             self._used.append((buffer, copied))
         return on_device
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        with self._lock:
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            return self._streams[device]
 
 
 class DiskExperts(nn.Module):

@@ -130,7 +130,7 @@ class EmbeddingExperts(nn.ModuleList):
 
         def layer_rows(layer: int) -> Tensor:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                return checkpoint(self[layer], token_embeddings, use_reentrant=False)
+                return checkpoint(self[layer], token_embeddings, use_reentrant=False, preserve_rng_state=False)
             return self[layer](token_embeddings)
 
         return layer_rows

@@ -186,7 +186,7 @@ class Transformer(nn.Module):
                 rows = expert_rows.layer_rows if expert_rows.awaited else expert_rows.layer_rows(layer)
             arguments = (hidden_states, rotary, mask, cache, layer, rows, inverse)
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states, logits = checkpoint(block, *arguments, use_reentrant=False)
+                hidden_states, logits = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden_states, logits = block(*arguments)
             if logits is not None:

@@ -61,9 +61,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def resolved_accelerator(accelerator: str) -> str:
+    """Return `cpu` or `cuda`; `auto` means neither of the others that Lightning knows, which lack our float64."""
+    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
     """Return bf16-mixed if what `trainer.accelerator` selects computes in bfloat16, else 32-true."""
-    if accelerator != "cpu" and torch.cuda.is_available():
+    if resolved_accelerator(accelerator) == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_tile"))
@@ -72,7 +77,7 @@ def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
 
 def device_count(accelerator: str) -> int:
     """Return how many devices of this machine `trainer.accelerator` can use; the CPU is one."""
-    return torch.cuda.device_count() if accelerator != "cpu" and torch.cuda.is_available() else 1
+    return torch.cuda.device_count() if resolved_accelerator(accelerator) == "cuda" else 1
 
 
 def processor_name() -> str:

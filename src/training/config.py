@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from src.errors import ConfigError, check_range
-from src.system.hardware import device_count, native_precision
+from src.system.hardware import device_count, native_precision, resolved_accelerator
 from src.system.ranks import launcher
 
 
@@ -134,7 +134,14 @@ class TrainerConfig:
     @property
     def resolved_precision(self) -> Literal["32-true", "bf16-mixed", "bf16-true", "64-true"]:
         """`precision`, with `auto` resolved for this machine."""
-        return native_precision(self.accelerator) if self.precision == "auto" else self.precision
+        if self.precision != "auto":
+            return self.precision
+        if self.strategy == "ddp_fork" and resolved_accelerator(self.accelerator) == "cuda":
+            raise ConfigError(
+                "trainer.precision: auto asks the GPU, which a process may not use before trainer.strategy ddp_fork "
+                "forks it; set trainer.precision=bf16-mixed, or trainer.strategy=ddp"
+            )
+        return native_precision(self.accelerator)
 
     @property
     def world_size(self) -> int:

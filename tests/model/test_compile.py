@@ -2,18 +2,22 @@
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from src.config import load_config
 from src.data.config import DataConfig, TokenizerConfig
 from src.data.datamodule import StepWindows
 from src.data.packed_corpus import prepare_corpus
+from src.fit import build_module
 from src.model import ModelConfig, Transformer
 from src.model.loss import next_token_loss
-from tests.conftest import STDLIB
+from src.system.signals import StopSignals
+from tests.conftest import CONFIGS, STDLIB
 
 CONFIG = ModelConfig(
     vocab_size=512,
@@ -104,3 +108,12 @@ def test_compiled_code_gives_the_losses_of_eager_code(batches: list[Tensor]) -> 
     model = built()
     model.compile_layers()
     assert losses(model, batches) == pytest.approx(losses(built(), batches), abs=1e-4)
+
+
+def test_compiled_layers_are_not_split_at_the_size_of_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    overrides = ["trainer.compile=true", "trainer.accelerator=cpu", "model.num_layers=1"]
+    config = load_config(CONFIGS / "quickstart.yaml", overrides)
+    text = Mock(byte_lengths=torch.ones(config.model.vocab_size, dtype=torch.int64), document_separator=None)
+    build_module(config, text, StopSignals())
+    assert not torch._dynamo.config.optimize_ddp

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from src.evaluation.equivalence import compare_greedy, logit_distance, permuted_rows, recoded_rows, zeroed_rows
+from src.evaluation.perplexity import window_losses
+from src.evaluation.routing_view import measure_token_weights
 from src.inference import generate, generation
 from src.inference.generation import stream
 from src.lut.codecs import CODECS
@@ -88,6 +92,9 @@ class Watch(TorchDispatchMode):
         if name == "bincount":
             self.waits[name] += on_device
             return inputs[0].new_zeros(args[2])
+        if name == "nonzero":
+            self.waits[name] += on_device
+            return inputs[0].new_zeros((0, inputs[0].dim()), dtype=torch.int64)
         outputs = func(*args, **(kwargs or {}))
         moved = on_device and any(tensor.device.type == "cpu" for tensor in tensors(outputs))
         self.waits[name] += moved
@@ -193,6 +200,18 @@ def write(config: ModelConfig, precision: str | None, prompt_device: torch.devic
     assert (written.shape, written.device) == ((3, 10), prompt_device)
 
 
+def compare(config: ModelConfig, precision: str | None) -> None:
+    """Run what `verify` and `inspect_lut` compute, on windows that lie on the CPU."""
+    computed, other = model_on_device(config).eval(), model_on_device(config, precision).eval()
+    windows = torch.zeros(4, 9, dtype=torch.int64)
+    mask = partial(document_mask, separator_id=0)
+    for rows_of in (None, zeroed_rows(other), permuted_rows(other), recoded_rows(other, CODECS["float16"])):
+        logit_distance(computed, other, windows, mask=mask, rows_of=rows_of)
+        window_losses(other, windows, mask=mask, rows_of=rows_of)
+    compare_greedy(computed, other, windows, new_tokens=2)
+    measure_token_weights(other, windows[:, 1:], 0, mask=mask)
+
+
 def encode(precision: str) -> None:
     codec = CODECS[precision]
     target = torch.zeros(4, 3, codec.vector_bytes(128), dtype=torch.uint8, device=DEVICE)
@@ -223,6 +242,8 @@ def run_everything() -> dict[str, object]:
         for sampling in ({}, DRAWN):
             for device in (DEVICE, torch.device("cpu")):
                 run(lambda c=config, p=precision, d=device, s=sampling: write(c, p, d, **s))
+    for precision in (None, "bfloat16", "nf4"):
+        run(lambda p=precision: compare(WIDE, p))
     for precision in CODECS:
         run(lambda p=precision: encode(p), truth=True)
     return {"cases": cases, "refused": sorted(refused)}

@@ -1,6 +1,6 @@
 """Thin Lightning adapters over `src`: they decide when something happens, not how."""
 
-from callbacks.checkpoints import BestWeightsCallback, CheckpointCallback, RandomStateCallback
+from callbacks.checkpoints import AveragedWeights, BestWeightsCallback, CheckpointCallback, RandomStateCallback
 from callbacks.dashboard import DashboardCallback
 from callbacks.evaluation import EvaluationCallback
 from callbacks.failures import NonFiniteCallback, RankFailureCallback, RunCallback
@@ -8,6 +8,7 @@ from callbacks.progress import StepProgressBar, ThroughputCallback, TimeLimit
 from callbacks.reparameterize import ReparameterizeCallback
 
 __all__ = [
+    "AveragedWeights",
     "BestWeightsCallback",
     "CheckpointCallback",
     "DashboardCallback",

@@ -6,7 +6,8 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from callbacks.failures import RunCallback
 from src.system.private_api import log_step_now, set_logged_step, validate_now
@@ -177,6 +178,18 @@ class BestWeightsCallback(lightning.Callback):
         if best:
             path = self.checkpoints.files.path(best[0])
             trainer.strategy.load_model_state_dict(trainer.strategy.load_checkpoint(path, weights_only=True))
+
+
+class AveragedWeights(WeightAveraging):
+    """Keeps an exponential moving average of the weights, which validation, checkpoints and results use."""
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    @property
+    def state_key(self) -> str:
+        """Return the name that older checkpoints use."""
+        return "EMAWeightAveraging"
 
 
 _KEY = "random_states"

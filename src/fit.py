@@ -12,12 +12,13 @@ from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from callbacks import (
+    AveragedWeights,
     BestWeightsCallback,
     CheckpointCallback,
     DashboardCallback,
@@ -196,7 +197,7 @@ def progress_callbacks(config: RunConfig, run: RunCallback) -> list[lightning.Ca
         NonFiniteCallback(run, skip=config.trainer.non_finite == "skip"),
     ]
     if config.checkpoint.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=config.checkpoint.ema_decay, use_buffers=False))
+        callbacks.append(AveragedWeights(config.checkpoint.ema_decay))
     if config.trainer.enable_progress_bar:
         callbacks.append(StepProgressBar(refresh_rate=5))
     if config.trainer.max_time is not None:

@@ -35,9 +35,10 @@ GENERATED_DOCUMENTS = 100
 """Documents of a generated task, unless the limit is lower."""
 _WORD = re.compile(r" [^\W\d]{4,}")
 _ENDINGS = (".jsonl", ".jsonl.gz")
-_NAMING_LINE = re.compile(r"""^[ \t]*(?:-|["']?(?:task|group|tag)["']?[ \t]*:)([^\n]*)""", re.MULTILINE)
-"""Lines of a definition that name tasks, tags and groups."""
-_NAME = re.compile(r"[\w:.()+-]+")
+_NAMING = re.compile(r"""^[ \t-]*["']?(?:task|group|tag)["']?[ \t]*:([^\n]*(?:\n[ \t]*[-#][^\n]*)*)""", re.MULTILINE)
+"""Lines of a definition that name tasks, tags and groups: a key, and the list under it."""
+_COMMENT = re.compile(r"(?:^|\s)#.*", re.MULTILINE)
+_NAME = re.compile(r"[\w.()+-]*\w[\w.()+-]*")
 
 Row = dict[str, Any]
 ScoreTask = Callable[[TextModel], TaskScore | list[TaskScore]]
@@ -100,10 +101,7 @@ def find_task(name: str, num_fewshot: int | None = None) -> Task:
 
 def unknown_task(name: str, others: Collection[str]) -> ConfigError:
     """Return the error for a name that is neither registered nor one of `others`."""
-    attempts = ((others, 0.87), (TASKS, 0.5), ([*others, *TASKS], 0))  # ours first, unless another is a slip away
-    nearest = next(
-        found[0] for names, cutoff in attempts if (found := difflib.get_close_matches(name, names, 1, cutoff))
-    )
+    nearest = difflib.get_close_matches(name, [*TASKS, *others], n=1, cutoff=0)[0]
     return ConfigError(
         f"evaluation.tasks: unknown task {name!r}; did you mean {nearest!r}? Known: {', '.join(sorted(TASKS))}, and "
         "what `python -m lm_eval ls tasks` prints"
@@ -112,9 +110,9 @@ def unknown_task(name: str, others: Collection[str]) -> ConfigError:
 
 @functools.cache
 def harness_names() -> frozenset[str]:
-    """Return words of lm-eval's definitions, all names of tasks, tags and groups among them; none without lm-eval.
+    """Return what lm-eval's definitions name, all tasks, tags and groups among it; nothing without lm-eval.
 
-    This takes a second where lm-eval's own index, which knows them exactly, takes ten.
+    This takes a second where lm-eval's own index, which leaves out parts of groups, takes ten.
     """
     package = importlib.util.find_spec("lm_eval")
     if package is None or package.origin is None:
@@ -122,9 +120,9 @@ def harness_names() -> frozenset[str]:
     names = set[str]()
     for path in (Path(package.origin).parent / "tasks").rglob("*"):
         if path.suffix in ("", ".yaml") and path.is_file():
-            for values in _NAMING_LINE.findall(path.read_text(encoding="utf-8", errors="ignore")):
-                names.update(_NAME.findall(values))
-    return frozenset(names)
+            for values in _NAMING.findall(path.read_text(encoding="utf-8", errors="ignore")):
+                names.update(_NAME.findall(_COMMENT.sub("", values)))
+    return frozenset(names - {"null"})
 
 
 def describe_tasks() -> str:

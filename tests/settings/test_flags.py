@@ -83,6 +83,7 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
         {
             **FORM,
             "--tasks": Verdicts({"": [], "next_passage": ["next_passage"]}, ["next_passage,x"]),
+            "--num-fewshot": whole(f"0 1 {LARGEST}"),
             "--local-data": NOTHING,
             "--limit": whole(f"1 {LARGEST}"),
             "--batch-size": whole(f"1 {LARGEST}"),

@@ -122,6 +122,7 @@ KEYS: dict[str, Verdicts] = {
     "evaluation.at_fit_end": SWITCH,
     "evaluation.every_validations": COUNT_OR_NULL,
     "evaluation.tasks": Verdicts({"[]": [], "next_passage": ["next_passage"]}, ["next_pasage", "[next_passage, x]"]),
+    "evaluation.num_fewshot": whole(f"0 1 {LARGEST}", or_null=True),
     "evaluation.task_limit": COUNT_OR_NULL,
     "evaluation.local_data": Verdicts(TEXT_OR_NULL.accepted, ["x" * 256]),
     "evaluation.corpora": Verdicts({"[]": []}, ["{}", "[{}]"]),

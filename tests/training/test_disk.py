@@ -91,7 +91,8 @@ def check_failure(folder: Path, whole: Path, overrides: Sequence[str], number: i
     lost = {files.step(newest) - 1}  # of the checkpoint's own step, whose row is written after it
     losses, expected = logged(part)["train/loss"], logged(whole)["train/loss"]
     assert {**expected, **losses} == expected and expected.keys() - losses.keys() <= lost
-    assert not list(part.rglob("*.tmp"))
+    if code == errno.ENOSPC:  # a disk that takes no change at all keeps an unfinished file
+        assert not list(part.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ PARAMETERS = {"dense": (10, 10, 0), "moe": (30, 10, 20), "mole": (30, 10, 400)}
 
 
 def write_study(folder: Path, text: str = DEFINITION) -> Study:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "study.yaml"
     path.write_text(text, encoding="utf-8")
     return load_study(path)

@@ -98,8 +98,9 @@ class StopSignals:
         if os.name != "posix" or threading.current_thread() is not threading.main_thread():
             return
         if self._process != os.getpid():
-            if self._process:  # a forked rank
+            if self._process:  # a forked rank; those of its children that leave signals to it are data-loader workers
                 self._delegated, self.children = False, tuple
+                Finalize(None, _kill_children, exitpriority=1)
             else:
                 self._earlier = {signum: signal.getsignal(signum) for signum in self._signums}
             self._process = os.getpid()
@@ -141,8 +142,6 @@ class StopSignals:
         """Raise `Preempted` for a signal that this process or another rank received."""
         self.received, self._held = signum, True
         self._end_in_time(signum)
-        if multiprocessing.parent_process() is not None:  # a forked rank, which would wait for its data-loader workers
-            Finalize(None, os._exit, [exit_code(signum)], exitpriority=1)
         raise Preempted(signum, step)
 
     @property
@@ -192,6 +191,11 @@ class StopSignals:
     def _end_children(self) -> None:
         for child in self.children():
             child.terminate()
+
+
+def _kill_children() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _forget_wakeup() -> None:

@@ -162,7 +162,8 @@ def test_a_step_that_is_not_finite_names_the_rank_that_saw_it(
         return loss * (float("nan") if bad else 1), objective
 
     monkeypatch.setattr(LanguageModel, "_losses", broken)
-    config = small_config(small_overrides, tmp_path, *TWO, "trainer.strategy=ddp_fork", "trainer.max_steps=9")
+    more = ("trainer.strategy=ddp_fork", "trainer.max_steps=9", "data.num_workers=1")
+    config = small_config(small_overrides, tmp_path, *TWO, *more)
     with pytest.raises(Exception, match=r"step 7: not finite;") as failed:
         train(config)
     text = str(failed.value)

@@ -175,6 +175,7 @@ def _quieten_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it ends the other ranks
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # of rows, which are only read
 

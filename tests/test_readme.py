@@ -32,8 +32,7 @@ MODULES = [
 ]
 
 INSTALL, NETWORK, EIGHT, FOUR = "installs packages", "needs a network", "needs eight devices", "needs four machines"
-LONG = "takes a minute even with the smallest model, which tests/benchmarks runs"
-BESIDE = "writes its results next to its definition; tests/studies runs one"
+LONG, HOURS = "takes a minute even with the smallest model, which tests/benchmarks runs", "takes hours"
 DRY_RUN, LOCAL = ["--dry-run"], ["data.sources=[]"]
 LISTED: dict[str, tuple[str, list[str] | None]] = {
     "python3.11 -m venv .venv": (INSTALL, None),
@@ -55,12 +54,8 @@ LISTED: dict[str, tuple[str, list[str] | None]] = {
     ),
     "python -m src.train --config configs/data/tinystories.yaml": (NETWORK, DRY_RUN),
     "python -m src.prepare_data --config configs/data/wikitext-103.yaml": (NETWORK, LOCAL),
-    "python -m src.study --study configs/studies/family-code/study.yaml --jobs 2": (
-        "takes hours, and writes its results next to its definition",
-        DRY_RUN,
-    ),
-    "python -m src.study --study configs/studies/example/study.yaml --jobs 2": (BESIDE, DRY_RUN),
-    "python -m src.study --study configs/studies/family-prose/study.yaml --jobs 2 corpus=texts": (BESIDE, DRY_RUN),
+    "python -m src.study --study configs/studies/family-code/study.yaml --jobs 2": (HOURS, DRY_RUN),
+    "python -m src.study --study configs/studies/family-prose/study.yaml --jobs 2 corpus=texts": (HOURS, DRY_RUN),
     "python -m src.benchmarks.lookup --output results/lookup.json": (LONG, None),
     "python -m src.benchmarks.lookup --shape 160m-4e --rounds 15 --output results/lookup.json": (LONG, None),
     "python -m src.benchmarks.decode --output results/decode.json": (LONG, None),
@@ -72,6 +67,7 @@ TEXT = [f"{STDLIB}/{package}/*.py" for package in ("json", "email", "http")]
 SMALLER = {
     "src.generate": ["--max-new-tokens", "8"],
     "src.evaluate": ["--limit", "8"],
+    "src.study": ["--seeds", "0", "trainer.max_steps=2", "trainer.val_check_interval=2", "model.vocab_size=512"],
     "src.benchmarks.loss": ["--tokens", "64", "--hidden-size", "8", "--vocab-size", "300", "--rounds", "2"],
     "src.benchmarks.train": ["--shape", "small", "--layers", "1", "--windows", "1", "--sequence-length", "32"],
     "src.benchmarks.build": ["--shape", "small-4e", "--layers", "1"],
@@ -190,32 +186,36 @@ def run(small_overrides: Sequence[str], tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    Path("configs").symlink_to(CONFIGS)
+    shutil.copytree(CONFIGS, "configs")  # a copy, since a study writes its results there
     Path("MoLE-160M-4E").symlink_to(ROOT / "tests" / "golden" / "mole")
     Path("corpus").mkdir()
+    Path("texts").mkdir()
     records = [json.dumps({"text": path.read_text()}) for path in sorted((STDLIB / "email").glob("*.py"))]
     Path("corpus/email.jsonl.zst").write_bytes(zstandard.compress("\n".join(records).encode()))
+    Path("texts/email.txt").write_text("\n".join(records))
 
     def smaller(module: str, arguments: list[str]) -> list[str]:
         """Return what a command takes on top; the quick start's micro-batch, larger than a device's share, stays."""
-        if {"--dry-run", "--print-config"}.intersection(arguments):
-            return []
+        if {"--dry-run", "--print-config", "--report"}.intersection(arguments):
+            return ["--arms", "dense"] if module == "src.study" else []  # a step of each arm is timed
         stated = {"data.micro_batch_size", *(word.partition("=")[0] for word in arguments)}
         small = [item for item in small_overrides if item.partition("=")[0] not in stated]
         if module == "src.train":  # a resumed run keeps its own settings
             return ["trainer.max_steps=35"] if "--resume" in arguments else [*small, "trainer.max_steps=30"]
-        return small if module == "src.prepare_data" else SMALLER.get(module, [])
+        text = [item for item in small if item.startswith(("data.files", "data.cache_dir", "data.validation"))]
+        more = {"src.prepare_data": small, "src.study": [*SMALLER["src.study"], *text]}
+        return more.get(module, SMALLER.get(module, []))
 
     def run(words: list[str]) -> None:
         _, instead = LISTED.get(printed(words), ("", []))
         if instead is None:
             return
         module, arguments = parts(words)
-        appended = instead if instead == DRY_RUN else [*smaller(module, arguments), *instead]
+        arguments = [*arguments, *instead]
         if "trainer.devices=2" in arguments:  # which Lightning starts again for the second rank
-            subprocess.run([sys.executable, "-m", module, *arguments, *appended], check=True)
+            subprocess.run([sys.executable, "-m", module, *arguments, *smaller(module, arguments)], check=True)
         else:
-            main_of(module)([*arguments, *appended])
+            main_of(module)([*arguments, *smaller(module, arguments)])
 
     return run
 

@@ -196,7 +196,7 @@ def run(small_overrides: Sequence[str], tmp_path: Path, monkeypatch: pytest.Monk
 
     def smaller(module: str, arguments: list[str]) -> list[str]:
         """Return what a command takes on top; the quick start's micro-batch, larger than a device's share, stays."""
-        if {"--dry-run", "--print-config", "--report"}.intersection(arguments):
+        if {"--dry-run", "--print-config"}.intersection(arguments):
             return ["--arms", "dense"] if module == "src.study" else []  # a step of each arm is timed
         stated = {"data.micro_batch_size", *(word.partition("=")[0] for word in arguments)}
         small = [item for item in small_overrides if item.partition("=")[0] not in stated]

@@ -201,23 +201,21 @@ def build_lut(
 ) -> Manifest:
     """Build the lookup table of a model or a run directory, or another precision of a table; return its manifest.
 
-    With `world_size` above 1 every rank calls it with the same arguments but its own `rank`: rank 0 prepares and
-    publishes, each rank writes its share of the shards, and all of them call `barrier`, such as
-    `torch.distributed.barrier`, three times. `broadcast` returns rank 0's value on every rank, as
-    `trainer.strategy.broadcast` does; then rank 0 alone looks for an earlier table or build, which other machines may
-    see up to a minute late on a network disk.
+    With `world_size` above 1 every rank calls it with the same arguments but its own `rank`, and writes its share of
+    the shards; all call `barrier`, such as `torch.distributed.barrier`, three times. With a `broadcast` that returns
+    rank 0's value, rank 0 alone looks for earlier work: on a network disk other machines may see it a minute late.
 
     `source` and `compute_dtype` are those of `open_source`, `dtype` is a precision of `src.lut.codecs`. `chunk_tokens`
-    rows are computed at a time, by default as many as `memory_bytes` of buffers hold; the rows of a shard fit in
-    `shard_bytes`. `resume` keeps a finished table of the same build and continues an unfinished one, in its chunks;
-    `overwrite` replaces a finished table, or an unfinished one of another build. `tokenizer` is the fingerprint of the
-    tokenizer whose ids these are, `token_counts` (V,) int64 how often training saw each; by default those of a source
-    table. `progress` shows how many of this rank's rows are written.
+    rows are computed at a time, by default as many as `memory_bytes` of buffers hold; a shard's rows fit `shard_bytes`.
+    `resume` keeps a finished table of the same build and continues an unfinished one, in its chunks; `overwrite`
+    replaces a finished table, or an unfinished one of another build. `tokenizer` is the fingerprint of the tokenizer
+    whose ids these are, `token_counts` (V,) int64 how often training saw each; by default those of a source table.
+    `progress` shows how many of this rank's rows are written.
 
-    Raises:
-        ValueError: `world_size` is above 1 and there is no barrier.
-        LutError: there is no lookup form, the directory holds another table, or the disk is full.
+    Raises LutError if there is no lookup form, the directory holds another table, or the disk is full.
     """
+    if world_size > 1 and barrier is no_barrier:
+        raise ValueError(f"world_size is {world_size}, but barrier is missing; pass torch.distributed.barrier")
     looks = rank == 0 or broadcast is own_value
     build = plan(
         open_source(source, compute_dtype),
@@ -233,8 +231,6 @@ def build_lut(
     if broadcast(looks and resume and is_built(build) and not build.is_recorded()):
         return build.manifest
     build = replace(build, chunk_tokens=broadcast(build.chunk_tokens))
-    if world_size > 1 and barrier is no_barrier:
-        raise ValueError(f"world_size is {world_size}, but barrier is missing; pass torch.distributed.barrier")
     if rank == 0:
         prepare(build, resume=resume, overwrite=overwrite)
     barrier()

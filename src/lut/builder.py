@@ -210,7 +210,6 @@ def build_lut(
     `resume` keeps a finished table of the same build and continues an unfinished one, in its chunks; `overwrite`
     replaces a finished table, or an unfinished one of another build. `tokenizer` is the fingerprint of the tokenizer
     whose ids these are, `token_counts` (V,) int64 how often training saw each; by default those of a source table.
-    `progress` shows how many of this rank's rows are written.
 
     Raises LutError if there is no lookup form, the directory holds another table, or the disk is full.
     """

@@ -154,7 +154,9 @@ class Runner:
 
     def _start(self, cell: Cell, lock: int) -> _Running:
         run, log = RunDirectory(self.root / cell.name), self.root / f"{cell.name}.log"
-        if CheckpointFiles(run.checkpoints_path).newest() is not None:
+        is_resumed = CheckpointFiles(run.checkpoints_path).newest() is not None
+        self.tell(f"{cell.name}: {'resumed' if is_resumed else 'started'}")
+        if is_resumed:
             arguments = ["--resume", str(run.path)]
         else:
             shutil.rmtree(run.path, ignore_errors=True)

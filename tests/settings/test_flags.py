@@ -101,6 +101,7 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
             "--jobs": whole("1 1024", "1025"),
             "--dry-run": SWITCH,
             "--rerun": SWITCH,
+            "--report": SWITCH,
         },
     ),
     "verify": (f"--run {TRAINED}", {"--run": NOTHING, "--lut": NOTHING, "--json": PATH, "--plot": PATH}),

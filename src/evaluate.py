@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             require_table(second.run, second.experts, second.lut)
     config = load_run_config(first.run)
     asked, (text, note) = _evaluation_config(config.evaluation, given), held_out_of_run(first.run, config.data)
-    suite, console = prepare_suite(text, asked), Console()
+    console = Console()
+    with caused_by("--tasks" if given.tasks else "evaluation.tasks", "evaluation.tasks"):
+        suite = prepare_suite(text, asked)
     for remark in (note, *suite.notes):
         print_note(remark)
     name, evaluation = _evaluate(first, suite, asked.batch_size, given)

@@ -34,6 +34,7 @@ from callbacks import (
 )
 from src.config import RunConfig
 from src.data.datamodule import PackedDataModule
+from src.data.files import expand_files
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.tokenizer import fingerprint
 from src.errors import TrainingError
@@ -43,13 +44,13 @@ from src.evaluation.suite import Suite, prepare_suite
 from src.run_directory import RunDirectory
 from src.system.console import print_note, progress_report, stderr_console
 from src.system.files import naming, require_writable, write_text
-from src.system.hardware import processor_name, resolved_accelerator
+from src.system.hardware import processor_name, require_devices, resolved_accelerator
 from src.system.private_api import forks_ranks, run_hooks_without_steps, started_ranks
 from src.system.ranks import ReportedFailureError, is_rank_zero
 from src.system.signals import STOP_SIGNALS, Preempted, StopSignals
 from src.training.checkpoints import explaining_write_failures
 from src.training.lightning_module import LanguageModel
-from src.training.resume import Resumption, start_from_run
+from src.training.resume import Resumption, require_start, start_from_run
 from src.training.strategy import ShardedStrategy, StreamingCheckpointIO, cluster_environment
 from src.training.tracking import build_loggers, close_loggers, code_version, package_version, wandb_mode
 
@@ -63,6 +64,7 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     if is_rank_zero():
         require_writable(*("output_dir", Path(config.output_dir)) if start is None else ("--resume", start.run.path))
+    _require_inputs(config, start)
     with naming("data.cache_dir", Path(config.data.cache_dir)), progress_report(stderr_console()) as progress:
         corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=progress)
     if start is not None:
@@ -127,6 +129,15 @@ def _signal_of_fork(error: BaseException) -> int:
     """Return the stop signal that ended a forked rank; 0 for any other error."""
     signum = error.exit_code - 128 if isinstance(error, ProcessExitedException) else 0
     return signum if signum in STOP_SIGNALS else 0
+
+
+def _require_inputs(config: RunConfig, start: Resumption | None) -> None:
+    """Name what is missing of all that is used only after the corpus was prepared."""
+    require_devices(config.trainer.accelerator, config.trainer.devices)
+    if config.init_from is not None and start is None:
+        require_start(RunDirectory(Path(config.init_from)), config.model)
+    for corpus in config.evaluation.corpora:
+        expand_files(corpus.files, "evaluation.corpora")
 
 
 def build_module(config: RunConfig, text: HeldOut, signals: StopSignals) -> LanguageModel:

@@ -75,7 +75,7 @@ def _library(folder: str | None) -> Any:
     tasks = Path(str(lm_eval.__file__)).parent / "tasks"
     if folder is not None:
         return TaskManager(include_path=str(tasks / folder), include_defaults=False)
-    with progress_bar("reading the definitions of lm-eval's tasks", 1) as advance:
+    with progress_bar("reading the definitions of lm-eval's tasks", 1, transient=True) as advance:
         manager = TaskManager()
         advance(1)
     return manager

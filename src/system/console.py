@@ -78,11 +78,11 @@ def text_table(title: str, *headings: str, texts: Collection[str] | None = None)
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Generator[Advance]:
-    """Show a bar on stderr and yield a function that advances it."""
+def progress_bar(description: str, total: int, *, transient: bool = False) -> Generator[Advance]:
+    """Show a bar on stderr, which disappears in the end if it is `transient`; yield a function that advances it."""
     from rich.progress import MofNCompleteColumn, Progress
 
-    with Progress(*_columns(MofNCompleteColumn()), console=stderr_console()) as progress:
+    with Progress(*_columns(MofNCompleteColumn()), console=stderr_console(), transient=transient) as progress:
         task = progress.add_task(description, total=total)
         yield lambda count: progress.advance(task, count)
 

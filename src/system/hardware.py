@@ -92,6 +92,23 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def require_devices(accelerator: str, devices: str) -> None:
+    """Raise UserError where this machine lacks what `trainer.accelerator` and `trainer.devices` select."""
+    on_cuda = accelerator != "cpu" and torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not on_cuda:
+        raise UserError(
+            f"trainer.accelerator: {accelerator}, but this machine has no usable CUDA device; take cpu or auto"
+        )
+    if not on_cuda and (devices == "-1" or "," in devices):
+        raise UserError(
+            f"trainer.devices: {devices!r} selects CUDA devices, but this run is on the CPU; give a number of processes"
+        )
+    count = torch.cuda.device_count() if on_cuda else 0
+    wanted = [int(index) + 1 for index in devices.split(",") if index] if "," in devices else [devices]
+    if on_cuda and any(int(number) > count for number in wanted if number != "auto"):
+        raise UserError(f"trainer.devices: {devices!r}, but this machine has {count} CUDA devices; take some of them")
+
+
 def keep_freed_memory() -> None:
     """Tell glibc, if it is the C library, to reuse large freed blocks instead of returning them to the system.
 

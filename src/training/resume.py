@@ -17,7 +17,7 @@ from typing import Any, Self
 from tokenizers import Tokenizer
 
 from src.data.tokenizer import fingerprint, load_tokenizer
-from src.errors import ConfigError, LutError, RunError
+from src.errors import ConfigError, LutError, RunError, caused_by
 from src.inference import load_model
 from src.lut import read_manifest
 from src.model import ModelConfig, Transformer
@@ -227,13 +227,19 @@ def start_from_run(model: Transformer, run: RunDirectory, tokenizer: Tokenizer) 
     Raises:
         RunError: the run has no training form, its model has another shape, or its tokenizer is another one.
     """
-    _require_same_model(run.require(), model.config)
-    _require_training_form(run)
+    require_start(run, model.config)
     _require_same_tokenizer(run, tokenizer)
     if model.embedding.weight.is_meta:  # rank 0 distributes its weights
         return
     with load_model(run.path, experts="ffn") as trained:
         model.load_state_dict(trained.state_dict())
+
+
+def require_start(run: RunDirectory, config: ModelConfig) -> None:
+    """Raise RunError where `run` has no training form, or one of another shape than `config`."""
+    with caused_by("init_from"):
+        _require_same_model(run.require(), config)
+        _require_training_form(run)
 
 
 def _require_same_model(run: RunDirectory, config: ModelConfig) -> None:

@@ -13,6 +13,7 @@ from tests.conftest import CONFIGS
 from tests.settings.verdicts import (
     HUGE,
     LARGEST,
+    LM_EVAL_WORDS,
     TEXTS,
     RunVerb,
     Verdicts,
@@ -82,7 +83,9 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
         f"--run {TRAINED}",
         {
             **FORM,
-            "--tasks": Verdicts({"": [], "next_passage": ["next_passage"]}, ["next_passage,x"]),
+            "--tasks": Verdicts(
+                {"": [], "next_passage": ["next_passage"]}, ["next_passage,next_pasage"], LM_EVAL_WORDS
+            ),
             "--num-fewshot": whole(f"0 1 {LARGEST}"),
             "--local-data": NOTHING,
             "--limit": whole(f"1 {LARGEST}"),
@@ -299,3 +302,10 @@ def test_a_verb_does_its_work_with_every_accepted_value(
             assert found.code == 0, (flag, value, found)
             if flag in ("--json", "--plot"):
                 Path(value).unlink()
+
+
+@pytest.mark.slow
+def test_a_task_that_lm_eval_does_not_have_is_refused_in_one_line(trained: RunResult, run_in_process: RunVerb) -> None:
+    for task in ("word", "true"):
+        found = run_in_process(main_of("evaluate"), "--run", str(trained.run_dir), f"--tasks={task}")
+        require_refused(found, "--tasks", task)

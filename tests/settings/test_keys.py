@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 import yaml
 
 from src import prepare_data, train
@@ -13,6 +14,7 @@ from tests.conftest import CONFIGS
 from tests.settings.verdicts import (
     HUGE,
     LARGEST,
+    LM_EVAL_WORDS,
     REFUSED,
     TEXTS,
     RunVerb,
@@ -121,7 +123,9 @@ KEYS: dict[str, Verdicts] = {
     "lut.chunk_tokens": COUNT_OR_NULL,
     "evaluation.at_fit_end": SWITCH,
     "evaluation.every_validations": COUNT_OR_NULL,
-    "evaluation.tasks": Verdicts({"[]": [], "next_passage": ["next_passage"]}, ["next_pasage", "[next_passage, x]"]),
+    "evaluation.tasks": Verdicts(
+        {"[]": [], "next_passage": ["next_passage"]}, ["next_pasage", "[next_passage, next_pasage]"], LM_EVAL_WORDS
+    ),
     "evaluation.num_fewshot": whole(f"0 1 {LARGEST}", or_null=True),
     "evaluation.task_limit": COUNT_OR_NULL,
     "evaluation.local_data": Verdicts(TEXT_OR_NULL.accepted, ["x" * 256]),
@@ -301,3 +305,32 @@ def test_the_last_of_two_overrides_of_a_key_counts(run_in_process: RunVerb) -> N
     values = yaml.safe_load(found.output)
     assert (value_at(values, "seed"), value_at(values, "trainer", "max_steps")) == (2, 7)
     assert value_at(values, "trainer", "val_check_interval") == 130  # the section's other keys stay
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("trainer.devices=-1", "trainer.devices: '-1' selects CUDA devices"),
+        ("trainer.devices=0,1", "trainer.devices: '0,1' selects CUDA devices"),
+        ("init_from=no-run", "init_from: no-run: no such run directory"),
+        ("evaluation.corpora=[{name: a, files: no-file}]", "evaluation.corpora: 'no-file' matches no file"),
+        ("data.tokenizer.path=no.json", "data.tokenizer.path: no.json: no such tokenizer file"),
+        ("data.files=no-file", "data.files: 'no-file' matches no file"),
+        ("data.sources=[{files: no-file}]", "data.sources: 'no-file' matches no file"),
+    ],
+)
+def test_what_a_run_would_read_is_looked_for_before_any_work(
+    override: str, named: str, run_in_process: RunVerb
+) -> None:
+    found = run_in_process(train.main, *CONFIG, "wandb.mode=disabled", "trainer.accelerator=cpu", override)
+    assert (found.code, found.output) == (2, "")
+    assert found.errors[-1].startswith(f"error: {named}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("accelerator", ["cuda", "gpu"])
+def test_an_accelerator_that_is_not_there_is_named_before_any_work(accelerator: str, run_in_process: RunVerb) -> None:
+    found = run_in_process(train.main, *CONFIG, "wandb.mode=disabled", f"trainer.accelerator={accelerator}")
+    require_refused(found, f"trainer.accelerator: {accelerator}, but this machine has no usable CUDA", accelerator)

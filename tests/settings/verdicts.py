@@ -11,6 +11,8 @@ VALUES = (
 """Tried for every setting, with those that its verdicts add."""
 TEXTS = (*(value for value in VALUES if value not in ("", "a\0")), "12e5", "ü =,")
 """Those that are text."""
+LM_EVAL_WORDS = ("word", "-1", "0", "1", "[1, 2]", "true", "null")
+"""Names that lm-eval's index alone could tell from those of tasks, and reading it takes ten seconds."""
 REFUSED = object()
 """What becomes of a value that is refused."""
 
@@ -21,10 +23,13 @@ class Verdicts:
 
     accepted: Mapping[str, object]
     refused: Sequence[str] = ()
+    untold: Sequence[str] = ()
+    """Values that another package decides on."""
 
     def of_all(self) -> dict[str, object]:
         """Return what becomes of each value."""
-        return {value: self.accepted.get(value, REFUSED) for value in (*VALUES, *self.accepted, *self.refused)}
+        values = [value for value in (*VALUES, *self.accepted, *self.refused) if value not in self.untold]
+        return {value: self.accepted.get(value, REFUSED) for value in values}
 
     @property
     def all_refused(self) -> list[str]:

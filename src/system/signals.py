@@ -194,6 +194,7 @@ class StopSignals:
 
 
 def _kill_children() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed worker
     for child in multiprocessing.active_children():
         child.kill()
 

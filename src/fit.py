@@ -33,7 +33,7 @@ from callbacks import (
     TimeLimit,
 )
 from src.config import RunConfig
-from src.data.datamodule import PackedDataModule
+from src.data.datamodule import PackedDataModule, distinct_per
 from src.data.files import expand_files
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.tokenizer import fingerprint
@@ -97,7 +97,8 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
             trainer = build_trainer(config, callbacks, loggers)
             _pass_on(signals, trainer)
             checkpoint = None if start is None else start.checkpoint
-            trainer.fit(module, PackedDataModule(corpus, config.data, text.windows), ckpt_path=checkpoint)
+            per = distinct_per(config.model.expert_execution, config.model.architecture == "mole")
+            trainer.fit(module, PackedDataModule(corpus, config.data, text.windows, per), ckpt_path=checkpoint)
         failed = False
     except Preempted:
         failed = False

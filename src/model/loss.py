@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CHUNK_BYTES = 128 * 2**20
-"""Logits in memory at a time; smaller chunks read and write the head's gradient more often."""
+CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 128 * 2**20, 512 * 2**20
+"""Logits in memory at a time, on a CPU and elsewhere; smaller chunks read and write the head's gradient more often."""
 CACHE_BYTES = 8 * 2**20
 """Float32 values that a CPU works on at a time, so that they stay in its cache."""
 
@@ -25,7 +25,7 @@ def token_losses(hidden_states: Tensor, head: nn.Linear, targets: Tensor) -> Ten
 
     `hidden_states` is (B, T, D), `head` maps to V logits.
     """
-    chunk = _chunk_tokens(len(head.weight), value_bytes=4)
+    chunk = _chunk_tokens(len(head.weight), 4, hidden_states.device)
     hidden_chunks, target_chunks = hidden_states.flatten(0, 1).split(chunk), targets.flatten().split(chunk)
     losses = [
         F.cross_entropy(_widened(head(hidden)), wanted, reduction="none")
@@ -57,7 +57,7 @@ class _MeanLoss(torch.autograd.Function):
             hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
             weight_gradient = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
             total = torch.zeros((), dtype=wide, device=hidden.device)
-            step = _chunk_tokens(len(weight), dtype.itemsize)
+            step = _chunk_tokens(len(weight), dtype.itemsize, weight.device)
             for start in range(0, len(hidden), step):
                 part = slice(start, start + step)
                 inputs = hidden[part].to(dtype)  # (C, D)
@@ -116,7 +116,8 @@ def _widened(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _chunk_tokens(vocab_size: int, value_bytes: int) -> int:
+def _chunk_tokens(vocab_size: int, value_bytes: int, device: torch.device) -> int:
     """Return the tokens of a chunk, a multiple of 64 if above 64: 1,334 tokens take 1.5x as long as 1,344."""
-    limit = max(1, CHUNK_BYTES // (value_bytes * vocab_size))
+    most = CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+    limit = max(1, most // (value_bytes * vocab_size))
     return limit - limit % 64 or limit

@@ -63,7 +63,8 @@ def load_balance_loss(logits: Tensor, top_k: int | None) -> Tensor:
     logits = logits.reshape(-1, num_experts)  # (B*T, E)
     mean_probs = router_probs(logits).mean(dim=0)  # (E,)
     chosen = logits.topk(top_k or 1, dim=-1).indices.flatten()  # (B*T*K,)
-    share = torch.bincount(chosen, minlength=num_experts).to(mean_probs.dtype) / chosen.numel()  # (E,)
+    counts = chosen.new_zeros(num_experts).scatter_add(0, chosen, torch.ones_like(chosen))  # `bincount` waits for CUDA
+    share = counts.to(mean_probs.dtype) / chosen.numel()  # (E,)
     return num_experts * (share * mean_probs).sum()
 
 

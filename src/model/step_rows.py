@@ -17,18 +17,16 @@ from src.model.transformer import Transformer
 class StepRows:
     """The rows of every distinct id of an optimizer step, for all layers at once."""
 
-    def __init__(self, model: Transformer, token_ids: Tensor) -> None:
-        """Compute the rows of `token_ids` (A, B, T) with the experts of `model`, which must be embedding experts."""
-        rows = model.expert_rows(token_ids)
+    def __init__(self, model: Transformer, token_ids: Tensor, distinct: tuple[Tensor, Tensor] | None = None) -> None:
+        """Compute the rows of `token_ids` (A, B, T) with the experts of `model`, which must be embedding experts.
+
+        `distinct` is that of `Transformer.expert_rows`.
+        """
+        rows = model.expert_rows(token_ids, distinct)
         assert rows is not None
         self._inverse = rows.inverse  # (A, B, T)
         self._live = [_wide(rows.layer_rows(layer)) for layer in range(model.config.num_layers)]  # L of (U, E, D)
         self._leaves = [rows.detach().requires_grad_() for rows in self._live]
-
-    @property
-    def num_ids(self) -> Tensor:
-        """Distinct ids of the step (a scalar)."""
-        return self._inverse.amax() + 1
 
     def micro_batch(self, index: int) -> ExpertRows:
         """Return the rows for micro-batch `index`: attached to the experts for the last one, a leaf for the others."""

@@ -163,13 +163,14 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         attention_mask: Tensor | None = None,
         expert_rows: ExpertRows | None = None,
+        distinct: tuple[Tensor, Tensor] | None = None,
     ) -> TrunkOutput:
         """Return hidden states and router logits of `token_ids` (B, T).
 
-        `expert_rows` are those of these ids, or of a superset, where `expert_rows()` or `StepRows` made them earlier.
-        The other arguments are those of `forward`.
+        `expert_rows` are those of these ids, or of a superset, where `expert_rows()` or `StepRows` made them earlier;
+        `distinct` is for `expert_rows()`. The other arguments are those of `forward`.
         """
-        expert_rows = expert_rows or self.expert_rows(token_ids)
+        expert_rows = expert_rows or self.expert_rows(token_ids, distinct)
         device = self.embedding.weight.device
         token_ids = token_ids.to(device, non_blocking=True)
         attention_mask = None if attention_mask is None else attention_mask.to(device, non_blocking=True)
@@ -196,9 +197,10 @@ class Transformer(nn.Module):
         row_of = None if expert_rows is None else expert_rows.inverse
         return TrunkOutput(self.norm(hidden_states), router_logits, row_of)
 
-    def expert_rows(self, token_ids: Tensor) -> ExpertRows | None:
+    def expert_rows(self, token_ids: Tensor, distinct: tuple[Tensor, Tensor] | None = None) -> ExpertRows | None:
         """Return what `trunk` mixes at `token_ids` (B, T), or None in models without embedding experts.
 
+        `distinct` are ids (U,) and, for each position (B, T), which of them it holds, where that is known already.
         Rows of a table are requested here, so call it as soon as the ids are known. Ids on the CPU are sorted there,
         so that nothing waits for the model's device. Parameters of a sharded model are whole only after a `trunk`.
         """
@@ -211,7 +213,7 @@ class Transformer(nn.Module):
             ids = token_ids.flatten()
             inverse = torch.arange(token_ids.numel(), device=device).view_as(token_ids)
         else:
-            ids, inverse = token_ids.unique(return_inverse=True)
+            ids, inverse = token_ids.unique(return_inverse=True) if distinct is None else distinct
             inverse = inverse.to(device, non_blocking=True)
         inputs = ids if awaited else expert_inputs(self.config, ids)  # a table's rows are those of its ids
         layer_rows = self.experts.rows(ids, self.embedding(inputs.to(device, non_blocking=True)))

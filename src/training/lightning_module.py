@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
-from src.data.datamodule import NO_WINDOW
+from src.data.datamodule import NO_WINDOW, StepBatch, distinct_per, find_distinct
 from src.model import ModelConfig, Transformer
 from src.model.attention import document_mask
 from src.model.experts import EmbeddingExperts, ExpertRows
@@ -41,8 +41,8 @@ class StepOutput(TypedDict):
     """Global norm before clipping."""
     finite: bool
     """Whether all of it was finite on every rank; if not, no weight was changed."""
-    computed_ids: Tensor
-    """Number of ids that embedding experts were computed for, over all micro-batches of this rank (a scalar)."""
+    computed_ids: int
+    """Number of ids that embedding experts were computed for, over all micro-batches of this rank."""
     signal: int
     """A stop signal that a rank received, the same on all of them; 0 if none."""
 
@@ -113,15 +113,18 @@ class LanguageModel(lightning.LightningModule):
                 self.zero_grad(set_to_none=True)
                 ranks().backward()
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> StepOutput:  # type: ignore[override]
-        """Take one optimizer step on all micro-batches of `batch` (A, B, T+1).
+    def training_step(self, batch: StepBatch | Tensor, batch_idx: int) -> StepOutput:  # type: ignore[override]
+        """Take one optimizer step on all micro-batches of `batch`, or of windows (A, B, T+1).
 
         If a loss or a gradient is not finite, the step counts and the schedule advances, but no weight changes.
         """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad(set_to_none=not isinstance(self.trainer.strategy.model, DistributedDataParallel))
-        losses = self._backward(batch)
+        config = self.model.config
+        per = distinct_per(config.expert_execution, config.architecture == "mole")
+        step = batch if isinstance(batch, StepBatch) else find_distinct(batch, per)
+        losses = self._backward(step)
         gradient_norm = whole(clip_gradients(self.model.parameters(), self.optimizer_config.gradient_clip_norm))
         finite, signum = self._agree(losses, gradient_norm)
         if not finite:
@@ -133,21 +136,28 @@ class LanguageModel(lightning.LightningModule):
             "losses": losses,
             "gradient_norm": gradient_norm,
             "finite": finite,
-            "computed_ids": self._computed_ids,
+            "computed_ids": self._computed_ids(step),
             "signal": signum,
         }
 
-    def _backward(self, batch: Tensor) -> Tensor:
-        """Accumulate the gradient of `batch` (A, B, T+1) and return the loss of each micro-batch (A,)."""
+    def _computed_ids(self, batch: StepBatch) -> int:
+        config = self.model.config
+        per_token = config.architecture == "mole" and config.expert_execution == "per_token"
+        return batch[..., :-1].numel() if per_token else sum(map(len, batch.ids))
+
+    def _backward(self, batch: StepBatch) -> Tensor:
+        """Accumulate the gradient of `batch` and return the loss of each micro-batch (A,)."""
         losses: list[Tensor] = []
         config = self.model.config
         shares_rows = config.expert_execution == "unique_per_step" and config.architecture == "mole"
-        shared = StepRows(self.model, batch[..., :-1]) if shares_rows else None
-        self._computed_ids = batch.new_zeros(()) if shared is None else shared.num_ids
-        for index, windows in enumerate(batch):
+        shared = StepRows(self.model, batch[..., :-1], batch.distinct()) if shares_rows else None
+        for index, windows in enumerate(batch.windows):
             last = index + 1 == len(batch)
             with self._gradient_sync(last=last):
-                loss, objective = self._losses(windows, shared.micro_batch(index) if shared is not None else None)
+                if shared is None:
+                    loss, objective = self._losses(windows, distinct=batch.distinct(index))
+                else:
+                    loss, objective = self._losses(windows, expert_rows=shared.micro_batch(index))
                 if last and shared is not None:
                     objective = objective + len(batch) * shared.carried()  # which is not a mean over micro-batches
                 self.manual_backward(objective / len(batch))
@@ -177,13 +187,17 @@ class LanguageModel(lightning.LightningModule):
         for metric in (self.validation_loss, self.validation_bytes, self.validation_routing):
             metric.reset()
 
-    def _losses(self, windows: Tensor, expert_rows: ExpertRows | None) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self,
+        windows: Tensor,
+        *,
+        expert_rows: ExpertRows | None = None,
+        distinct: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return the language-model loss of (B, T+1) windows and the objective, which may add router losses."""
         token_ids = windows[:, :-1]
         mask = self._document_mask(token_ids)
-        trunk = self.model.trunk(token_ids, attention_mask=mask, expert_rows=expert_rows)
-        if trunk.inverse is not None and expert_rows is None:
-            self._computed_ids = self._computed_ids + trunk.inverse.amax() + 1
+        trunk = self.model.trunk(token_ids, attention_mask=mask, expert_rows=expert_rows, distinct=distinct)
         loss = next_token_loss(trunk.hidden_states, self.model.head, windows[:, 1:])
         objective = loss
         if trunk.router_logits and self.objective.load_balance_weight:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.data.config import DataConfig
-from src.data.datamodule import StepSampler, StepWindows
+from src.data.datamodule import StepSampler, StepWindows, find_distinct
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.shards import TokenSequence
 from src.data.windows import Mixture, held_out_windows, permute, training_windows
@@ -197,3 +197,18 @@ def test_a_weight_that_would_never_be_drawn_is_refused(tmp_path: Path) -> None:
     tokens = sequence(tmp_path, 100)
     with pytest.raises(DataError, match=r"weight 1e-09 is less than 1/65536 of all; raise it or leave the source out"):
         Mixture([(tokens, 1.0), (tokens, 1e-9)], LENGTH, seed=0)
+
+
+@pytest.mark.parametrize("multiple", [1, 256])
+def test_distinct_ids_of_a_batch_are_found_with_it(multiple: int) -> None:
+    windows = torch.randint(50, (3, 2, 9), generator=torch.Generator().manual_seed(0))
+    inputs = windows[..., :-1]
+    micro, step = (find_distinct(windows, per, multiple) for per in ("micro_batch", "step"))
+    for index, ids in enumerate(inputs):
+        found, inverse = micro.distinct(index) or pytest.fail("not found")
+        assert torch.equal(found[inverse], ids)
+        assert len(found) == -(-ids.unique().numel() // multiple) * multiple
+    found, inverse = step.distinct() or pytest.fail("not found")
+    assert torch.equal(found[inverse], inputs)
+    assert find_distinct(windows, None).distinct() is None
+    assert torch.equal(micro[..., :-1], inputs) and micro.shape == windows.shape

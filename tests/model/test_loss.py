@@ -82,3 +82,12 @@ def test_no_logits_are_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         next_token_loss(hidden, head, targets)
     assert max(kept) <= max(hidden.numel(), head.weight.numel())
+
+
+def test_the_chunk_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "ACCELERATOR_CHUNK_BYTES", 4 * 100 * 37)
+    for device, expected in (("cpu", [300]), ("meta", [64, 64, 64, 64, 44])):
+        chunks, head = list[int](), nn.Linear(8, 37, bias=False, device=device)
+        head.register_forward_hook(lambda _, inputs, __, chunks=chunks: chunks.append(len(inputs[0])))
+        token_losses(torch.zeros(3, 100, 8, device=device), head, torch.zeros(3, 100, dtype=torch.int64, device=device))
+        assert chunks == expected

@@ -6,6 +6,7 @@ for a GPU to learn a value, a stand-in gives one and counts.
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,13 +16,18 @@ from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
+import lightning
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+from torch.utils.data import DataLoader
 
+from src.data.datamodule import distinct_per, find_distinct
 from src.evaluation.equivalence import compare_greedy, logit_distance, permuted_rows, recoded_rows, zeroed_rows
 from src.evaluation.perplexity import window_losses
 from src.evaluation.routing_view import measure_token_weights
@@ -37,7 +43,8 @@ from src.model.experts import LayerRows
 from src.model.loss import next_token_loss
 from src.model.router import load_balance_loss, z_loss
 from src.model.step_rows import StepRows
-from src.training.config import OptimizerConfig
+from src.training.config import ObjectiveConfig, OptimizerConfig
+from src.training.lightning_module import LanguageModel
 from src.training.optimization import build_optimizer, clip_gradients
 from src.training.routing_metrics import RoutingMetrics
 from tests.model.models import CONFIGS
@@ -284,5 +291,71 @@ def decode_waits() -> dict[str, Sequence[int]]:
     return found
 
 
+class OnDevice(CPUAccelerator):
+    """Lets Lightning train on the device."""
+
+    def setup_device(self, device: torch.device) -> None: ...
+
+
+class Staying(SingleDeviceStrategy):
+    """Leaves the model where it is made: tensors without values cannot be exchanged in a module."""
+
+    def model_to_device(self) -> None: ...
+
+    def teardown(self) -> None: ...
+
+
+def training_waits() -> dict[str, list[int]]:
+    """Return the waits of each of four optimizer steps, of which the second and fourth write logs.
+
+    Steps have one or three micro-batches, so that those of a micro-batch and of a step can be told apart.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    found: dict[str, list[int]] = {}
+    for name, config in {"dense": CONFIGS["dense"], "moe": CONFIGS["moe"], "mole": WIDE}.items():
+        for weight in (0.0, 0.01):
+            for micro_batches in (1, 3):
+                with fake_device(truth=True) as watch:
+                    steps = count_steps(config, ObjectiveConfig(load_balance_weight=weight), micro_batches, watch)
+                found[f"{name} {weight} {micro_batches}"] = steps
+    return found
+
+
+def count_steps(config: ModelConfig, objective: ObjectiveConfig, micro_batches: int, watch: Watch) -> list[int]:
+    with torch.device(DEVICE):
+        byte_lengths = torch.ones(config.vocab_size, dtype=torch.int64)
+        module = LanguageModel(config, objective, OptimizerConfig(), byte_lengths)
+    windows = torch.zeros(micro_batches, 2, 9, dtype=torch.int64)
+    batch = find_distinct(windows, distinct_per(config.expert_execution, config.architecture == "mole"))
+    counts: list[int] = []
+
+    class Count(lightning.Callback):
+        def on_train_batch_start(self, *_: Any, **__: Any) -> None:
+            counts.append(watch.waits.total())
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            counts.append(watch.waits.total())
+
+    trainer = lightning.Trainer(
+        accelerator=OnDevice(),
+        strategy=Staying(DEVICE),
+        max_steps=4,
+        log_every_n_steps=2,
+        logger=False,
+        barebones=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Count()],
+    )
+    dataset: Any = [batch] * 4
+    trainer.fit(module, DataLoader(dataset, batch_size=None))
+    return [after - before for before, after in pairwise(counts)]
+
+
 if __name__ == "__main__":
-    print(json.dumps({**run_everything(), "caught": caught(), "decode_waits": decode_waits()}))
+    print(
+        json.dumps(
+            {**run_everything(), "caught": caught(), "decode_waits": decode_waits(), "training_waits": training_waits()}
+        )
+    )

@@ -61,7 +61,7 @@ def check(run: Run, signum: int) -> None:
     step = run.files.steps()[-1]
     before = logged(directory)["train/loss"]
     assert max(before) == step - 1
-    resume(directory, f"trainer.max_steps={step + 2}", "trainer.devices=1")
+    resume(directory, f"trainer.max_steps={step + 2}", "trainer.devices=1", "trainer.strategy=auto")
     after = logged(directory)["train/loss"]
     assert max(after) == step + 1
     assert {number: after[number] for number in before} == before

@@ -9,7 +9,7 @@ B batch, T tokens, N = B*T, D hidden, F intermediate, E experts, K experts mixed
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from src.model.config import ModelConfig
-from src.model.products import Linear, linear, product, stacked_product
+from src.model.products import Linear, computed_dtype, linear, product, stacked_product
 from src.model.router import Routing
 
 LayerRows = Callable[[int], Tensor]
@@ -179,22 +179,55 @@ def weighted_sum(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     return summed.unflatten(0, index.shape[:-1])  # (..., D)
 
 
-def _run_grouped(grouped: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Run expert e of weights (E, D, F) and (E, F, D) on the next `counts[e]` rows of (N*K, D)."""
+RunGroups = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Runs expert e of weights (E, D, F) and (E, F, D) on the next `counts[e]` rows of (N*K, D), and returns (N*K, D)."""
+
+
+def run_groups_in_turn(grouped: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Run one expert after another; waits for the device to learn the counts."""
     # `unbind` gives the stacked weight one gradient; indexing would give it a full-size one per expert.
     groups = zip(grouped.split(counts.tolist()), up.unbind(0), down.unbind(0), strict=True)
     return torch.cat([ffn(tokens, up, down) for tokens, up, down in groups if len(tokens)])
 
 
+def run_groups_at_once(grouped: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Run all experts in two grouped matrix products, without a wait for the device.
+
+    Their rows must be multiples of 16 bytes, so odd sizes are filled with zeros, of which the GELU is zero too.
+    """
+    hidden_size, inner_size = up.shape[1:]
+    dtype = computed_dtype(grouped)
+    ends, multiple = counts.cumsum(0).to(torch.int32), 16 // dtype.itemsize
+    more_hidden, more_inner = -hidden_size % multiple, -inner_size % multiple
+    filled = (
+        F.pad(grouped.to(dtype), (0, more_hidden)),
+        F.pad(up.to(dtype), (0, more_inner, 0, more_hidden)),
+        F.pad(down.to(dtype), (0, more_hidden, 0, more_inner)),
+    )
+    return ffn(*filled, multiply=partial(F.grouped_mm, offs=ends))[:, :hidden_size]
+
+
+def choose_run_groups(device: torch.device, dtype: torch.dtype) -> RunGroups:
+    """Return how a device that computes in `dtype` runs experts on their own tokens.
+
+    At once where it has grouped products in one kernel: in bfloat16, on CUDA from compute capability 9.0 on, never on a
+    CPU. Elsewhere torch's grouped products are a loop that waits, too.
+    """
+    if device.type == "cpu" or dtype != torch.bfloat16:
+        return run_groups_in_turn
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+    return run_groups_in_turn if old else run_groups_at_once
+
+
 class HiddenExperts(StackedExperts):
     """E two-matrix FFNs on hidden states, mixed by what the router decided; no token is ever dropped."""
 
-    _grouped: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = staticmethod(_run_grouped)
+    _in_turn: RunGroups = staticmethod(run_groups_in_turn)
 
     def keep_groups_eager(self) -> None:
         """Keep the loop over groups out of compiled graphs, which its changing sizes would recompile every step."""
-        eager: Any = torch.compiler.disable(_run_grouped)  # not a decorator: that imports the compiler, in seconds
-        self._grouped = eager
+        eager: Any = torch.compiler.disable(run_groups_in_turn)  # not a decorator: that imports the compiler
+        self._in_turn = eager
 
     def mixture(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """Return sum_j g_j * FFN_j(h) over the chosen experts as (B, T, D), of normed hidden states (B, T, D)."""
@@ -221,7 +254,9 @@ class HiddenExperts(StackedExperts):
         top_k = experts.shape[1]
         order = experts.flatten().argsort(stable=True)  # (N*K,) assignments, expert by expert
         counts = experts.flatten().new_zeros(len(self.up)).scatter_add(0, experts.flatten(), torch.ones_like(order))
-        outputs = self._grouped(inputs.index_select(0, order // top_k), counts, self.up, self.down)  # (N*K, D)
+        at_once = choose_run_groups(inputs.device, computed_dtype(inputs)) is run_groups_at_once
+        run_groups = run_groups_at_once if at_once else self._in_turn
+        outputs = run_groups(inputs.index_select(0, order // top_k), counts, self.up, self.down)  # (N*K, D)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))  # (N*K,)
         return weighted_sum(outputs, place.view(-1, top_k), weights)  # (N, D)
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from src.model.products import computed_dtype
+
 CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 128 * 2**20, 512 * 2**20
 """Logits in memory at a time, on a CPU and elsewhere; smaller chunks read and write the head's gradient more often."""
 CACHE_BYTES = 8 * 2**20
@@ -41,7 +43,7 @@ def next_token_loss(hidden_states: Tensor, head: nn.Linear, targets: Tensor) -> 
     chunks in at least float32.
     """
     hidden = hidden_states.flatten(0, -2)  # (N, D)
-    return _MeanLoss.apply(hidden, head.weight, targets.flatten(), _matmul_dtype(hidden))
+    return _MeanLoss.apply(hidden, head.weight, targets.flatten(), computed_dtype(hidden))
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -105,11 +107,6 @@ def _add(total: Tensor, summand: Tensor) -> None:
 def _rows_at_a_time(matrix: Tensor) -> int:
     """Return the rows that fit a CPU's cache, or all rows on an accelerator."""
     return max(1, CACHE_BYTES // (4 * matrix.shape[1])) if matrix.device.type == "cpu" else len(matrix)
-
-
-def _matmul_dtype(hidden: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _widened(logits: Tensor) -> Tensor:

@@ -70,3 +70,9 @@ def _is_cast(inputs: Tensor) -> bool:
 def _cast_product(inputs: Tensor, weight: Tensor) -> Tensor:
     floats, columns = inputs.float(), max(1, CAST_BYTES // (4 * len(weight)))
     return torch.cat([floats @ part.float() for part in weight.split(columns, dim=1)], dim=-1).to(inputs.dtype)
+
+
+def computed_dtype(inputs: Tensor) -> torch.dtype:
+    """Return the type in which products of `inputs` are computed: that of autocast, where it is active."""
+    kind = inputs.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype

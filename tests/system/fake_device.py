@@ -179,6 +179,16 @@ def model_on_device(config: ModelConfig, precision: str | None = None) -> Transf
     return model
 
 
+@contextmanager
+def in_bfloat16() -> Generator[None]:
+    """Make weights in bfloat16, in which a GPU has grouped products."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def step(config: ModelConfig) -> None:
     """Take an optimizer step of two micro-batches, with every loss and metric of a training step."""
     model, metrics = model_on_device(config), RoutingMetrics(config.num_layers, config.num_experts, config.top_k)
@@ -281,7 +291,8 @@ def decode_waits() -> dict[str, Sequence[int]]:
         for batch in (1, 8):
             for way, sampling in {"greedy": dict[str, Any](), "drawn": DRAWN}.items():
                 with fake_device() as watch:
-                    model = model_on_device(config, precision).eval()
+                    with in_bfloat16():
+                        model = model_on_device(config, precision).eval()
                     prompt = torch.zeros(batch, 7, dtype=torch.int64, device=DEVICE)
                     steps, waits = stream(model, prompt, max_new_tokens=8, stop_ids=[3], **sampling), list[int]()
                     with torch.no_grad():
@@ -322,7 +333,7 @@ def training_waits() -> dict[str, list[int]]:
 
 
 def count_steps(config: ModelConfig, objective: ObjectiveConfig, micro_batches: int, watch: Watch) -> list[int]:
-    with torch.device(DEVICE):
+    with torch.device(DEVICE), in_bfloat16():
         byte_lengths = torch.ones(config.vocab_size, dtype=torch.int64)
         module = LanguageModel(config, objective, OptimizerConfig(), byte_lengths)
     windows = torch.zeros(micro_batches, 2, 9, dtype=torch.int64)
@@ -342,7 +353,6 @@ def count_steps(config: ModelConfig, objective: ObjectiveConfig, micro_batches: 
         max_steps=4,
         log_every_n_steps=2,
         logger=False,
-        barebones=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

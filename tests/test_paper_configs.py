@@ -162,6 +162,7 @@ def test_the_base_states_the_papers_recipe() -> None:
         "objective.z_loss_weight": 0.0,
         "trainer.max_steps": 50_000,
         "trainer.precision": "bf16-mixed",
+        "trainer.compile": True,
     }
     base = resolved("base")
     assert {key: base[key] for key in recipe} == recipe
@@ -184,6 +185,7 @@ def shrunk(path: Path, more: Sequence[str]) -> list[str]:
         "trainer.val_check_interval=2",
         "trainer.log_every_n_steps=1",
         "trainer.precision=32-true",
+        "trainer.compile=false",  # which takes a minute
         "trainer.accelerator=cpu",
         "trainer.devices=1",
         "trainer.enable_progress_bar=false",

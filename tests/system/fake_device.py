@@ -41,7 +41,7 @@ from src.model import ModelConfig, Transformer
 from src.model.attention import causal_mask, document_mask
 from src.model.experts import LayerRows
 from src.model.loss import next_token_loss
-from src.model.router import load_balance_loss, z_loss
+from src.model.router import Router, load_balance_loss, z_loss
 from src.model.step_rows import StepRows
 from src.training.config import ObjectiveConfig, OptimizerConfig
 from src.training.lightning_module import LanguageModel
@@ -72,6 +72,10 @@ MODE = OneMode(allow_non_fake_inputs=False)
 
 VALUES = ("_local_scalar_dense", "equal", "is_nonzero")
 """Operations that return a value of a tensor."""
+VIEWS = (
+    *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"),
+    *("unbind", "split", "split_with_sizes", "narrow", "alias", "detach", "as_strided", "_reshape_alias"),
+)
 THROWS = ("cumsum", "cumprod", "logcumsumexp", "histc", "kthvalue", "median", "put_", "_ctc_loss", "nll_loss2d_forward")
 """Those of the list at torch.use_deterministic_algorithms that a model like ours could call with CUDA floats."""
 
@@ -86,6 +90,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, truth: bool) -> None:
         super().__init__()
         self.truth, self.waits, self.refused = truth, Counter[str](), set[str]()
+        self.kernels = Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, inputs = func.__name__.partition(".")[0], tensors((args, kwargs))
@@ -103,6 +108,9 @@ class Watch(TorchDispatchMode):
             self.waits[name] += on_device
             return inputs[0].new_zeros((0, inputs[0].dim()), dtype=torch.int64)
         outputs = func(*args, **(kwargs or {}))
+        made = [tensor for tensor in tensors(outputs) if tensor.device == DEVICE]
+        changes = name != "to" or any((t.dtype, t.device) != (inputs[0].dtype, inputs[0].device) for t in made)
+        self.kernels[name] += bool(made) and changes and name not in VIEWS
         moved = on_device and any(tensor.device.type == "cpu" for tensor in tensors(outputs))
         self.waits[name] += moved
         if on_device and name in THROWS and inputs[0].is_floating_point():
@@ -302,6 +310,36 @@ def decode_waits() -> dict[str, Sequence[int]]:
     return found
 
 
+def decode_kernels() -> dict[str, list[int]]:
+    """Return what a decode step of a bfloat16 table starts on the device more than Dense, with 2 and with 4 layers."""
+    found: dict[str, list[int]] = {}
+    for batch in (1, 8):
+        counts: dict[str, list[int]] = {"table": [], "dense": []}
+        for layers in (2, 4):
+            mole = replace(WIDE, num_layers=layers)
+            dense = replace(mole, num_experts=0, expert_intermediate_size=0)
+            for name, config, precision in (("table", mole, "bfloat16"), ("dense", dense, None)):
+                with fake_device() as watch:
+                    counts[name].append(step_kernels(config, precision, batch, watch))
+        found[str(batch)] = [table - dense for table, dense in zip(counts["table"], counts["dense"], strict=True)]
+    return found
+
+
+def step_kernels(config: ModelConfig, precision: str | None, batch: int, watch: Watch) -> int:
+    with in_bfloat16():
+        model = model_on_device(config, precision).eval()
+    for block in model.blocks:
+        if config.num_experts:  # routers are in float32, as `load_model` leaves them
+            with torch.device(DEVICE):
+                block.router = Router(config.hidden_size, config.num_experts, config.top_k)
+    steps = stream(model, torch.zeros(batch, 7, dtype=torch.int64), max_new_tokens=4)
+    with torch.no_grad():
+        next(steps)
+        before = watch.kernels.total()
+        next(steps)
+    return watch.kernels.total() - before
+
+
 class OnDevice(CPUAccelerator):
     """Lets Lightning train on the device."""
 
@@ -366,6 +404,12 @@ def count_steps(config: ModelConfig, objective: ObjectiveConfig, micro_batches: 
 if __name__ == "__main__":
     print(
         json.dumps(
-            {**run_everything(), "caught": caught(), "decode_waits": decode_waits(), "training_waits": training_waits()}
+            {
+                **run_everything(),
+                "caught": caught(),
+                "decode_waits": decode_waits(),
+                "training_waits": training_waits(),
+                "decode_kernels": decode_kernels(),
+            }
         )
     )

@@ -40,3 +40,11 @@ def test_a_training_step_waits_twice_and_a_micro_batch_not_at_all(found: dict[st
     assert len(found["training_waits"]) == 12
     for case, waits in found["training_waits"].items():
         assert waits == [2, 3, 2, 3], case  # the third writes logs
+
+
+def test_a_layer_of_a_table_costs_a_decode_step_few_kernels(found: dict[str, Any]) -> None:
+    for batch in ("1", "8"):
+        two, four = found["decode_kernels"][batch]
+        per_layer = (four - two) / 2
+        assert per_layer <= 7
+        assert two - 2 * per_layer <= 6

@@ -33,7 +33,7 @@ from callbacks import (
     TimeLimit,
 )
 from src.config import RunConfig
-from src.data.datamodule import PackedDataModule, distinct_per
+from src.data.datamodule import PackedDataModule
 from src.data.files import expand_files
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.tokenizer import fingerprint
@@ -96,9 +96,8 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
         with explaining_write_failures(run.directory.path):
             trainer = build_trainer(config, callbacks, loggers)
             _pass_on(signals, trainer)
-            checkpoint = None if start is None else start.checkpoint
-            per = distinct_per(config.model.expert_execution, config.model.architecture == "mole")
-            trainer.fit(module, PackedDataModule(corpus, config.data, text.windows, per), ckpt_path=checkpoint)
+            data = PackedDataModule(corpus, config.data, text.windows, config.model.rows_once_per)
+            trainer.fit(module, data, ckpt_path=None if start is None else start.checkpoint)
         failed = False
     except Preempted:
         failed = False

@@ -118,11 +118,6 @@ def find_distinct(windows: Tensor, per: Per | None, multiple: int = 1) -> StepBa
     return StepBatch(windows, tuple(padded), torch.stack(inverse) if per == "micro_batch" else inverse[0])
 
 
-def distinct_per(execution: str, is_mole: bool) -> Per | None:
-    """Return over what a model of this `expert_execution` computes its experts once."""
-    return {"unique": "micro_batch", "unique_per_step": "step"}.get(execution) if is_mole else None  # type: ignore[return-value]
-
-
 class PackedDataModule(lightning.LightningDataModule):
     """Training steps and held-out batches of a `PackedCorpus`, for this process's rank."""
 

@@ -91,6 +91,13 @@ class ModelConfig:
             )
 
     @property
+    def rows_once_per(self) -> Literal["micro_batch", "step"] | None:
+        """Of what embedding experts compute each distinct id once in training; None where they do not."""
+        if self.architecture != "mole" or self.expert_execution == "per_token":
+            return None
+        return "micro_batch" if self.expert_execution == "unique" else "step"
+
+    @property
     def architecture(self) -> Architecture:
         """`dense` without routed experts, `mole` when they read embeddings, `moe` when they read hidden states."""
         if not self.num_experts:

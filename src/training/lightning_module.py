@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
-from src.data.datamodule import NO_WINDOW, StepBatch, distinct_per, find_distinct
+from src.data.datamodule import NO_WINDOW, StepBatch, find_distinct
 from src.model import ModelConfig, Transformer
 from src.model.attention import document_mask
 from src.model.experts import EmbeddingExperts, ExpertRows
@@ -121,9 +121,7 @@ class LanguageModel(lightning.LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad(set_to_none=not isinstance(self.trainer.strategy.model, DistributedDataParallel))
-        config = self.model.config
-        per = distinct_per(config.expert_execution, config.architecture == "mole")
-        step = batch if isinstance(batch, StepBatch) else find_distinct(batch, per)
+        step = batch if isinstance(batch, StepBatch) else find_distinct(batch, self.model.config.rows_once_per)
         losses = self._backward(step)
         gradient_norm = whole(clip_gradients(self.model.parameters(), self.optimizer_config.gradient_clip_norm))
         finite, signum = self._agree(losses, gradient_norm)

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from torch.utils.data import DataLoader
 
-from src.data.datamodule import distinct_per, find_distinct
+from src.data.datamodule import find_distinct
 from src.evaluation.equivalence import compare_greedy, logit_distance, permuted_rows, recoded_rows, zeroed_rows
 from src.evaluation.perplexity import window_losses
 from src.evaluation.routing_view import measure_token_weights
@@ -375,7 +375,7 @@ def count_steps(config: ModelConfig, objective: ObjectiveConfig, micro_batches: 
         byte_lengths = torch.ones(config.vocab_size, dtype=torch.int64)
         module = LanguageModel(config, objective, OptimizerConfig(), byte_lengths)
     windows = torch.zeros(micro_batches, 2, 9, dtype=torch.int64)
-    batch = find_distinct(windows, distinct_per(config.expert_execution, config.architecture == "mole"))
+    batch = find_distinct(windows, config.rows_once_per)
     counts: list[int] = []
 
     class Count(lightning.Callback):

@@ -22,9 +22,13 @@ def run_verb(main: Callable[[], None]) -> None:
     Ctrl-C ends it with 130 after it has cleaned up, a second one at once.
     """
     signals = StopSignals([signal.SIGINT])
-    signals.listen()
+
+    def listening() -> None:
+        signals.listen()
+        main()
+
     try:
-        _run(main)
+        _run(listening)
     except BaseException as error:
         if not signals.received and not isinstance(error, KeyboardInterrupt):
             raise

@@ -45,7 +45,7 @@ from src.run_directory import RunDirectory
 from src.system.console import print_note, progress_report, stderr_console
 from src.system.files import naming, require_writable, write_text
 from src.system.hardware import processor_name, require_devices, resolved_accelerator
-from src.system.private_api import forks_ranks, run_hooks_without_steps, started_ranks
+from src.system.private_api import forks_ranks, keep_graphs_whole, run_hooks_without_steps, started_ranks
 from src.system.ranks import ReportedFailureError, is_rank_zero
 from src.system.signals import STOP_SIGNALS, Preempted, StopSignals
 from src.training.checkpoints import explaining_write_failures
@@ -85,12 +85,7 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
         loggers = build_loggers(config.wandb, config.to_dict(), run.directory, 0 if start is None else start.step)
     failure = RankFailureCallback(run, signals)
     left = config if start is None or start.missing is None else _only_missing(config, start.missing)
-    callbacks = [
-        run,
-        failure,
-        *progress_callbacks(left, run),
-        *result_callbacks(left, run, corpus, suite, signals),
-    ]
+    callbacks = [run, failure, *progress_callbacks(left, run), *result_callbacks(left, run, corpus, suite, signals)]
     failed = True
     try:
         with explaining_write_failures(run.directory.path):
@@ -152,9 +147,7 @@ def build_module(config: RunConfig, text: HeldOut, signals: StopSignals) -> Lang
     )
     module.signals = signals
     if config.trainer.compile:
-        from torch._dynamo import config as dynamo  # which takes seconds to import
-
-        dynamo.optimize_ddp = False  # it would split each layer's graph at the size of DDP's buckets
+        keep_graphs_whole()
         module.model.compile_layers()
     return module
 

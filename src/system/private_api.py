@@ -1,4 +1,4 @@
-"""The private attributes of Lightning that this project depends on. No other module names one.
+"""The private attributes of Lightning and torch that this project depends on. No other module names one.
 
 It imports nothing of Lightning, so that the model and its inference may import this package. A name that a new version
 lacks raises RuntimeError where it is used; `tests/system/test_private_api.py` says what to check before an upper bound
@@ -37,6 +37,17 @@ def run_hooks_without_steps(trainer: Any) -> None:
     loop = trainer.fit_loop
     _existing(loop, "skip")
     loop.__class__ = type("FitLoop", (type(loop),), {"skip": False})
+
+
+def keep_graphs_whole() -> None:
+    """Do not split compiled layers at the size of DDP's buckets, as torch does for models compiled whole.
+
+    Without it: compiled layers of a DDP run are cut in several graphs.
+    """
+    from torch._dynamo import config  # which takes seconds to import
+
+    _existing(config, "optimize_ddp")
+    config.optimize_ddp = False
 
 
 def validate_now(trainer: Any) -> None:

@@ -98,13 +98,13 @@ class StopSignals:
         if os.name != "posix" or threading.current_thread() is not threading.main_thread():
             return
         if self._process != os.getpid():
+            read, wakeup = os.pipe()  # before anything changes: there may be too many open files
             if self._process:  # a forked rank; those of its children that leave signals to it are data-loader workers
                 self._delegated, self.children = False, tuple
                 Finalize(None, _kill_children, exitpriority=1)
             else:
                 self._earlier = {signum: signal.getsignal(signum) for signum in self._signums}
-            self._process = os.getpid()
-            read, self._wakeup = os.pipe()
+            self._process, self._wakeup = os.getpid(), wakeup
             os.set_blocking(self._wakeup, False)
             self._earlier_wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
             threading.Thread(target=self._watch, args=(read,), daemon=True, name="stop-signals").start()

@@ -156,8 +156,8 @@ def test_a_step_that_is_not_finite_names_the_rank_that_saw_it(
 ) -> None:
     losses = LanguageModel._losses
 
-    def broken(self: LanguageModel, *arguments: object) -> object:
-        loss, objective = losses(self, *arguments)  # type: ignore[arg-type]
+    def broken(self: LanguageModel, *arguments: object, **options: object) -> object:
+        loss, objective = losses(self, *arguments, **options)  # type: ignore[arg-type]
         bad = self.trainer.global_step == 6 and self.trainer.global_rank == 1
         return loss * (float("nan") if bad else 1), objective
 

@@ -63,6 +63,14 @@ class _LogsEarly(lightning.Callback):
         assert file.read_text().split() == ["epoch,loss,step", "0,1.0,0"]
 
 
+def test_compiled_layers_are_not_split_for_ddp() -> None:
+    from torch._dynamo import config
+
+    with config.patch(optimize_ddp=True):
+        private_api.keep_graphs_whole()
+        assert config.optimize_ddp is False
+
+
 def test_a_step_is_logged_before_the_callbacks_that_follow(tmp_path: Path) -> None:
     trainer = lightning.Trainer(
         max_steps=1,

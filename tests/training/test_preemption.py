@@ -48,12 +48,12 @@ class Signalled:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> None:
         losses, calls = LanguageModel._losses, 0
 
-        def signalling(module: LanguageModel, *arguments: object) -> object:
+        def signalling(module: LanguageModel, *arguments: object, **options: object) -> object:
             nonlocal calls
             calls += 1
             if calls == 4 * step - 2:
                 signal.raise_signal(signum)
-            return losses(module, *arguments)  # type: ignore[arg-type]
+            return losses(module, *arguments, **options)  # type: ignore[arg-type]
 
         monkeypatch.setattr(LanguageModel, "_losses", signalling)
 

@@ -75,8 +75,8 @@ def test_the_table_is_of_averaged_weights_and_training_is_not(tmp_path: Path, sm
 def inject_nan(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     losses = LanguageModel._losses
 
-    def broken(self: LanguageModel, *arguments: object) -> tuple[Tensor, Tensor]:
-        loss, objective = losses(self, *arguments)  # type: ignore[arg-type]
+    def broken(self: LanguageModel, *arguments: object, **options: object) -> tuple[Tensor, Tensor]:
+        loss, objective = losses(self, *arguments, **options)  # type: ignore[arg-type]
         return loss, objective * (float("nan") if self.trainer.global_step == step - 1 else 1)
 
     monkeypatch.setattr(LanguageModel, "_losses", broken)

@@ -88,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and build."""
     given = _options(arguments)
     run, console = find_run(given.run), stderr_console()
+    if given.dtype is not None:
+        with caused_by("--dtype"):
+            CODECS[given.dtype].vector_bytes(run.model_config().hidden_size)
     lut_dir, memory_bytes = run.lut_path(given.lut), given.memory_mb * 2**20
     if not given.dry_run:
         require_writable("--lut", lut_dir)

@@ -13,7 +13,7 @@ from rich.console import Console
 from src.accounting import account, print_account
 from src.cli import find_config, find_run, number, output_file, parser, run_verb
 from src.config import RunConfig, describe, load_config, load_run_config
-from src.errors import RunError
+from src.errors import RunError, caused_by
 from src.evaluation.report import Report
 from src.run_directory import RunDirectory, absolute_paths
 from src.system.console import print_note, stderr_console
@@ -161,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(describe(config))
         return
     if given.dry_run:
-        dry_run(config, given.unique_ids, given.json)
+        with caused_by("--unique-ids", "unique ids"):
+            dry_run(config, given.unique_ids, given.json)
         return
     if resolved_accelerator(config.trainer.accelerator) == "cpu":
         keep_freed_memory()  # on a GPU's host it would keep what building the model took

@@ -36,6 +36,7 @@ COUNT = whole(f"1 {MOST}", str(2**31))
 DTYPE = choice("float32 bfloat16 float16 int8 nf4 nf3", "int2")
 READER = choice("auto memmap memory pread", "mmap")
 SHAPE = choice("small-4e 160m-16e", "small 4e")
+DEVICE = choice("cpu", "meta cuda:99 cpu,cuda")
 TRAINED = "TRAINED"
 """Stands for the path of a run."""
 
@@ -44,7 +45,7 @@ FORM = {
     "--lut": NOTHING,
     "--experts": choice("auto lut ffn"),
     "--reader": READER,
-    "--device": choice("cpu", "meta cuda:99 cpu,cuda"),
+    "--device": DEVICE,
 }
 BENCHMARK_TEXT = {"--corpus": NOTHING, "--tokenizer": NOTHING, "--output": PATH}
 BENCHMARK = {**BENCHMARK_TEXT, "--shape": SHAPE, "--dtype": DTYPE, "--directory": PATH}
@@ -52,13 +53,13 @@ BUDGET = whole("257 2147483647", "256 2147483648")
 
 FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
     "train": (
-        "--dry-run",
+        f"--dry-run --config {CONFIGS}/quickstart.yaml",
         {
             "--config": NOTHING,
             "--resume": NOTHING,
             "--print-config": SWITCH,
             "--dry-run": SWITCH,
-            "--unique-ids": whole(f"1 {LARGEST}"),
+            "--unique-ids": whole("1 4096", "4097"),
             "--json": PATH,
         },
     ),
@@ -73,7 +74,7 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
             "--max-new-tokens": whole(f"1 {LARGEST}"),
             "--temperature": number(f"0 1 1.5 {LARGEST} {HUGE}"),
             "--top-k": whole(f"1 {LARGEST}"),
-            "--top-p": number("0 1 0.5"),
+            "--top-p": number("1 0.5", "1.1"),
             "--seed": whole(f"-1 0 1 {LARGEST}"),
             "--window": SWITCH,
             "--cache-mb": number("0 1 1.5", LARGEST),
@@ -107,7 +108,10 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
             "--report": SWITCH,
         },
     ),
-    "verify": (f"--run {TRAINED}", {"--run": NOTHING, "--lut": NOTHING, "--json": PATH, "--plot": PATH}),
+    "verify": (
+        f"--run {TRAINED}",
+        {"--run": NOTHING, "--lut": NOTHING, "--device": DEVICE, "--json": PATH, "--plot": PATH},
+    ),
     "reparameterize": (
         f"--run {TRAINED} --lut other --dry-run",
         {
@@ -115,7 +119,7 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
             "--lut": NAME,
             "--checkpoint": choice("last best", "config.yaml"),
             "--from-lut": choice("lut"),
-            "--dtype": DTYPE,
+            "--dtype": choice("float32 bfloat16 float16 int8 nf4", "int2 nf3"),
             "--compute-dtype": choice("float32 bfloat16", "float8"),
             "--memory-mb": whole("1", LARGEST),
             "--resume": SWITCH,
@@ -128,6 +132,7 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
         {
             "--run": NOTHING,
             "--lut": NOTHING,
+            "--device": DEVICE,
             "--token": choice("0 1 e"),
             "--layer": whole("0 1", "2"),
             "--neighbors": whole(f"1 {LARGEST}"),
@@ -194,7 +199,7 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
             "--tokenizer": NOTHING,
             "--vocab-size": BUDGET,
             "--cache-dir": PATH,
-            "--device": choice("cpu", "meta cuda:99 cpu,cuda"),
+            "--device": DEVICE,
             "--json": PATH,
             "--plot": PATH,
         },
@@ -287,15 +292,18 @@ def test_a_flag_keeps_an_accepted_value(verb: str, trained: RunResult, parse: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", [verb for verb in FLAGS if "." not in verb])  # benchmarks take minutes
-def test_a_verb_does_its_work_with_every_accepted_value(
+@pytest.mark.parametrize(
+    "verb", [verb for verb in FLAGS if "." not in verb and verb not in ("verify", "study")]
+)  # minutes
+def test_a_verb_does_its_work_with_an_accepted_value(
     verb: str, trained: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_in_process: RunVerb
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = Path(shutil.copytree(trained.run_dir, tmp_path / "run"))
     small = ["data.files=run/config.yaml", "data.cache_dir=cache", "data.tokenizer.vocab_size=300"]
     for flag, verdicts in FLAGS[verb][1].items():
-        for value in verdicts.accepted:
+        accepted = list(verdicts.accepted)
+        for value in dict.fromkeys([*accepted[:1], *accepted[-1:]]):  # such as the smallest and the largest
             more = small if verb == "prepare_data" else []
             shutil.rmtree("out", ignore_errors=True)
             found = run_in_process(main_of(verb), *arguments_with(verb, flag, run), f"{flag}={value}", *more)

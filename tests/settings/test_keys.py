@@ -101,7 +101,7 @@ KEYS: dict[str, Verdicts] = {
     "trainer.accelerator": choice("auto cpu gpu cuda", "tpu"),
     "trainer.devices": choice("auto 1 -1 2 0,1", "[] [0] -2 0 , 1. two"),
     "trainer.num_nodes": whole("1 2 16", "65537"),
-    "trainer.strategy": choice("auto ddp ddp_spawn ddp_fork fsdp2", "fsdp"),
+    "trainer.strategy": choice("auto ddp ddp_fork fsdp2", "ddp_spawn fsdp"),
     "trainer.precision": choice("auto 32-true bf16-mixed bf16-true 64-true", "32 16-mixed"),
     "trainer.val_check_interval": COUNT,
     "trainer.limit_val_batches": whole(f"0 1 {LARGEST}", or_null=True),
@@ -143,7 +143,7 @@ KEYS: dict[str, Verdicts] = {
     "wandb.tags": Verdicts(LIST.accepted, ["x" * 65]),
     "wandb.log_table": SWITCH,
 }
-PLAIN = {text: text for text in TEXTS if text[0] not in "[{"}
+PLAIN = {text: text for text in TEXTS if text[0] not in "[{" and "," not in text}
 PLAIN_OR_NULL = Verdicts({**PLAIN, "null": None})
 FILES = Verdicts({**{text: [text] for text in PLAIN}, "[1, 2]": ["1", "2"]}, ["[]"])
 ELEMENTS: dict[str, tuple[Mapping[str, str], dict[str, Verdicts]]] = {
@@ -213,7 +213,7 @@ def element_cases(key: str) -> Iterator[tuple[str, str, object]]:
     needed, keys = ELEMENTS[key]
     for name, verdicts in keys.items():
         for value, verdict in verdicts.of_all().items():
-            if value.isprintable():  # in a list, a value is YAML
+            if value.isprintable() and not value.endswith(","):  # in a list, a value is YAML
                 items = ", ".join(f"{each}: {text}" for each, text in {**needed, name: value}.items())
                 yield f"{key}=[{{{items}}}]", name, verdict
 

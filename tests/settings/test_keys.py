@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -334,3 +335,27 @@ def test_what_a_run_would_read_is_looked_for_before_any_work(
 def test_an_accelerator_that_is_not_there_is_named_before_any_work(accelerator: str, run_in_process: RunVerb) -> None:
     found = run_in_process(train.main, *CONFIG, "wandb.mode=disabled", f"trainer.accelerator={accelerator}")
     require_refused(found, f"trainer.accelerator: {accelerator}, but this machine has no usable CUDA", accelerator)
+
+
+BY_CORPUS = ("data.files", "data.tokenizer.path", "data.tokenizer.separator", "data.validation_fraction")
+"""Keys of which an accepted value may name or want what a small corpus does not have."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [key for key in KEYS if key.startswith("data.") and key != "data.tokenizer.hub"])
+def test_a_corpus_is_prepared_with_every_accepted_value(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_in_process: RunVerb
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for part in range(20):
+        Path(f"{part}.txt").write_text(f"def f{part}(a, b):\n    return a + {part} * b\n" * 20)
+    small = ["data.files=*.txt", "data.tokenizer.vocab_size=300", "data.sequence_length=8", "data.prepare_processes=1"]
+    for value in KEYS[key].accepted:
+        if not value.isprintable() or value == "4096":  # as many processes
+            continue
+        found = run_in_process(prepare_data.main, *CONFIG, *small, f"{key}={value}")
+        if key in BY_CORPUS and found.code:
+            assert (found.code, found.output) == (2, ""), (value, found)
+            assert key in found.errors[-1], (value, found)
+        else:
+            assert found.code == 0, (value, found)

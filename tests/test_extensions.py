@@ -174,11 +174,11 @@ def test_errors_list_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit):
             main(["--run", str(run), *arguments])
         assert f"'{name}'" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"unknown task 'toy'; did you mean 'toy_task'\? Known: .*toy_task"):
-        evaluate.main(["--run", str(run), "--tasks", "toy"])
+    with pytest.raises(ConfigError, match=r"unknown task 'toytask'; did you mean 'toy_task'\? Known: .*toy_task"):
+        evaluate.main(["--run", str(run), "--tasks", "toytask"])
     quickstart = CONFIGS / "quickstart.yaml"
-    with pytest.raises(ConfigError, match=r"evaluation.tasks: unknown task 'toy'; did you mean 'toy_task'\?"):
-        load_config(quickstart, ["evaluation.tasks=[toy]"])
+    with pytest.raises(ConfigError, match=r"evaluation.tasks: unknown task 'toytask'; did you mean 'toy_task'\?"):
+        load_config(quickstart, ["evaluation.tasks=[toytask]"])
     with pytest.raises(ConfigError, match=r"lut.dtype: 'toy', but it must be one of float32, .*, toy8"):
         load_config(quickstart, ["lut.dtype=toy"])
     config = load_config(quickstart, ["evaluation.tasks=[toy_task]", "lut.dtype=toy8"])

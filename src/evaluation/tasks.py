@@ -270,7 +270,9 @@ class PublishedTask:
 
     def prepare(self, text: HeldOut, limit: int | None, local_data: Path | None) -> ScoreTask | None:
         if importlib.util.find_spec("lm_eval") is None:
-            raise ConfigError(f"task {self.name} needs lm-eval, which is not installed; pip install -e '.[eval]'")
+            raise ConfigError(
+                f"evaluation.tasks: {self.name} needs lm-eval, which is not installed; pip install -e '.[eval]'"
+            )
         from src.evaluation.definitions import load_task  # imports lm-eval
         from src.evaluation.harness import score_task
 

@@ -97,7 +97,7 @@ def test_a_mistake_in_tasks_ends_before_a_run_begins(tmp_path: Path, small_overr
     with pytest.raises(ConfigError, match="did you mean 'next_passage'"):
         small_config(small_overrides, tmp_path, *QUICK, "evaluation.tasks=[next_pasage]")
     missing = ("evaluation.tasks=[piqa]", f"evaluation.local_data={tmp_path}/nowhere")
-    with pytest.raises(UserError, match=r"no such folder of evaluation data|task piqa needs lm-eval"):
+    with pytest.raises(UserError, match=r"no such folder of evaluation data|evaluation.tasks: piqa needs lm-eval"):
         train(small_config(small_overrides, tmp_path, *QUICK, *missing))
     assert not (tmp_path / "quickstart").exists()
 

@@ -112,7 +112,9 @@ def test_without_lm_eval_configs_that_name_its_tasks_are_read(text: HeldOut, mon
         EvaluationConfig(tasks=["repeatd_word"])
     monkeypatch.setattr(importlib.util, "find_spec", {}.get)
     for name in ("sciq", "mmlu"):
-        with pytest.raises(ConfigError, match=rf"task {name} needs lm-eval, .*; pip install -e '.\[eval\]'"):
+        with pytest.raises(
+            ConfigError, match=rf"evaluation.tasks: {name} needs lm-eval, .*; pip install -e '.\[eval\]'"
+        ):
             find_task(name).prepare(text, None, None)
 
 
@@ -221,6 +223,6 @@ def test_a_task_that_needs_the_extra_says_so(text: HeldOut, monkeypatch: pytest.
 
     monkeypatch.setattr(importlib.util, "find_spec", none)
     with pytest.raises(
-        ConfigError, match=r"task piqa needs lm-eval, which is not installed; pip install -e '.\[eval\]'"
+        ConfigError, match=r"evaluation.tasks: piqa needs lm-eval, which is not installed; pip install -e '.\[eval\]'"
     ):
         find_task("piqa").prepare(text, None, None)

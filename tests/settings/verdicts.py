@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 HUGE, LARGEST = "9" * 30, str(2**63 - 1)
 VALUES = (
@@ -11,7 +12,7 @@ VALUES = (
 """Tried for every setting, with those that its verdicts add."""
 TEXTS = (*(value for value in VALUES if value not in ("", "a\0")), "12e5", "ü =,")
 """Those that are text."""
-LM_EVAL_WORDS = ("word", "-1", "0", "1", "[1, 2]", "true", "null")
+LM_EVAL_WORDS = ("word", "-1", "0", "1", "[1, 2]", "true", "null") if find_spec("lm_eval") else VALUES
 """Names that lm-eval's index alone could tell from those of tasks, and reading it takes ten seconds."""
 REFUSED = object()
 """What becomes of a value that is refused."""

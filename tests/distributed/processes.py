@@ -51,7 +51,7 @@ def wait(processes: list[BaseProcess], seconds: float = 90) -> list[int]:
     return [process.exitcode for process in processes if process.exitcode is not None]
 
 
-def run_ranks(target: Callable[[], object], logs: Path, seconds: float = 90) -> None:
-    """Run `target` on two ranks, which must both end well and in time."""
-    codes = wait(start_ranks(target, logs), seconds)
+def run_ranks(target: Callable[[], object], logs: Path) -> None:
+    """Run `target` on two ranks, which must both end well."""
+    codes = wait(start_ranks(target, logs))
     assert codes == [0, 0], (logs / "rank-0.log").read_text() + (logs / "rank-1.log").read_text()

@@ -154,9 +154,9 @@ def test_a_killed_study_ends_with_the_same_results(place: Place, tmp_path: Path,
     undisturbed = Place(tmp_path / "undisturbed", cache_dir)
     assert undisturbed.run("--arms", "dense,mole", "--jobs", "2")[0] == 0
     moments = random.Random(0)
-    for _ in range(5):
+    for _ in range(3):
         process = place.start("--arms", "dense,mole", "--jobs", "2")
-        time.sleep(moments.uniform(5, 25))
+        time.sleep(moments.uniform(5, 15))
         process.kill()
         process.communicate()
     code, errors = place.run("--arms", "dense,mole", "--jobs", "2")

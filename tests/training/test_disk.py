@@ -79,7 +79,8 @@ def check_failure(folder: Path, whole: Path, overrides: Sequence[str], number: i
         assert "good checkpoint is" not in errors[0]
         return
     assert f"the last good checkpoint is {newest.name} (step {files.step(newest)}) and is complete" in errors[0]
-    assert re.search("free .*space" if code == errno.ENOSPC else f"make {re.escape(str(part))} writable", errors[0])
+    full = code in (errno.ENOSPC, errno.EDQUOT)
+    assert re.search("free .*space" if full else f"make {re.escape(str(part))} writable", errors[0])
     assert f"continue with --resume {part}" in errors[0]
     assert read_weights(newest)
     resume(part)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from callbacks import ReparameterizeCallback, RunCallback
 from src.accounting.flops import count_computed_ids
 from src.config import load_run_config
+from src.data.datamodule import StepBatch
 from src.inference import load_model
 from src.lut import LutStore, read_manifest
 from src.run_directory import Identity, RunDirectory, hash_weights, identify
@@ -141,10 +142,8 @@ def test_a_fit_hashes_its_weights_once(
 class _Idle(LanguageModel):
     """Holds trained weights and trains no further."""
 
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> StepOutput:
-        return StepOutput(
-            losses=torch.zeros(1), gradient_norm=torch.zeros(()), finite=True, computed_ids=torch.zeros(()), signal=0
-        )
+    def training_step(self, batch: StepBatch | torch.Tensor, batch_idx: int) -> StepOutput:
+        return StepOutput(losses=torch.zeros(1), gradient_norm=torch.zeros(()), finite=True, computed_ids=0, signal=0)
 
 
 class _Outputs(lightning.Callback):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from callbacks import DashboardCallback, EvaluationCallback, RunCallback
 from src.config import load_run_config
+from src.data.datamodule import StepBatch
 from src.errors import ConfigError, UserError
 from src.evaluation.held_out import held_out_of_run
 from src.evaluation.suite import prepare_suite
@@ -105,7 +106,7 @@ def test_a_mistake_in_tasks_ends_before_a_run_begins(tmp_path: Path, small_overr
 class _Idle(LanguageModel):
     """Holds trained weights and trains no further."""
 
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+    def training_step(self, batch: StepBatch | torch.Tensor, batch_idx: int) -> Any:
         return None
 
 

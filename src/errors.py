@@ -7,7 +7,7 @@ on the way. Anything else is a bug and keeps its traceback.
 import errno
 import math
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 
 MAX_FLOAT32 = 3.4e38
@@ -92,6 +92,13 @@ def caused_by(setting: str, path: object = "") -> Generator[None]:
         if setting in str(error) or not str(error).startswith(one_line(str(path))):
             raise
         raise type(error)(f"{setting}: {error}") from error
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what caused it, what caused that, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def check_range(

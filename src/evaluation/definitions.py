@@ -22,7 +22,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED  # pyright: ignore[reportMissing
 from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-from src.errors import ConfigError, DataError, UserError
+from src.errors import ConfigError, DataError, UserError, causes
 from src.evaluation.tasks import TASKS, PublishedTask, find_rows, read_rows, unknown_task
 from src.system.console import print_note, progress_bar
 
@@ -260,7 +260,7 @@ class _Problems(logging.Handler):
 
 
 def _reason(error: Exception, local_data: Path | None, metrics: Sequence[str]) -> str:
-    chain = list(_causes(error))
+    chain = list(causes(error))
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     missing = next((cause for cause in chain if isinstance(cause, ModuleNotFoundError)), None)
     if missing is not None and missing.name is not None:
@@ -279,12 +279,6 @@ def _reason(error: Exception, local_data: Path | None, metrics: Sequence[str]) -
         f"cannot be loaded from {local_data} by lm-eval ({text}); its rows must have the keys of its data set on the "
         "Hugging Face hub"
     )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _is_of_network(error: BaseException) -> bool:

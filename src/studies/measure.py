@@ -105,8 +105,7 @@ def _bytes_per_token(config: RunConfig) -> int:
 def _training_flops(config: RunConfig, corpus: PackedCorpus, steps: int) -> float:
     """Return the operations of all steps; MoLE's experts count as often as they ran, by reading the windows again."""
     windows, total = StepWindows(corpus, config.data, rank=0, world_size=1), 0.0
-    size = config.data.micro_batch_size
-    shape = (config.data.global_batch_size // size, size, config.data.sequence_length)
+    shape = (windows.micro_batches, windows.size, config.data.sequence_length)
     for step in range(steps):
         is_mole = config.model.architecture == "mole"
         computed = count_computed_ids(config.model, windows[step][:, :, :-1]) if is_mole else 0

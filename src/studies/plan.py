@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 
-from src.accounting.account import count_parameters
+from src.accounting.account import count_parameters, offloaded_bytes
 from src.accounting.flops import estimated_unique_ids, step_flops
 from src.config import RunConfig
 from src.model import Transformer
@@ -40,11 +40,12 @@ def planned_cells(study: Study, choice: Choice) -> list[Cell]:
 def cost_of(config: RunConfig) -> Cost:
     """Count a run, with the distinct ids of a micro-batch estimated."""
     data, model, steps = config.data, config.model, config.trainer.max_steps
-    micro_batches = data.micro_batches_per_step(1)
-    ids = micro_batches * estimated_unique_ids(data.micro_batch_size * data.sequence_length, model.vocab_size)
-    shape = (micro_batches, data.micro_batch_size, data.sequence_length)
+    micro_batches, size = data.micro_batches_per_step(1), data.micro_batch_windows(1)
+    ids = micro_batches * estimated_unique_ids(size * data.sequence_length, model.vocab_size)
+    shape = (micro_batches, size, data.sequence_length)
     parameters = count_parameters(model)
-    table = 2 * parameters.offloaded if model.architecture == "mole" else 0
+    tables = {part.precision: part.total_bytes for part in offloaded_bytes(model, parameters)[0]}
+    table = tables.get(config.lut.dtype, 0) if model.architecture == "mole" else 0
     return Cost(
         tokens=steps * data.global_batch_size * data.sequence_length,
         flops=steps * step_flops(model, shape, ids),
@@ -57,7 +58,7 @@ def measure_step(config: RunConfig) -> float:
     data, precision = config.data, config.trainer.resolved_precision
     model = Transformer(config.model).to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
-    size = data.micro_batch_size, data.sequence_length + 1
+    size = data.micro_batch_windows(1), data.sequence_length + 1
     ranks = torch.rand(size, generator=torch.Generator().manual_seed(0)) * torch.log(
         torch.tensor(model.config.vocab_size)
     )

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from src.errors import DISK_FULL, UserError, WriteError
+from src.errors import DISK_FULL, UserError, WriteError, causes
 from src.system.locks import lock, note_missing_locks
 
 T = TypeVar("T")
@@ -174,16 +174,15 @@ def _remove_if_empty(directory: Path) -> None:
         directory.rmdir()
 
 
-def out_of_files(error: BaseException | None) -> str | None:
+def out_of_files(error: BaseException) -> str | None:
     """Return what to do where `error`, or what caused it, is the limit of open files; None where it is not."""
-    while error is not None:
-        if isinstance(error, UserError) and "ulimit" in str(error):
-            return str(error)
-        code = error.errno if isinstance(error, OSError) else None
+    for cause in causes(error):
+        if isinstance(cause, UserError) and "ulimit" in str(cause):
+            return str(cause)
+        code = cause.errno if isinstance(cause, OSError) else None
         # safetensors and torch put the system's words into errors of their own
-        if code in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error):
+        if code in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(cause):
             return f"too many open files: {_file_limit()}; raise the limit (`ulimit -n 4096`) and run this again"
-        error = error.__cause__ or error.__context__
     return None
 
 

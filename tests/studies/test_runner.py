@@ -16,12 +16,13 @@ from subprocess import Popen
 
 import pytest
 
-from src.config import load_run_config
+from src.config import load_config, load_run_config
 from src.data.packed_corpus import prepare_corpus
 from src.run_directory import RunDirectory
 from src.studies.cells import Cell, Choice, config_digest, reported_cells
 from src.studies.definition import Study
 from src.studies.measure import measure
+from src.studies.plan import Cost, cost_of
 from src.studies.rows import Row, read_rows
 from src.system.locks import open_locked
 from src.train import RunResult
@@ -118,6 +119,15 @@ def test_a_row_is_what_the_run_measured(trained: RunResult, tmp_path: Path) -> N
 def test_a_cell_is_named_after_its_arm_and_seed(tmp_path: Path) -> None:
     arm = write_study(tmp_path / "tiny", DEFINITION).arms["mole"]
     assert (Cell(arm, 3).name, Cell(arm, 100, "2e-3").name) == ("mole-s3", "mole-2e-3-s100")
+
+
+def test_a_cell_is_accounted_with_the_micro_batches_and_the_table_that_it_will_have() -> None:
+    def cost(*overrides: str) -> Cost:
+        return cost_of(load_config(CONFIGS / "quickstart.yaml", overrides))
+
+    assert cost("data.micro_batch_size=5") == cost("data.micro_batch_size=4")
+    assert cost("data.micro_batch_size=4096") == cost("data.micro_batch_size=16")
+    assert cost().disk_bytes - cost("lut.dtype=bfloat16").disk_bytes == 32 * 2**20  # half of the quick start's table
 
 
 @pytest.mark.slow

@@ -42,6 +42,16 @@ SMALL = (
 """Overrides that shrink the quick start to seconds."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--attacks", type=int, default=2, metavar="N", help="random moments of each test that has some")
+
+
+@pytest.fixture(scope="session")
+def attacks(request: pytest.FixtureRequest) -> int:
+    """At how many random moments a test kills, interrupts or breaks what it runs: few here, many before a release."""
+    return request.config.getoption("--attacks")
+
+
 @contextmanager
 def open_files_limited(spare: int) -> Generator[None]:
     """Let this process open `spare` more files, no more."""

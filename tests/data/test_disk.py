@@ -36,7 +36,9 @@ def prepare(cache: Path, arguments: list[str], number: int, code: int) -> tuple[
 
 
 @pytest.mark.parametrize(("code", "exit_code"), [(errno.ENOSPC, 1), (errno.EROFS, 2)])
-def test_the_next_call_completes_what_a_failing_disk_cut_short(code: int, exit_code: int, tmp_path: Path) -> None:
+def test_the_next_call_completes_what_a_failing_disk_cut_short(
+    code: int, exit_code: int, tmp_path: Path, attacks: int
+) -> None:
     text = write_as("text.jsonl", tmp_path, sentences(300))
 
     def arguments(cache: Path) -> list[str]:
@@ -47,7 +49,7 @@ def test_the_next_call_completes_what_a_failing_disk_cut_short(code: int, exit_c
     writes, _ = prepare(tmp_path / "count", arguments(tmp_path / "count"), 0, 0)
     assert writes is not None and writes > 8
     expected = contents(tmp_path / "count")
-    for number in random.Random(code).sample(range(2, writes), 6):
+    for number in random.Random(code).sample(range(2, writes), attacks):
         cache = tmp_path / str(number)
         found, told = prepare(cache, arguments(cache), number, code)
         errors = [line for line in told.splitlines() if line.startswith("error: ")]

@@ -116,11 +116,11 @@ def command(config: DataConfig, cache_dir: Path, source: SourceConfig) -> list[s
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(
-    config: DataConfig, whole: PackedCorpus, source: SourceConfig, tmp_path: Path
+    config: DataConfig, whole: PackedCorpus, source: SourceConfig, tmp_path: Path, attacks: int
 ) -> None:
     generator, kills = random.Random(0), 0
     (entry,) = [whole.sources[0].path.name]
-    while kills < 5:
+    while kills < attacks:
         process = subprocess.Popen(command(config, tmp_path, source), start_new_session=True)
         deadline = time.monotonic() + 60
         while not (tmp_path / f"{entry}.building").exists() and time.monotonic() < deadline:

@@ -160,11 +160,11 @@ def test_a_study_runs_what_is_missing_and_names_what_failed(place: Place) -> Non
 
 
 @pytest.mark.slow
-def test_a_killed_study_ends_with_the_same_results(place: Place, tmp_path: Path, cache_dir: Path) -> None:
+def test_a_killed_study_ends_with_the_same_results(place: Place, tmp_path: Path, cache_dir: Path, attacks: int) -> None:
     undisturbed = Place(tmp_path / "undisturbed", cache_dir)
     assert undisturbed.run("--arms", "dense,mole", "--jobs", "2")[0] == 0
     moments = random.Random(0)
-    for _ in range(3):
+    for _ in range(attacks):
         process = place.start("--arms", "dense,mole", "--jobs", "2")
         time.sleep(moments.uniform(5, 15))
         process.kill()

@@ -284,14 +284,14 @@ def slowed(original: Callable[..., Any], seconds: float, mark: Path) -> Callable
 
 @pytest.mark.slow
 def test_at_random_moments_a_signal_ends_the_run_and_resuming_completes_it(
-    tmp_path: Path, small_overrides: Sequence[str]
+    tmp_path: Path, small_overrides: Sequence[str], attacks: int
 ) -> None:
     common = [*small_overrides, f"output_dir={tmp_path}", *WITH_RESULTS, "trainer.max_steps=40"]
     whole = start(partial(verb, [*common, "name=whole"]), tmp_path / "log")
     whole.join(90)
     assert whole.exitcode == 0, (tmp_path / "log").read_text()
     expected, moments = results(tmp_path / "whole"), random.Random(0)
-    for number, place in enumerate(["step"] * 8 + ["build"] * 2 + ["evaluation"] * 2):
+    for number, place in enumerate(["step", "build", "evaluation"] * attacks):
         run, marks, log = tmp_path / str(number), tmp_path / f"marks-{number}", tmp_path / f"log-{number}"
         marks.mkdir()
         process = start(partial(verb, [*common, f"name={number}"], marks), log)

@@ -188,7 +188,8 @@ def build_trainer(
 
 def _strategy(config: RunConfig) -> str | Strategy:
     if config.trainer.strategy == "fsdp2":
-        return ShardedStrategy(sharded_checkpoints=config.checkpoint.sharded)
+        size = config.trainer.shard_group_size
+        return ShardedStrategy(shard_devices=size, sharded_checkpoints=config.checkpoint.sharded)
     return config.trainer.strategy
 
 

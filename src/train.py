@@ -51,6 +51,7 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
     """
     require_posix("training")
     require_ranks(config.trainer)
+    _ = config.trainer.shard_group_size  # refused before any work
     start = None if resume is None else _resumption(resume, config)
     if start is not None and start.missing is not None:
         lacks = f"is missing {', '.join(start.missing)}" if start.missing else "is complete"
@@ -126,6 +127,7 @@ def dry_run(config: RunConfig, unique_ids: int | None = None, json_path: Path | 
         precision=config.trainer.resolved_precision,
         micro_batches=config.data.micro_batches_per_step(config.trainer.world_size),
         unique_ids=unique_ids,
+        shard_group_size=config.trainer.shard_group_size if config.trainer.strategy == "fsdp2" else None,
     )
     print_account(costs, Console())
     if json_path is not None:

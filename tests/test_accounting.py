@@ -255,13 +255,14 @@ def test_training_memory_is_what_adamw_allocates(precision: str, size: int) -> N
     assert memory.total == 4 * memory.weights
 
 
-@pytest.mark.parametrize("devices", [4, 5])
+@pytest.mark.parametrize(("copies", "devices"), [(1, 4), (1, 5), (3, 4)])
 @pytest.mark.parametrize("model", [TINY, TINY_MOE, TINY_MOLE], ids=["dense", "moe", "mole"])
-def test_sharded_memory_is_what_the_first_of_many_devices_holds(model: ModelConfig, devices: int) -> None:
-    torch.distributed.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
+def test_sharded_memory_is_what_the_first_of_many_devices_holds(model: ModelConfig, copies: int, devices: int) -> None:
+    torch.distributed.init_process_group("fake", rank=0, world_size=copies * devices, store=FakeStore())
     try:
         built = Transformer(model)
-        shard_model(built, init_device_mesh("cpu", (devices,)))
+        mesh = init_device_mesh("cpu", (copies, devices), mesh_dim_names=("replicate", "shard"))
+        shard_model(built, mesh["shard"] if copies == 1 else mesh)
         parts = [parameter.to_local().nbytes for parameter in built.parameters() if isinstance(parameter, DTensor)]
         assert len(parts) == len(list(built.parameters()))
     finally:

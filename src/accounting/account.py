@@ -189,7 +189,7 @@ def _num_values(module: nn.Module) -> int:
 
 
 SHARDED_OVER = (8, 64)
-"""Numbers of devices for which FSDP2 is accounted."""
+"""Numbers of devices that hold a copy together, for which FSDP2 is accounted besides those of a config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,11 +241,13 @@ def account(
     precision: str,
     micro_batches: int = 1,
     unique_ids: int | None = None,
+    shard_group_size: int | None = None,
 ) -> Account:
     """Count what `model` costs at `micro_batches` of `micro_batch_size` windows per optimizer step of one device.
 
     `precision` is `trainer.precision`. `unique_ids` are the distinct ids of a micro-batch, by default those of
-    `estimated_unique_ids`; ConfigError when they are more than it can hold.
+    `estimated_unique_ids`; ConfigError when they are more than it can hold. `shard_group_size` devices share a copy of
+    the model under FSDP2.
     """
     tokens = sequence_length * micro_batch_size
     distinct = estimated_unique_ids(tokens, model.vocab_size) if unique_ids is None else unique_ids
@@ -259,6 +261,7 @@ def account(
     forward = forward_flops(model, sequence_length)
     training, is_mole = training_flops(forward, model), model.architecture == "mole"
     step_ids = max(distinct, estimated_unique_ids(tokens * micro_batches, model.vocab_size))
+    own = () if shard_group_size is None else (shard_group_size,)
     executions = {"per_token": tokens, "unique": distinct, "unique_per_step": step_ids} if is_mole else {}
     return Account(
         architecture=model.architecture,
@@ -276,7 +279,7 @@ def account(
         inference=lookup_flops(forward) if is_mole else forward,
         memory=[
             whole_memory(parameters.trained, precision),
-            *(sharded_memory(model, precision, devices) for devices in SHARDED_OVER),
+            *(sharded_memory(model, precision, devices) for devices in sorted({*SHARDED_OVER, *own})),
         ],
         expert_memory=[expert_memory(model, name, num_ids, precision) for name, num_ids in executions.items()],
     )

@@ -33,6 +33,8 @@ def shard_dimension(parameter: Tensor, devices: int) -> int:
 def shard_model(model: Transformer, mesh: DeviceMesh, *, gathered: torch.dtype | None = None) -> None:
     """Shard `model` in place over `mesh`: one group for each of `shard_groups`, and one for all other modules.
 
+    A mesh of two dimensions holds a copy of the model in each of its rows.
+
     The others, embedding and head among them, stay whole from a forward pass until its backward pass, so that the loss
     can read the head. All ranks must hold the same weights before, or none, on `meta`.
 
@@ -41,7 +43,7 @@ def shard_model(model: Transformer, mesh: DeviceMesh, *, gathered: torch.dtype |
     """
 
     def placement(parameter: nn.Parameter) -> Shard:
-        return Shard(shard_dimension(parameter, mesh.size()))
+        return Shard(shard_dimension(parameter, mesh.size(mesh.ndim - 1)))
 
     policy = MixedPrecisionPolicy(gathered, torch.float32 if gathered else None, cast_forward_inputs=False)
     for group in shard_groups(model):

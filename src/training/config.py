@@ -98,6 +98,9 @@ class TrainerConfig:
     """Machines."""
     strategy: Literal["auto", "ddp", "ddp_fork", "fsdp2"] = "auto"
     """How devices work together: with ddp each holds the model, with fsdp2 a part; auto is ddp for several devices."""
+    shard_devices: int | None = None
+    """With strategy fsdp2: devices that hold one copy of the model together, a divisor of all devices; each further
+    group holds another copy (HSDP). null is the devices of one machine."""
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true"] = "auto"
     """auto is bf16-mixed if the accelerator computes in bfloat16, else 32-true."""
     val_check_interval: int = 200
@@ -122,6 +125,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_range(self, "trainer.", ("max_steps", "val_check_interval", "log_every_n_steps"), at_least=1)
         check_range(self, "trainer.", ("num_nodes",), at_least=1, at_most=2**16)
+        check_range(self, "trainer.", ("shard_devices",), at_least=1)
         check_range(self, "trainer.", ("limit_val_batches",), at_least=0)
         check_range(self, "trainer.", ("num_sanity_val_steps",), at_least=-1)
         if not re.fullmatch(r"auto|-1|[1-9]\d{0,3}|\d{1,4},|\d{1,4}(,\d{1,4})+", self.devices):
@@ -130,6 +134,11 @@ class TrainerConfig:
             )
         if self.max_time is not None and not re.fullmatch(r"\d{1,6}:\d{2}:\d{2}:\d{2}", self.max_time):
             raise ConfigError(f'trainer.max_time: {self.max_time!r}, but it must be DD:HH:MM:SS, such as "00:00:04:00"')
+        if self.shard_devices is not None and self.strategy != "fsdp2":
+            raise ConfigError(
+                f"trainer.shard_devices: {self.shard_devices}, but trainer.strategy {self.strategy} shards nothing; "
+                "set it to null, or trainer.strategy=fsdp2"
+            )
 
     @property
     def resolved_precision(self) -> Literal["32-true", "bf16-mixed", "bf16-true", "64-true"]:
@@ -149,6 +158,17 @@ class TrainerConfig:
         if "," in self.devices:  # a list of indices
             return self.num_nodes * len([index for index in self.devices.split(",") if index.strip()])
         return self.num_nodes * (int(self.devices) if self.devices.isdecimal() else device_count(self.accelerator))
+
+    @property
+    def shard_group_size(self) -> int:
+        """`shard_devices`, with null resolved; ConfigError if groups of so many devices would not be equal."""
+        size = self.shard_devices or self.world_size // self.num_nodes
+        if self.world_size % size:
+            raise ConfigError(
+                f"trainer.shard_devices: {size} does not divide the {self.world_size} devices of this run; take a "
+                "divisor of them, or null for the devices of one machine"
+            )
+        return size
 
 
 def require_ranks(config: TrainerConfig) -> None:

@@ -30,6 +30,7 @@ from src.system.signals import StopSignals
 from src.training.config import ObjectiveConfig, OptimizerConfig
 from src.training.optimization import build_optimizer, build_schedule, clip_gradients
 from src.training.routing_metrics import RoutingMetrics
+from src.training.strategy import ShardedStrategy
 
 
 class StepOutput(TypedDict):
@@ -82,11 +83,10 @@ class LanguageModel(lightning.LightningModule):
         self.validation_routing = self.routing.clone()
 
     def configure_model(self) -> None:
-        if self.device_mesh is None:
-            return
-        mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
-        gathered = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-        shard_from_rank_zero(self.model, mesh, device, gathered=gathered)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            gathered = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            shard_from_rank_zero(self.model, strategy.shard_mesh(), strategy.root_device, gathered=gathered)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.model.named_parameters(), self.optimizer_config)

@@ -1,7 +1,8 @@
 """How Lightning's Trainer shards a model with FSDP2, and how it writes checkpoints.
 
 With FSDP2 every rank keeps a part of each parameter, its gradient and its optimizer state. Gradients are reduced after
-each micro-batch, not once per step: keeping them whole until the end of the step would cost what sharding saves.
+each micro-batch, not once per step: keeping them whole until the end of the step would cost what sharding saves. Where
+several groups of ranks hold a copy each, weights are gathered inside a group, and gradients averaged over groups.
 """
 
 import errno
@@ -21,6 +22,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from src.errors import WriteError
 from src.system.files import atomic_path, free_bytes, system_error, when_visible
@@ -48,9 +50,24 @@ def cluster_environment(config: TrainerConfig) -> ClusterEnvironment:
 class ShardedStrategy(ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` with all devices in one data-parallel group."""
 
-    def __init__(self, *, sharded_checkpoints: bool) -> None:
-        """With `sharded_checkpoints` write one part per rank, else assemble a whole checkpoint on rank 0."""
+    def __init__(self, *, shard_devices: int, sharded_checkpoints: bool) -> None:
+        """Let each `shard_devices` consecutive ranks hold the model together.
+
+        With `sharded_checkpoints` write one part per rank, else assemble a whole checkpoint on rank 0.
+        """
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=sharded_checkpoints)
+        self._shard_devices = shard_devices
+
+    def shard_mesh(self) -> DeviceMesh:
+        """Return the mesh to shard over; with several groups it has two dimensions, groups and ranks of a group.
+
+        Every rank must call it.
+        """
+        groups = self.world_size // self._shard_devices
+        if groups == 1:
+            return self.device_mesh["data_parallel"]
+        shape = (groups, self._shard_devices)
+        return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def setup_environment(self) -> None:
         use_all_devices(self)

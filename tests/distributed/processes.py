@@ -28,14 +28,18 @@ def start(target: Callable[[], object], log: Path, **environment: str) -> BasePr
     return process
 
 
-def start_ranks(target: Callable[[], object], logs: Path, world_size: int = 2) -> list[BaseProcess]:
-    """Run `target` as every rank of a group, as a launcher would; rank r writes to `logs`/rank-r.log."""
+def start_ranks(target: Callable[[], object], logs: Path, machines: int = 1) -> list[BaseProcess]:
+    """Run `target` as every rank of a group of two on each machine; rank r writes to `logs`/rank-r.log."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     logs.mkdir(parents=True, exist_ok=True)
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size), "NODE_RANK": "0"}
-    return [start(target, logs / f"rank-{rank}.log", LOCAL_RANK=str(rank), **group) for rank in range(world_size)]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(2 * machines)}
+    places = [(node, local) for node in range(machines) for local in range(2)]
+    return [
+        start(target, logs / f"rank-{rank}.log", NODE_RANK=str(node), LOCAL_RANK=str(local), **group)
+        for rank, (node, local) in enumerate(places)
+    ]
 
 
 def wait(processes: list[BaseProcess], seconds: float = 90) -> list[int]:
@@ -51,7 +55,7 @@ def wait(processes: list[BaseProcess], seconds: float = 90) -> list[int]:
     return [process.exitcode for process in processes if process.exitcode is not None]
 
 
-def run_ranks(target: Callable[[], object], logs: Path) -> None:
-    """Run `target` on two ranks, which must both end well."""
-    codes = wait(start_ranks(target, logs))
-    assert codes == [0, 0], (logs / "rank-0.log").read_text() + (logs / "rank-1.log").read_text()
+def run_ranks(target: Callable[[], object], logs: Path, machines: int = 1) -> None:
+    """Run `target` on two ranks of each machine, which must all end well."""
+    codes = wait(start_ranks(target, logs, machines))
+    assert not any(codes), "".join(path.read_text() for path in sorted(logs.glob("rank-*.log")))

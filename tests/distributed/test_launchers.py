@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from src.cli import run_verb
 from src.errors import ConfigError
 from src.system.ranks import is_rank_zero, launcher
-from src.train import train
+from src.train import main, train
 from src.training.config import TrainerConfig, require_ranks
 from src.training.strategy import cluster_environment
 from tests.conftest import CONFIGS, small_config
@@ -99,6 +100,40 @@ def test_ranks_that_a_config_does_not_expect_are_one_line(
     set_environment(monkeypatch, variables)
     with pytest.raises(ConfigError, match=message):
         require_ranks(TrainerConfig(max_steps=1, devices=devices, num_nodes=nodes, strategy="ddp", accelerator="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "given", "expected"),
+    [("8", 1, None, 8), ("8", 4, None, 8), ("8", 4, 32, 32), ("0,2", 3, 3, 3)],
+)
+def test_a_copy_of_a_sharded_model_is_on_one_machine_or_on_as_many_devices_as_the_key_says(
+    devices: str, nodes: int, given: int | None, expected: int
+) -> None:
+    config = TrainerConfig(max_steps=1, devices=devices, num_nodes=nodes, strategy="fsdp2", shard_devices=given)
+    assert config.shard_group_size == expected
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+@pytest.mark.parametrize("given", ["3", "16"])
+def test_groups_of_devices_that_are_not_equal_are_one_line(
+    given: str, more: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    four = ["trainer.accelerator=cpu", "trainer.devices=4", "trainer.strategy=fsdp2", f"output_dir={tmp_path}"]
+    with pytest.raises(SystemExit, match="2"):
+        run_verb(partial(main, [*four, f"trainer.shard_devices={given}", *more]))
+    error = capsys.readouterr().err
+    assert f"error: trainer.shard_devices: {given} does not divide the 4 devices of this run" in error
+    assert error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_accounts_for_the_devices_that_share_a_copy(capsys: pytest.CaptureFixture[str]) -> None:
+    four = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.num_nodes=2", "trainer.strategy=fsdp2"]
+    main([*four, "--dry-run"])
+    assert "FSDP2 over 2" in (printed := capsys.readouterr().out)
+    assert "FSDP2 over 8" in printed
+    main([*four, "trainer.shard_devices=4", "--dry-run"])
+    assert "FSDP2 over 4" in capsys.readouterr().out
 
 
 TWO = (*ONLY_TRAIN, "trainer.devices=2", "data.micro_batch_size=2", "trainer.max_steps=2", "trainer.strategy=ddp")

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh
 
+from src.lut import LutStore
 from src.model.sharding import whole_weights
 from src.run_directory import RunDirectory
 from src.train import resumed_config, train
+from src.training.checkpoints import read_weights
 from src.training.lightning_module import LanguageModel
+from src.training.strategy import ShardedStrategy
 from tests.conftest import small_config
 from tests.distributed.processes import run_ranks
 from tests.distributed.test_parity import ARCHITECTURES, TWO, column
@@ -63,11 +68,9 @@ def test_ranks_start_from_the_weights_of_one_process_which_only_the_first_builds
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["moe", "mole"])
-def test_losses_of_two_ranks_are_those_of_one_process_in_float64_also_when_resumed(
-    architecture: str, tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are float64, which `trainer.precision` does not allow here."""
     build = LanguageModel.__init__
 
     def build_double(self: LanguageModel, *arguments: object, **options: object) -> None:
@@ -78,6 +81,14 @@ def test_losses_of_two_ranks_are_those_of_one_process_in_float64_also_when_resum
             torch.set_default_dtype(torch.float32)
 
     monkeypatch.setattr(LanguageModel, "__init__", build_double)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("architecture", ["moe", "mole"])
+def test_losses_of_two_ranks_are_those_of_one_process_in_float64_also_when_resumed(
+    architecture: str, tmp_path: Path, small_overrides: Sequence[str]
+) -> None:
     constant = "optimizer.schedule=constant"
     common = (*ONLY_TRAIN, *ARCHITECTURES[architecture], constant, "trainer.precision=32-true")
     train(small_config(small_overrides, tmp_path, *common, ONE, "trainer.max_steps=20", "name=one"))
@@ -99,3 +110,41 @@ def test_two_ranks_in_bfloat16_train_as_one_process_does(tmp_path: Path, small_o
     expected, found = column(tmp_path / "one", "train/loss"), column(tmp_path / "two", "train/loss")
     assert len(expected) == 6
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_float64")
+def test_two_machines_with_a_copy_each_train_as_one_process_does(
+    tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard_mesh = ShardedStrategy.shard_mesh
+
+    def recorded(self: ShardedStrategy) -> DeviceMesh:
+        mesh = shard_mesh(self)
+        (tmp_path / f"mesh-{self.global_rank}").write_text(f"{mesh.shape} {mesh.get_coordinate()}")
+        return mesh
+
+    monkeypatch.setattr(ShardedStrategy, "shard_mesh", recorded)
+    common = (*ONLY_TRAIN, "optimizer.schedule=constant", "trainer.precision=32-true", "lut.at_fit_end=true")
+    train(small_config(small_overrides, tmp_path, *common, ONE, "trainer.max_steps=6", "name=one"))
+    four = ("trainer.devices=2", "trainer.num_nodes=2", "trainer.strategy=fsdp2", "data.micro_batch_size=1")
+    part = ("trainer.max_steps=3", "checkpoint.sharded=true", "name=four")
+    run_ranks(partial(train, small_config(small_overrides, tmp_path, *common, *four, *part)), tmp_path / "logs", 2)
+    places = [(tmp_path / f"mesh-{rank}").read_text() for rank in range(4)]
+    assert places == [f"(2, 2) {place}" for place in ("(0, 0)", "(0, 1)", "(1, 0)", "(1, 1)")]
+    run = RunDirectory(tmp_path / "four")
+    more = resumed_config(run, None, ["trainer.max_steps=6", "checkpoint.sharded=false"])
+    run_ranks(partial(train, more, run), tmp_path / "resumed-logs", 2)
+    expected, found = column(tmp_path / "one", "train/loss"), column(run.path, "train/loss")
+    assert len(expected) == 6
+    assert found == pytest.approx(expected, rel=1e-10)
+    one = RunDirectory(tmp_path / "one")
+    for name, theirs in load_file(one.backbone_path).items():
+        torch.testing.assert_close(load_file(run.backbone_path)[name], theirs, rtol=1e-9, atol=1e-12)
+    assert read_weights(run.checkpoints_path / "last.ckpt").keys() == {
+        *load_file(run.backbone_path),
+        *load_file(run.experts_path),
+    }
+    with LutStore.open(run.lut_path()) as mine, LutStore.open(one.lut_path()) as theirs:
+        ids = torch.arange(512)
+        torch.testing.assert_close(mine.gather(ids), theirs.gather(ids))

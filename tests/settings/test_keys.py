@@ -103,6 +103,7 @@ KEYS: dict[str, Verdicts] = {
     "trainer.devices": choice("auto 1 -1 2 0,1", "[] [0] -2 0 , 1. two"),
     "trainer.num_nodes": whole("1 2 16", "65537"),
     "trainer.strategy": choice("auto ddp ddp_fork fsdp2", "ddp_spawn fsdp"),
+    "trainer.shard_devices": whole("", or_null=True),  # the strategy of the quick start shards nothing
     "trainer.precision": choice("auto 32-true bf16-mixed bf16-true 64-true", "32 16-mixed"),
     "trainer.val_check_interval": COUNT,
     "trainer.limit_val_batches": whole(f"0 1 {LARGEST}", or_null=True),

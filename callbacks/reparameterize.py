@@ -45,7 +45,8 @@ class ReparameterizeCallback(lightning.Callback):
         if not has_table:
             return
         build_lut(
-            RunRows(run) if is_sharded(model) else ModelRows(model, identity=identity),
+            # A sharded model is whole nowhere, and ranks write different numbers of chunks, so they cannot gather it.
+            RunRows(run, device=model.head.weight.device) if is_sharded(model) else ModelRows(model, identity=identity),
             run.lut_path(),
             dtype=self.dtype,
             chunk_tokens=self.chunk_tokens,

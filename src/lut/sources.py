@@ -120,10 +120,11 @@ class ModelRows:
 
 @dataclass
 class RunRows:
-    """Rows of a run directory, reading one expert at a time instead of loading the model."""
+    """Rows of a run directory, computed on `device` with one expert there at a time instead of the model."""
 
     run: RunDirectory
     compute_dtype: str = "float32"
+    device: torch.device | str = "cpu"
     held_row_bytes = 0
 
     def __post_init__(self) -> None:
@@ -140,13 +141,14 @@ class RunRows:
         with safe_open(self.run.backbone_path, framework="pt") as handle:
             wanted = _inputs(self.config, first_token, num_tokens)
             stored = handle.get_slice("embedding.weight")
-            embeddings = stored[wanted] if isinstance(wanted, slice) else stored[:][wanted]
+            embeddings = (stored[wanted] if isinstance(wanted, slice) else stored[:][wanted]).to(self.device)
         prefix = f"{EXPERTS_PREFIX}{layer}."
         with safe_open(self.run.experts_path, framework="pt") as handle:
-            norm = handle.get_tensor(f"{prefix}norm.weight")
+            norm = handle.get_tensor(f"{prefix}norm.weight").to(self.device)
             inputs = _normed(embeddings, norm, self.config.norm_eps).to(self._dtype)
             up, down = handle.get_slice(f"{prefix}experts.up"), handle.get_slice(f"{prefix}experts.down")
-            weights = ((up[index : index + 1], down[index : index + 1]) for index in range(self.config.num_experts))
+            parts = (slice(index, index + 1) for index in range(self.config.num_experts))
+            weights = ((up[part].to(self.device), down[part].to(self.device)) for part in parts)
             return _run_experts(inputs, weights, self.config.num_experts)
 
 

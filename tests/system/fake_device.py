@@ -13,8 +13,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import lightning
 import torch
@@ -33,9 +35,11 @@ from src.evaluation.perplexity import window_losses
 from src.evaluation.routing_view import measure_token_weights
 from src.inference import generate, generation
 from src.inference.generation import stream
+from src.lut import sources
 from src.lut.codecs import CODECS
 from src.lut.layout import TableLayout
 from src.lut.shard_writer import encode_layer
+from src.lut.sources import ModelRows, RunRows
 from src.lut.store import layer_decoder
 from src.model import ModelConfig, Transformer
 from src.model.attention import causal_mask, document_mask
@@ -43,6 +47,7 @@ from src.model.experts import LayerRows
 from src.model.loss import next_token_loss
 from src.model.router import Router, load_balance_loss, z_loss
 from src.model.step_rows import StepRows
+from src.run_directory import Identity
 from src.training.config import ObjectiveConfig, OptimizerConfig
 from src.training.lightning_module import LanguageModel
 from src.training.optimization import build_optimizer, clip_gradients
@@ -174,7 +179,7 @@ class Rows(torch.nn.Module):
 
     def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
         token_ids.tolist()  # as the store does
-        codes = torch.zeros(len(token_ids), self.layout.row_bytes, dtype=torch.uint8, device=DEVICE)
+        codes = torch.zeros(len(token_ids), self.layout.row_bytes, dtype=torch.uint8)
         return layer_decoder(codes, self.layout)
 
 
@@ -201,7 +206,7 @@ def step(config: ModelConfig) -> None:
     """Take an optimizer step of two micro-batches, with every loss and metric of a training step."""
     model, metrics = model_on_device(config), RoutingMetrics(config.num_layers, config.num_experts, config.top_k)
     metrics.to(DEVICE)
-    batch = torch.zeros(2, 2, 8, dtype=torch.int64, device=DEVICE)
+    batch = torch.zeros(2, 2, 8, dtype=torch.int64)
     shared = StepRows(model, batch[..., :-1]) if config.expert_execution == "unique_per_step" else None
     for index, windows in enumerate(batch):
         ids, rows = windows[:, :-1], None if shared is None else shared.micro_batch(index)
@@ -239,8 +244,32 @@ def compare(config: ModelConfig, precision: str | None) -> None:
 
 def encode(precision: str) -> None:
     codec = CODECS[precision]
-    target = torch.zeros(4, 3, codec.vector_bytes(128), dtype=torch.uint8, device=DEVICE)
-    encode_layer(codec, torch.zeros(4, 3, 128, device=DEVICE), target)
+    target = torch.zeros(4, 3, codec.vector_bytes(128), dtype=torch.uint8)
+    encode_layer(codec, torch.zeros(4, 3, 128), target)
+
+
+class Stored:
+    """Weights of a run, read to the CPU."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.get_tensor = self.get_slice = weights.__getitem__
+
+    def __enter__(self) -> "Stored":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def build(config: ModelConfig) -> None:
+    """Compute and encode rows of a model on the device, and of the weights of a run."""
+    stored = Stored(dict(Transformer(config).state_dict()))
+    run: Any = SimpleNamespace(
+        model_config=lambda: config, identity=lambda: None, experts_path=Path(__file__), backbone_path=Path(__file__)
+    )
+    with patch.object(sources, "safe_open", Mock(return_value=stored)):
+        for source in (ModelRows(model_on_device(config), identity=Identity("", "")), RunRows(run, device=DEVICE)):
+            rows = source.layer_rows(1, 3, 9)
+            assert (rows.device, rows.shape) == (DEVICE, (9, config.num_experts, config.hidden_size))
 
 
 WIDE = replace(CONFIGS["mole"], hidden_size=128, vocab_size=300)
@@ -271,6 +300,8 @@ def run_everything() -> dict[str, object]:
         run(lambda p=precision: compare(WIDE, p))
     for precision in CODECS:
         run(lambda p=precision: encode(p), truth=True)
+    for config in (WIDE, replace(WIDE, expert_permutation=0)):
+        run(lambda c=config: build(c))
     return {"cases": cases, "refused": sorted(refused)}
 
 
@@ -301,7 +332,7 @@ def decode_waits() -> dict[str, Sequence[int]]:
                 with fake_device() as watch:
                     with in_bfloat16():
                         model = model_on_device(config, precision).eval()
-                    prompt = torch.zeros(batch, 7, dtype=torch.int64, device=DEVICE)
+                    prompt = torch.zeros(batch, 7, dtype=torch.int64)
                     steps, waits = stream(model, prompt, max_new_tokens=8, stop_ids=[3], **sampling), list[int]()
                     with torch.no_grad():
                         for _ in steps:

@@ -106,7 +106,7 @@ def test_ranks_that_are_scripts_are_told_from_forks() -> None:
 
 
 def test_all_devices_form_one_group() -> None:
-    strategy = ShardedStrategy(sharded_checkpoints=False)
+    strategy = ShardedStrategy(shard_devices=2, sharded_checkpoints=False)
     strategy.parallel_devices, strategy.num_nodes = [torch.device("cpu")] * 3, 2
     private_api.use_all_devices(strategy)
     assert "self._data_parallel_size" in inspect.getsource(ModelParallelStrategy.setup_environment)

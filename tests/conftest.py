@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def attacks(request: pytest.FixtureRequest) -> int:
     """At how many random moments a test kills, interrupts or breaks what it runs: few here, many before a release."""
-    return request.config.getoption("--attacks")
+    return int(request.config.getoption("--attacks") or 0)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import Popen
 
@@ -88,6 +88,23 @@ class Place:
             time.sleep(0.05)
 
 
+@dataclass(frozen=True)
+class Finished:
+    """How a study ended that nothing disturbed."""
+
+    place: Place
+    code: int
+    errors: str
+    rows: Sequence[Row]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Finished:
+    place = Place(tmp_path_factory.mktemp("finished"), cache_dir)
+    code, errors = place.run("--jobs", "2")
+    return Finished(place, code, errors, place.rows())
+
+
 def without_seconds(rows: Sequence[Row]) -> list[str]:
     return [str(replace(row, seconds=0.0)) for row in rows]
 
@@ -131,11 +148,10 @@ def test_a_cell_is_accounted_with_the_micro_batches_and_the_table_that_it_will_h
 
 
 @pytest.mark.slow
-def test_a_study_runs_what_is_missing_and_names_what_failed(place: Place) -> None:
-    code, errors = place.run("--jobs", "2")
-    assert code == 1, errors
+def test_a_study_runs_what_is_missing_and_names_what_failed(finished: Finished) -> None:
+    place, rows, errors = finished.place, finished.rows, finished.errors
+    assert finished.code == 1, errors
     assert re.search(r"no result: broken-s0: exit code \d: .*optimizer.learning_rate", errors), errors
-    rows = place.rows()
     assert [row.key for row in rows] == [("dense", 0, ""), ("mole", 0, "")]
     assert rows[0].corpus == rows[1].corpus
     assert rows[0].threads == rows[1].threads == max(1, len(os.sched_getaffinity(0)) // 2)
@@ -160,9 +176,7 @@ def test_a_study_runs_what_is_missing_and_names_what_failed(place: Place) -> Non
 
 
 @pytest.mark.slow
-def test_a_killed_study_ends_with_the_same_results(place: Place, tmp_path: Path, cache_dir: Path, attacks: int) -> None:
-    undisturbed = Place(tmp_path / "undisturbed", cache_dir)
-    assert undisturbed.run("--arms", "dense,mole", "--jobs", "2")[0] == 0
+def test_a_killed_study_ends_with_the_same_results(place: Place, finished: Finished, attacks: int) -> None:
     moments = random.Random(0)
     for _ in range(attacks):
         process = place.start("--arms", "dense,mole", "--jobs", "2")
@@ -171,7 +185,7 @@ def test_a_killed_study_ends_with_the_same_results(place: Place, tmp_path: Path,
         process.communicate()
     code, errors = place.run("--arms", "dense,mole", "--jobs", "2")
     assert code == 0, errors
-    assert without_seconds(place.rows()) == without_seconds(undisturbed.rows())
+    assert without_seconds(place.rows()) == without_seconds(finished.rows)
 
 
 @pytest.mark.slow

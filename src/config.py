@@ -231,6 +231,8 @@ def _value(node: Node, hint: Any, key: str, where: str) -> Any:
     kind = kinds[0]
     if node.tag == _TYPED:
         node = _typed(str(node.value), kind)
+    if NoneType in kinds and _is_null(node, kind):
+        return None
     if is_dataclass(kind):
         return _section(node, cast(type, kind), f"{key}.", where)
     if get_origin(kind) is list:
@@ -241,8 +243,6 @@ def _value(node: Node, hint: Any, key: str, where: str) -> Any:
     wrong = f"{where}: {key}: {_found(node)}, but it must be {_expected(hint)}"
     if not isinstance(node, ScalarNode):
         raise ConfigError(wrong)
-    if NoneType in kinds and node.style is None and node.value in (("null",) if kind is str else _NULLS):
-        return None
     leaf, text = key.rpartition(".")[2].partition("[")[0], node.value
     if leaf in PATH_KEYS or (leaf in PATH_OR_NAME_KEYS and "/" in text):
         try:
@@ -295,6 +295,11 @@ _NULLS = ("null", "Null", "NULL", "~")
 _KINDS = {str: "text", bool: "true or false", int: "a whole number of at most 63 bits", float: "a number"}
 
 
+def _is_null(node: Node, kind: Any) -> bool:
+    nulls = ("null",) if kind is str else _NULLS
+    return isinstance(node, ScalarNode) and node.style is None and node.value in nulls
+
+
 def _expected(hint: Any) -> str:
     if isinstance(hint, UnionType):
         return f"{_expected(get_args(hint)[0])}, or null"
@@ -324,8 +329,14 @@ def _hint(key: str) -> Any:
     """Return the type of a dotted key, None where there is no such key."""
     hint: Any = RunConfig
     for name in re.findall(r"\w+", key):
-        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else next(iter(get_args(hint)), None)
+        hint = get_type_hints(section).get(name) if (section := _section_of(hint)) else next(iter(get_args(hint)), None)
     return hint
+
+
+def _section_of(hint: Any) -> type | None:
+    """Return the dataclass of a section, also of one that may be null; None for what is no section."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return next((cast(type, kind) for kind in kinds if is_dataclass(kind)), None)
 
 
 def _literal(value: Any) -> Any:
@@ -347,8 +358,8 @@ def _keys(section: type, prefix: str = "") -> Iterator[str]:
     hints = get_type_hints(section)
     for item in fields(section):
         yield prefix + item.name
-        if is_dataclass(hints[item.name]):
-            yield from _keys(hints[item.name], f"{prefix}{item.name}.")
+        if section_type := _section_of(hints[item.name]):
+            yield from _keys(section_type, f"{prefix}{item.name}.")
 
 
 def _explain(error: OmegaConfBaseException, where: str) -> str:

@@ -1,7 +1,7 @@
 """The oracle: the three architectures in plain loops over batch, positions, heads and experts.
 
-It shares no code with `src.model`: norm, rotary embedding, attention, GELU and routing are written out from the
-paper, one vector at a time. It takes a state dict, is differentiable, and works in the weights' precision.
+It shares no code with `src.model`: norm, rotary embedding, attention, activations and routing are written out from the
+papers, one vector at a time. It takes a state dict, is differentiable, and works in the weights' precision.
 """
 
 import math
@@ -35,11 +35,12 @@ def _sequence_logits(weights: Weights, config: ModelConfig, ids: list[int]) -> T
         for position, hidden in enumerate(normed):
             added = torch.zeros_like(hidden)
             if config.intermediate_size:
-                added = added + _ffn(hidden, part["shared_expert.up.weight"].T, part["shared_expert.down.weight"].T)
+                added = added + _ffn(hidden, _Matrices(part, "shared_expert.", ".weight", transposed=True), config)
             if config.num_experts:
                 added = added + _routed(weights, part, config, layer, hidden, read_by_experts[position])
             stream[position] = stream[position] + added
-    return torch.stack([weights["head.weight"] @ hidden for hidden in _norms(stream, weights["norm.weight"], config)])
+    head = weights["embedding.weight" if config.tie_embeddings else "head.weight"]
+    return torch.stack([head @ hidden for hidden in _norms(stream, weights["norm.weight"], config)])
 
 
 class _Part:
@@ -52,6 +53,21 @@ class _Part:
         return self.weights[self.prefix + name]
 
 
+class _Matrices:
+    """The matrices of one FFN, (in, out)."""
+
+    def __init__(
+        self, part: _Part, prefix: str, suffix: str = "", *, expert: int | None = None, transposed: bool = False
+    ) -> None:
+        self.part, self.prefix, self.suffix = part, prefix, suffix
+        self.expert, self.transposed = expert, transposed
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.part[self.prefix + name + self.suffix]
+        weight = weight if self.expert is None else weight[self.expert]
+        return weight.T if self.transposed else weight
+
+
 def _routed(
     weights: Weights, part: _Part, config: ModelConfig, layer: int, hidden: Tensor, embedding: Tensor
 ) -> Tensor:
@@ -59,57 +75,84 @@ def _routed(
     if config.expert_input == "embedding":
         experts = _Part(weights, f"experts.{layer}.")
         inputs = _norm(embedding, experts["norm.weight"], config)
-        up, down = experts["experts.up"], experts["experts.down"]
+        prefix = "experts."
     else:
-        inputs, up, down = hidden, part["hidden_experts.up"], part["hidden_experts.down"]
+        inputs, experts, prefix = hidden, part, "hidden_experts."
     logits = [part["router.weight"][expert] @ hidden for expert in range(config.num_experts)]
     chosen = sorted(range(config.num_experts), key=lambda expert: -logits[expert].item())
     chosen = chosen[: config.num_experts if config.top_k is None else config.top_k]
     total = sum((logits[expert].exp() for expert in chosen), torch.zeros_like(logits[0]))
     mixed = torch.zeros_like(hidden)
     for expert in chosen:
-        mixed = mixed + logits[expert].exp() / total * _ffn(inputs, up[expert], down[expert])
+        mixed = mixed + logits[expert].exp() / total * _ffn(inputs, _Matrices(experts, prefix, expert=expert), config)
     return mixed
 
 
 def _attention(part: _Part, config: ModelConfig, normed: list[Tensor]) -> list[Tensor]:
     """Let every position look at itself and what came before, head by head."""
-    size, width = config.hidden_size, config.hidden_size // config.num_heads
-    projection = part["attention.qkv.weight"]
+    num_heads = config.num_heads
+    groups = num_heads if config.num_kv_heads is None else config.num_kv_heads
+    width = config.hidden_size // num_heads if config.head_dim is None else config.head_dim
+
+    def projected(hidden: Tensor, row: int) -> Tensor:
+        """Return one head; the projection's rows are all query heads, then key heads, then value heads."""
+        span = slice(row * width, (row + 1) * width)
+        head = part["attention.qkv.weight"][span] @ hidden
+        return head + part["attention.qkv.bias"][span] if config.attention_bias else head
+
+    def placed(vector: Tensor, norm: str, position: int) -> Tensor:
+        normed = _norm(vector, part[f"attention.{norm}_norm.weight"], config) if config.qk_norm else vector
+        return _rotate(normed, position, config)
+
     attended: list[Tensor] = []
-    queries, keys, values = ([projection[i * size : (i + 1) * size] @ hidden for hidden in normed] for i in range(3))
     for position in range(len(normed)):
         heads: list[Tensor] = []
-        for head in range(config.num_heads):
-            span = slice(head * width, (head + 1) * width)
-            query = _rotate(queries[position][span], position, config)
-            scores = [
-                (query @ _rotate(keys[other][span], other, config) / math.sqrt(width)).exp()
-                for other in range(position + 1)
-            ]
+        for head in range(num_heads):
+            group = head * groups // num_heads  # neighboring heads share keys and values
+            query = placed(projected(normed[position], head), "query", position)
+            keys = [placed(projected(normed[other], num_heads + group), "key", other) for other in range(position + 1)]
+            values = [projected(normed[other], num_heads + groups + group) for other in range(position + 1)]
+            scores = [(query @ key / math.sqrt(width)).exp() for key in keys]
             total = sum(scores, torch.zeros_like(scores[0]))
-            looked_at = [score / total * values[other][span] for other, score in enumerate(scores)]
+            looked_at = [score / total * value for score, value in zip(scores, values, strict=True)]
             heads.append(sum(looked_at, torch.zeros_like(looked_at[0])))
         attended.append(part["attention.out.weight"] @ torch.cat(heads))
     return attended
 
 
 def _rotate(vector: Tensor, position: int, config: ModelConfig) -> Tensor:
-    """Turn the pair (i, i + K/2) by position * theta^(-2i/K), for every i below K/2."""
+    """Turn the pair (i, i + K/2) by position * theta^(-2i/K), for every i below K/2, which Llama 3 scales."""
     half = len(vector) // 2
     rotated: list[Tensor] = [vector[0]] * len(vector)
     for i in range(half):
-        angle = position * config.rope_theta ** (-2 * i / len(vector))
+        angle = position * _scaled(config.rope_theta ** (-2 * i / len(vector)), config)
         cosine, sine = math.cos(angle), math.sin(angle)
         rotated[i] = vector[i] * cosine - vector[i + half] * sine
         rotated[i + half] = vector[i + half] * cosine + vector[i] * sine
     return torch.stack(rotated)
 
 
-def _ffn(inputs: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Two matrices, (D, F) and (F, D), with the exact GELU between them."""
-    inner = inputs @ up
-    return (inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))) @ down
+def _scaled(frequency: float, config: ModelConfig) -> float:
+    """Llama 3: divide frequencies of long wavelengths, keep those of short ones, and interpolate in between."""
+    if config.rope_scaling is None:
+        return frequency
+    scaling = config.rope_scaling
+    wavelength, length = 2 * math.pi / frequency, scaling.original_max_position_embeddings
+    if wavelength < length / scaling.high_freq_factor:
+        return frequency
+    if wavelength > length / scaling.low_freq_factor:
+        return frequency / scaling.factor
+    smooth = (length / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def _ffn(inputs: Tensor, matrices: _Matrices, config: ModelConfig) -> Tensor:
+    """Two matrices with the exact GELU between them; in SwiGLU, the SiLU of a gate times the first takes its place."""
+    inner = inputs @ matrices["up"]
+    if config.activation == "gelu":
+        return (inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))) @ matrices["down"]
+    gate = inputs @ matrices["gate"]
+    return (gate / (1 + torch.exp(-gate)) * inner) @ matrices["down"]
 
 
 def _norm(vector: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:

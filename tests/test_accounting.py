@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -22,13 +23,24 @@ from src.config import load_config
 from src.errors import ConfigError
 from src.lut.codecs import CODECS
 from src.model import ModelConfig, Transformer
+from src.model.config import Activation
 from src.model.sharding import shard_model
 
 PAPER = Path("configs/paper")
 GIB, KIB = 2**30, 2**10
 TINY = ModelConfig(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24)
+LLAMA: dict[str, Any] = {
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 6,
+    "activation": "swiglu",
+    "tie_embeddings": True,
+}
 TINY_MOLE = replace(TINY, num_experts=3, expert_intermediate_size=20)
 TINY_MOE = replace(TINY_MOLE, intermediate_size=0, expert_input="hidden", top_k=2)
+PAPERS = {"dense": TINY, "moe": TINY_MOE, "mole": TINY_MOLE}
+MODELS = PAPERS | {f"{name}-llama": replace(model, **LLAMA) for name, model in PAPERS.items()}
+models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 
 
 def model_of(name: str) -> ModelConfig:
@@ -165,7 +177,7 @@ def test_a_precision_whose_blocks_do_not_divide_the_width_is_skipped_with_its_re
     assert "20" in costs.skipped_precisions["nf3"]
 
 
-@pytest.mark.parametrize("model", [TINY, TINY_MOE, TINY_MOLE], ids=["dense", "moe", "mole"])
+@models
 def test_matrix_products_of_the_forward_pass_match_a_counter(model: ModelConfig) -> None:
     config = replace(model, expert_execution="per_token")
     token_ids = torch.randint(40, (2, 8))
@@ -174,13 +186,13 @@ def test_matrix_products_of_the_forward_pass_match_a_counter(model: ModelConfig)
     assert _counted(counter) == token_ids.numel() * _matrix_products(forward_flops(config, sequence_length=8))
 
 
-@pytest.mark.parametrize("model", [TINY, TINY_MOE, TINY_MOLE], ids=["dense", "moe", "mole"])
+@models
 def test_matrix_products_of_a_training_step_match_a_counter(model: ModelConfig) -> None:
     counted, expected = _training_step(model)
     assert counted == expected
 
 
-@pytest.mark.parametrize("model", [TINY, TINY_MOE, TINY_MOLE], ids=["dense", "moe", "mole"])
+@models
 def test_checkpointing_costs_at_most_one_more_forward(model: ModelConfig) -> None:
     counted, expected = _training_step(replace(model, gradient_checkpointing=True))
     assert _training_step(model)[0] < counted <= expected < 1.08 * counted
@@ -207,8 +219,9 @@ def _matrix_products(flops: Flops) -> float:
 
 def test_attention_counts_every_query_and_the_keys_it_may_see() -> None:
     pairs = sum(position + 1 for position in range(8))  # causal
-    per_pair = 2 * 2 * TINY.head_dim * TINY.num_heads  # score and weighted value
-    assert 8 * forward_flops(TINY, sequence_length=8).attention_scores == TINY.num_layers * pairs * per_pair
+    for config, head_dim in ((TINY, 8), (MODELS["dense-llama"], 6)):
+        per_pair = 2 * 2 * head_dim * config.num_heads  # score and weighted value
+        assert 8 * forward_flops(config, sequence_length=8).attention_scores == config.num_layers * pairs * per_pair
 
 
 def test_the_table_leaves_mole_the_flops_of_dense_router_and_mixture() -> None:
@@ -256,7 +269,7 @@ def test_training_memory_is_what_adamw_allocates(precision: str, size: int) -> N
 
 
 @pytest.mark.parametrize(("copies", "devices"), [(1, 4), (1, 5), (3, 4)])
-@pytest.mark.parametrize("model", [TINY, TINY_MOE, TINY_MOLE], ids=["dense", "moe", "mole"])
+@models
 def test_sharded_memory_is_what_the_first_of_many_devices_holds(model: ModelConfig, copies: int, devices: int) -> None:
     torch.distributed.init_process_group("fake", rank=0, world_size=copies * devices, store=FakeStore())
     try:
@@ -269,21 +282,23 @@ def test_sharded_memory_is_what_the_first_of_many_devices_holds(model: ModelConf
         torch.distributed.destroy_process_group()
     memory = sharded_memory(model, "32-true", devices)
     assert memory.weights == memory.gradients == memory.optimizer_states / 2 == sum(parts)
-    vocabulary = 2 * model.vocab_size * model.hidden_size * 4
+    vocabulary = (1 if model.tie_embeddings else 2) * model.vocab_size * model.hidden_size * 4
     assert 2 * vocabulary < memory.gathered <= 2 * 4 * count_parameters(model).trained
     halved = sharded_memory(model, "bf16-mixed", devices).gathered - 2 * vocabulary
     assert 0.75 * (memory.gathered - 2 * vocabulary) < halved < 0.8 * (memory.gathered - 2 * vocabulary)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_expert_memory_is_what_autograd_keeps_for_each_id(precision: str) -> None:
-    model = Transformer(TINY_MOLE)
+def test_expert_memory_is_what_autograd_keeps_for_each_id(precision: str, activation: Activation) -> None:
+    config = replace(TINY_MOLE, activation=activation)
+    model = Transformer(config)
     kept = {num_ids: bytes_kept(model, num_ids, precision) for num_ids in (8, 24)}
-    once = 16 * (TINY_MOLE.hidden_size * 4 + 8)  # ids and embeddings, the same for all layers: too few to count
-    accounted = expert_memory(TINY_MOLE, "unique", 16, precision).kept_bytes
+    once = 16 * (config.hidden_size * 4 + 8)  # ids and embeddings, the same for all layers: too few to count
+    accounted = expert_memory(config, "unique", 16, precision).kept_bytes
     assert kept[24] - kept[8] == accounted + once
-    gradients = TINY_MOLE.num_layers * 16 * TINY_MOLE.num_experts * TINY_MOLE.hidden_size * 4
-    assert expert_memory(TINY_MOLE, "unique_per_step", 16, precision).kept_bytes == accounted + gradients
+    gradients = config.num_layers * 16 * config.num_experts * config.hidden_size * 4
+    assert expert_memory(config, "unique_per_step", 16, precision).kept_bytes == accounted + gradients
 
 
 def bytes_kept(model: Transformer, num_ids: int, precision: str) -> int:

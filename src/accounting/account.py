@@ -7,7 +7,6 @@ D hidden, F an expert's intermediate, E experts, K active experts, L layers, V v
 
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor, nn
 
 from src.accounting.flops import (
@@ -15,13 +14,14 @@ from src.accounting.flops import (
     estimated_unique_ids,
     forward_flops,
     lookup_flops,
+    meta_model,
     once_per_unique_id,
     training_flops,
 )
 from src.errors import ConfigError, LutError
 from src.lut.codecs import CODECS
 from src.lut.layout import TableLayout
-from src.model import ModelConfig, Transformer
+from src.model import ModelConfig
 from src.model.sharding import shard_dimension, shard_groups, wide_modules
 from src.model.transformer import parameter_part
 
@@ -37,9 +37,10 @@ class Parameters:
     resident: int
     """What stays in memory at inference when the experts are offloaded."""
     offloaded: int
-    """What is offloaded, in the paper's count: MoE's expert weights, L E 2 D F; MoLE's table, L E D V."""
+    """What is offloaded, in the paper's count: MoE's expert weights, L E 2 D F (3 D F with SwiGLU); MoLE's table,
+    L E D V."""
     loaded_per_token: int
-    """Values fetched per token: MoLE L E D; MoE at most L K 2 D F, with no expert in memory yet."""
+    """Values fetched per token: MoLE L E D; MoE at most those of K of its E experts, with none in memory yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +54,14 @@ class Offload:
 
 def count_parameters(model: ModelConfig) -> Parameters:
     """Count the model's parameters as it is built."""
-    with torch.device("meta"):
-        named = list(Transformer(model).named_parameters())
+    named = list(meta_model(model).named_parameters())
     trained = sum(parameter.numel() for _, parameter in named)
     experts = sum(parameter.numel() for name, parameter in named if parameter_part(name) == "experts")
     if model.architecture == "mole":
         loaded = model.num_layers * model.num_experts * model.hidden_size
         offloaded = loaded * model.vocab_size
     else:
-        loaded = model.num_layers * model.active_experts * 2 * model.hidden_size * model.expert_intermediate_size
+        loaded = experts * model.active_experts // max(1, model.num_experts)
         offloaded = experts
     return Parameters(
         trained=trained, experts=experts, resident=trained - experts, offloaded=offloaded, loaded_per_token=loaded
@@ -138,8 +138,7 @@ def sharded_memory(model: ModelConfig, precision: str, devices: int) -> DeviceMe
     At most two groups are whole at a time, one computing and one being gathered, and so are their gradients; embedding
     and head stay whole throughout (`src.model.sharding.shard_model`).
     """
-    with torch.device("meta"):
-        built = Transformer(model)
+    built = meta_model(model)
     size = value_bytes(precision)
     computed = 2 if precision == "bf16-mixed" else size
 
@@ -163,15 +162,19 @@ def sharded_memory(model: ModelConfig, precision: str, devices: int) -> DeviceMe
 def expert_memory(model: ModelConfig, execution: str, num_ids: int, precision: str) -> ExpertMemory:
     """Return the memory that embedding experts use for the backward pass when they run on `num_ids` ids at once.
 
-    Per layer and id: the normed embedding, every expert's input, its F values before and after GELU, and its row in at
-    least float32, which the mixture stores. Checkpointing stores only the rows. `unique_per_step` adds their gradients.
+    Per layer and id: the normed embedding, every expert's input, its F values before and after GELU (with SwiGLU those
+    of up, of the gate before and after SiLU, and their product), and its row in at least float32, which the mixture
+    stores. Checkpointing stores only the rows. `unique_per_step` adds their gradients.
     """
+    gated = model.activation == "swiglu"
     stored = value_bytes(precision)
     computed, wide = 2 if "16" in precision else stored, max(stored, 4)
     vectors, inner = model.num_experts * model.hidden_size, model.num_experts * model.expert_intermediate_size
     if not model.gradient_checkpointing:
         inputs = computed * (model.hidden_size if computed == stored else vectors)  # autocast repeats what it casts
-        per_id = wide * vectors + 2 * computed * inner + inputs + stored * (model.hidden_size + 1)
+        if gated and computed != stored:
+            inputs *= 2  # for the gate again
+        per_id = wide * vectors + (4 if gated else 2) * computed * inner + inputs + stored * (model.hidden_size + 1)
     else:
         per_id = vectors * (wide if execution == "unique_per_step" else computed)
     if execution == "unique_per_step":

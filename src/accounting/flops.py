@@ -5,12 +5,16 @@ V vocabulary, U unique ids.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
-from src.model import ModelConfig
+from src.model import ModelConfig, Transformer
+from src.model.transformer import parameter_part
 
 HEAPS_SCALE, HEAPS_EXPONENT = 5.963, 0.6494
 """Fitted to 3,150 distinct ids in 16,384 tokens and 11,108 in 131,072, prose in the GPT-NeoX vocabulary of 50,304."""
@@ -21,13 +25,14 @@ class Flops:
     """Operations per token over all layers."""
 
     attention_projections: float
-    """Query, key, value and output: 8 D^2 a layer."""
+    """Query, key, value and output; where each is (D, D), 8 D^2 a layer."""
     attention_scores: float
-    """Scores and weighted values over the mean causal context of a window, (T + 1) / 2: 4 D (T + 1) / 2 a layer."""
+    """Scores and weighted values of H heads of width K, over the mean causal context of a window, (T + 1) / 2:
+    4 H K (T + 1) / 2 a layer."""
     always_on_ffn: float
-    """Dense's FFN or the shared expert: 4 D F a layer."""
+    """Dense's FFN or the shared expert: 4 D F a layer, with SwiGLU 6 D F."""
     routed_experts: float
-    """4 D F_expert for each expert that runs; 0 where rows are looked up."""
+    """4 D F_expert, with SwiGLU 6, for each expert that runs; 0 where rows are looked up."""
     router: float
     """2 D E a layer."""
     mixture: float
@@ -40,15 +45,33 @@ class Flops:
         return sum(getattr(self, item.name) for item in fields(self))
 
 
+@lru_cache(maxsize=8)
+def meta_model(model: ModelConfig) -> Transformer:
+    """Return the model on the meta device, with shapes and no storage; for counting, not for changing."""
+    with torch.device("meta"):
+        return Transformer(model)
+
+
+@lru_cache(maxsize=64)
+def _matrix_values(model: ModelConfig) -> Counter[str]:
+    """Return the number of values in the matrices of all layers, by the part of a block that they belong to."""
+    values = Counter[str]()
+    for name, parameter in meta_model(model).named_parameters():
+        if parameter.dim() > 1:
+            part = name.split(".")[2] if name.startswith("blocks.") else name
+            values["experts" if parameter_part(name) == "experts" else part] += parameter.numel()
+    return values
+
+
 def forward_flops(model: ModelConfig, sequence_length: int) -> Flops:
     """Return one forward pass of the training form, with MoLE's experts at every position as in the paper."""
-    layers, hidden = model.num_layers, model.hidden_size
+    layers, hidden, values = model.num_layers, model.hidden_size, _matrix_values(model)
     return Flops(
-        attention_projections=layers * 8 * hidden**2,
-        attention_scores=layers * 4 * hidden * (sequence_length + 1) / 2,
-        always_on_ffn=layers * 4 * hidden * model.intermediate_size,
-        routed_experts=layers * 4 * hidden * model.expert_intermediate_size * computed_experts(model),
-        router=layers * 2 * hidden * model.num_experts,
+        attention_projections=2 * values["attention"],
+        attention_scores=layers * 4 * model.num_heads * model.attention_head_dim * (sequence_length + 1) / 2,
+        always_on_ffn=2 * values["shared_expert"],
+        routed_experts=2 * values["experts"] * computed_experts(model) // max(1, model.num_experts),
+        router=2 * values["router"],
         mixture=layers * 2 * hidden * model.active_experts,
         vocabulary_head=2 * hidden * model.vocab_size,
     )

@@ -30,6 +30,7 @@ from src.lut.codecs import CODECS
 from src.lut.plan import plan
 from src.lut.sources import COMPUTE_DTYPES, RowSource, open_source, turn_tokens
 from src.model import ModelConfig, Transformer
+from src.model.experts import ffn_matrices
 from src.run_directory import RunDirectory
 from src.system.console import Advance, progress_bar
 from src.system.files import write_text
@@ -134,7 +135,7 @@ def measure_build(
         seconds = time.perf_counter() - start - probe.seconds
     probe.sample_alone()
     write_rates.append(measure_writes(lut_dir.parent))
-    expert_flops = 4 * config.hidden_size * config.expert_intermediate_size
+    expert_flops = 2 * len(ffn_matrices(config.activation)) * config.hidden_size * config.expert_intermediate_size
     return BuildFigures(
         table_bytes=build.file_bytes,
         build_seconds=seconds,

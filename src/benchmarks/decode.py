@@ -152,8 +152,9 @@ def measure_prefill(contenders: Contenders, text: TextIds, rounds: int) -> Timin
 
 
 def matmul_weights(dense: InferenceModel) -> list[Tensor]:
-    """Return the weights of the model's matrix products: all matrices but the embedding."""
-    return [weight for name, weight in dense.named_parameters() if weight.dim() == 2 and "embed" not in name]
+    """Return the weights of the model's matrix products: all matrices but the embedding, and the head."""
+    blocks = [weight for weight in dense.blocks.parameters() if weight.dim() == 2]
+    return [*blocks, dense.head.weight]
 
 
 def matmuls_alone(dense: InferenceModel, batch: int) -> Callable[[int], float]:

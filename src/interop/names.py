@@ -12,7 +12,7 @@ D hidden, F intermediate, E experts, L layers, V vocabulary.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -122,6 +122,16 @@ SUPPORTED = {
     "quantization_config": None,
 }
 """Fields that would change what is computed, each with the one value that this model computes."""
+PAPERS_BLOCK = (
+    "activation",
+    "num_kv_heads",
+    "head_dim",
+    "attention_bias",
+    "qk_norm",
+    "tie_embeddings",
+    "rope_scaling",
+)
+"""Settings of the model that their code has only with the values that are defaults here."""
 CLASS_NAMES = {"dense": "DenseForCausalLM", "moe": "MoeForCausalLM", "mole": "MoleForCausalLM"}
 
 
@@ -233,8 +243,14 @@ def _rope_parameters(values: Mapping[str, object], where: str) -> Mapping[str, o
 def require_expressible(config: ModelConfig) -> None:
     """Raise CheckpointError naming the setting that the authors' code has no field for."""
     shared, routed = config.intermediate_size, config.expert_intermediate_size
+    other = [
+        each for each in fields(config) if each.name in PAPERS_BLOCK and getattr(config, each.name) != each.default
+    ]
     reason = None
-    if config.architecture == "moe" and shared:
+    if other:
+        default = "null" if other[0].default is None else other[0].default
+        reason = f"model.{other[0].name} is {getattr(config, other[0].name)}, but their code computes {default}"
+    elif config.architecture == "moe" and shared:
         reason = f"model.intermediate_size is {shared}, but their MoE has no shared expert"
     elif config.architecture == "mole" and not shared:
         reason = "model.intermediate_size is 0, but their MoLE always has a shared expert"

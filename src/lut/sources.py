@@ -19,7 +19,7 @@ from src.lut.layout import TableLayout
 from src.lut.manifest import MANIFEST_NAME, Manifest, read_manifest
 from src.lut.scan import TableScan, check_shard, read_token_counts
 from src.model import ModelConfig, Transformer
-from src.model.experts import EmbeddingExperts, LayerExperts, expert_inputs, ffn
+from src.model.experts import EmbeddingExperts, LayerExperts, expert_inputs, ffn, ffn_matrices
 from src.model.products import stacked_product
 from src.run_directory import EXPERTS_PREFIX, Identity, RunDirectory, identify_weights
 
@@ -114,7 +114,7 @@ class ModelRows:
         experts = part.experts
         embeddings = self._embedding[_inputs(self.config, first_token, num_tokens)]
         inputs = _normed(embeddings, part.norm.weight, self.config.norm_eps).to(self._dtype)
-        weights = ((experts.up[index : index + 1], experts.down[index : index + 1]) for index in range(len(experts.up)))
+        weights = (tuple(weight[index : index + 1] for weight in experts.weights) for index in range(len(experts.up)))
         return _run_experts(inputs, weights, self.config.num_experts)
 
 
@@ -146,9 +146,9 @@ class RunRows:
         with safe_open(self.run.experts_path, framework="pt") as handle:
             norm = handle.get_tensor(f"{prefix}norm.weight").to(self.device)
             inputs = _normed(embeddings, norm, self.config.norm_eps).to(self._dtype)
-            up, down = handle.get_slice(f"{prefix}experts.up"), handle.get_slice(f"{prefix}experts.down")
+            matrices = [handle.get_slice(f"{prefix}experts.{name}") for name in ffn_matrices(self.config.activation)]
             parts = (slice(index, index + 1) for index in range(self.config.num_experts))
-            weights = ((up[part].to(self.device), down[part].to(self.device)) for part in parts)
+            weights = (tuple(weight[part].to(self.device) for weight in matrices) for part in parts)
             return _run_experts(inputs, weights, self.config.num_experts)
 
 
@@ -211,14 +211,15 @@ def _normed(embeddings: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(embeddings.float(), weight.shape, weight.float(), eps)
 
 
-def _run_experts(inputs: Tensor, weights: Iterable[tuple[Tensor, Tensor]], num_experts: int) -> Tensor:
-    """Return (U, E, D) float32: every expert, with weights (1, D, F) and (1, F, D), on the same (U, D) inputs."""
+def _run_experts(inputs: Tensor, weights: Iterable[tuple[Tensor, ...]], num_experts: int) -> Tensor:
+    """Return (U, E, D) float32: every expert, with weights (1, D, F) or (1, F, D), on the same (U, D) inputs."""
     rows = torch.empty(len(inputs), num_experts, inputs.shape[1], device=inputs.device)
     with _full_precision(inputs.device):
-        for index, (up, down) in enumerate(weights):
-            up, down, size = up.to(inputs.dtype), down.to(inputs.dtype), turn_tokens(up.shape[-1], inputs.dtype)
+        for index, expert in enumerate(weights):
+            matrices = [weight.to(inputs.dtype) for weight in expert]
+            size = turn_tokens(expert[0].shape[-1], inputs.dtype)
             for target, turn in zip(rows[:, index].split(size), inputs.split(size), strict=True):
-                target.copy_(ffn(turn.unsqueeze(0), up, down, multiply=stacked_product).squeeze(0))
+                target.copy_(ffn(turn.unsqueeze(0), *matrices, multiply=stacked_product).squeeze(0))
     return rows
 
 

@@ -1,9 +1,11 @@
 """Causal multi-head attention with rotary embedding, its cache of keys and values, and the masks of attention.
 
-The rotary embedding covers the whole head and there are no biases. The norm in front belongs to the block.
+The rotary embedding covers the whole head. The norm in front belongs to the block.
 
-B batch, T new tokens, S cached + new tokens, D hidden, H heads, K head dimension.
+B batch, T new tokens, S cached + new tokens, D hidden, H heads, G heads of keys and values, K head dimension.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ FLOAT_COPY_BYTES = 8 * 2**20
 class KeyValueCache:
     """Keys and values of the tokens seen so far, allocated once for `max_tokens`.
 
-    It holds (L, B, H, max_tokens, K) twice. Each layer of a forward pass appends to it, and the model then adds to
+    It holds (L, B, G, max_tokens, K) twice. Each layer of a forward pass appends to it, and the model then adds to
     `length`. `scratch` is float32 memory for what `_attend_one` casts up. Every step reuses it, because fresh memory
     would cost a page fault per 4 KiB. It is empty where nothing is cast up.
     """
@@ -27,17 +29,17 @@ class KeyValueCache:
     def __init__(
         self, config: ModelConfig, batch_size: int, max_tokens: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (config.num_layers, batch_size, config.num_heads, max_tokens, config.head_dim)
+        shape = (config.num_layers, batch_size, config.kv_heads, max_tokens, config.attention_head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
-        values = config.num_heads * max_tokens * config.head_dim  # of one sequence in one layer
+        values = config.kv_heads * max_tokens * config.attention_head_dim  # of one sequence in one layer
         group = min(batch_size, max(1, FLOAT_COPY_BYTES // (4 * values)))
         casts_up = dtype == torch.bfloat16 and device.type == "cpu"
         self.scratch = torch.empty(group * values if casts_up else 0, device=device, dtype=torch.float32)
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H, T, K) keys and values behind `length` and return all (B, H, S, K) of that layer."""
+        """Store (B, G, T, K) keys and values behind `length` and return all (B, G, S, K) of that layer."""
         new_tokens = keys.shape[2]
         end = self.length + new_tokens
         if end > self.keys.shape[3]:
@@ -48,14 +50,25 @@ class KeyValueCache:
         return all_keys.narrow(2, 0, end), all_values.narrow(2, 0, end)
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_frequencies(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the angles per position (K/2,) in `dtype`, scaled as Llama 3 does if the config says so."""
+    exponents = torch.arange(0, config.attention_head_dim, 2, device=device, dtype=dtype) / config.attention_head_dim
+    frequencies = config.rope_theta**-exponents  # (K/2,)
+    if (scaling := config.rope_scaling) is None:
+        return frequencies
+    turns = frequencies * (scaling.original_max_position_embeddings / (2 * math.pi))  # over the original length
+    band = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = ((turns - scaling.low_freq_factor) / band).clamp(0, 1)  # 1 where the frequency is high
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotary_table(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cosine and sine, each (..., T, K) in `dtype`, for integer `positions` (..., T); halves, not pairs, rotate.
 
     `dtype` is at least float32: bfloat16 cannot count to a thousand. The sine's first half is negated, as `_rotate`
     needs it.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
-    angles = positions.to(dtype).unsqueeze(-1) * theta**-exponents  # (..., T, K/2)
+    angles = positions.to(dtype).unsqueeze(-1) * rotary_frequencies(config, positions.device, dtype)  # (..., T, K/2)
     cosine, sine = angles.cos(), angles.sin()
     return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)  # each (..., T, K)
 
@@ -64,14 +77,24 @@ def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, dims=-1), sine)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of each head (..., K), in the weight's precision also under autocast, as the block's norms compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention; query, key and value share one projection."""
+    """Self-attention of many heads; query, key and value share one projection, and heads may share keys and values."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = Linear(config.hidden_size, config.hidden_size)
+        self.num_heads, self.kv_heads, head_dim = config.num_heads, config.kv_heads, config.attention_head_dim
+        outputs = (self.num_heads + 2 * self.kv_heads) * head_dim
+        self.qkv = Linear(config.hidden_size, outputs, bias=config.attention_bias)
+        self.query_norm = HeadNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.key_norm = HeadNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.out = Linear(self.num_heads * head_dim, config.hidden_size)
 
     def forward(
         self,
@@ -86,23 +109,50 @@ class Attention(nn.Module):
         `mask` is a boolean (B or 1, 1, T, S), True where a query may look; None means causal without a cache, and
         "everything cached" for a single new token.
         """
-        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, K)
-        heads = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, K)
-        cosine, sine = rotary[0].to(heads.dtype), rotary[1].to(heads.dtype)
-        query, key = _rotate(heads[:2], cosine, sine).unbind(0)  # each (B, H, T, K)
-        value = heads[2]
+        query, key, value = self._heads(hidden_states, rotary)
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        if query.shape[2] == 1 and cache is not None and len(cache.scratch):
-            attended = _attend_one(query, key, value, mask, cache.scratch)
+        if query.shape[2] == 1:
+            attended = _attend_one(query, key, value, mask, cache)
         else:
-            causal = mask is None and query.shape[2] > 1
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+            key, value = (_repeated(heads, self.num_heads // self.kv_heads) for heads in (key, value))
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         return self.out(attended.transpose(1, 2).flatten(2))  # (B, T, D)
 
+    def _heads(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rotated queries (B, H, T, K) and keys (B, G, T, K), and the values (B, G, T, K)."""
+        rotated = self.num_heads + self.kv_heads
+        heads = self.qkv(hidden_states).unflatten(-1, (rotated + self.kv_heads, -1)).transpose(1, 2)
+        turning, value = heads[:, :rotated], heads[:, rotated:]
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = turning.split((self.num_heads, self.kv_heads), dim=1)
+            turning = torch.cat((self.query_norm(query), self.key_norm(key)), dim=1)
+        cosine, sine = rotary[0].to(turning.dtype), rotary[1].to(turning.dtype)
+        turned = _rotate(turning, cosine, sine)  # (B, H + G, T, K)
+        return turned[:, : self.num_heads], turned[:, self.num_heads :], value
 
-def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scratch: Tensor) -> Tensor:
-    """Attend from one new token (B, H, 1, K) over bfloat16 keys and values (B, H, S, K).
+
+def _repeated(heads: Tensor, times: int) -> Tensor:
+    """Return keys or values (B, G, S, K) once for each query head (B, H, S, K); views of many heads are no kernel's."""
+    return heads if times == 1 else heads.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
+
+
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+    """Attend from one new token (B, H, 1, K) over keys and values (B, G, S, K).
+
+    The H / G heads that share keys become as many queries of one head. Repeating the keys for them, as `enable_gqa`
+    does on a CPU, takes 5 to 7 times as long.
+    """
+    queries = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # (B, G, H / G, K)
+    if cache is not None and len(cache.scratch):
+        attended = _attend_in_float32(queries, key, value, mask, cache.scratch)
+    else:
+        attended = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask)
+    return attended.reshape(query.shape)
+
+
+def _attend_in_float32(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scratch: Tensor) -> Tensor:
+    """Attend from queries (B, G, Q, K) of one new token over bfloat16 keys and values (B, G, S, K).
 
     torch's kernel for many queries takes twice to three times as long on a CPU as casting up and multiplying, and
     rounds more. Sequences go in groups whose float32 copies fit `scratch`.
@@ -112,13 +162,13 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, 
     if len(query) > group:
         masks = [mask] * len(query) if mask is None or len(mask) == 1 else mask.split(group)
         groups = zip(query.split(group), key.split(group), value.split(group), masks, strict=False)
-        return torch.cat([_attend_one(*part, scratch) for part in groups])
-    floats = scratch[: key.numel()].view(-1, num_tokens, head_dim)  # (B*H, S, K) of the keys, then of the values
-    queries = query.reshape(-1, 1, head_dim).float().mul_(head_dim**-0.5)  # (B*H, 1, K)
-    scores = torch.bmm(queries, floats.copy_(key.flatten(0, 1)).transpose(1, 2))  # (B*H, 1, S)
+        return torch.cat([_attend_in_float32(*part, scratch) for part in groups])
+    floats = scratch[: key.numel()].view(-1, num_tokens, head_dim)  # (B*G, S, K) of the keys, then of the values
+    queries = query.flatten(0, 1).float().mul_(head_dim**-0.5)  # (B*G, Q, K)
+    scores = torch.bmm(queries, floats.copy_(key.flatten(0, 1)).transpose(1, 2))  # (B*G, Q, S)
     if mask is not None:
-        scores.view(len(query), num_heads, 1, -1).masked_fill_(~mask, -torch.inf)
-    attended = torch.bmm(scores.softmax(dim=-1), floats.copy_(value.flatten(0, 1)))  # (B*H, 1, K)
+        scores.view(*query.shape[:3], -1).masked_fill_(~mask, -torch.inf)
+    attended = torch.bmm(scores.softmax(dim=-1), floats.copy_(value.flatten(0, 1)))  # (B*G, Q, K)
     return attended.to(query.dtype).view(query.shape)
 
 

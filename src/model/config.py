@@ -7,8 +7,34 @@ from typing import Literal
 from src.errors import ConfigError, check_range
 
 Architecture = Literal["dense", "moe", "mole"]
+Activation = Literal["gelu", "swiglu"]
 _MAX_SIZE = 2**20
 """So that the bytes of any tensor can be counted in 63 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's scaling of the rotary embedding: low frequencies are divided by `factor`, high ones are kept."""
+
+    factor: float = 8.0
+    """What frequencies are divided by whose wavelength is longer than the original length / `low_freq_factor`."""
+    low_freq_factor: float = 1.0
+    """Between both factors, frequencies are interpolated; it is the smaller one."""
+    high_freq_factor: float = 4.0
+    """Frequencies are kept whose wavelength is shorter than the original length / `high_freq_factor`."""
+    original_max_position_embeddings: int = 8192
+    """The original length: the longest sequence, in tokens, before the embedding was scaled."""
+
+    def __post_init__(self) -> None:
+        prefix = "model.rope_scaling."
+        check_range(self, prefix, ("factor",), at_least=1)
+        check_range(self, prefix, ("low_freq_factor", "high_freq_factor"), above=0)
+        check_range(self, prefix, ("original_max_position_embeddings",), at_least=1, at_most=2**31 - 1)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(
+                f"{prefix}low_freq_factor: {self.low_freq_factor:g}, but it must be below {prefix}high_freq_factor "
+                f"({self.high_freq_factor:g})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +43,8 @@ class ModelConfig:
 
     Dense: `num_experts` 0. MoLE: a shared expert plus experts that read the token embedding, all of them active.
     MoE: experts that read hidden states, `top_k` of them; in the paper without a shared expert (`intermediate_size` 0).
-    Any combination of these settings is a model, such as the paper's ablations between MoE and MoLE.
+    Any combination of these settings is a model, such as the paper's ablations between MoE and MoLE. The defaults are
+    the paper's block; Llama, Mistral and Qwen differ from it in attention, activation and the head.
     """
 
     vocab_size: int
@@ -27,9 +54,17 @@ class ModelConfig:
     num_layers: int
     """L: decoder blocks; each of them holds experts when `num_experts` > 0."""
     num_heads: int
-    """H: attention heads; must divide `hidden_size` into an even head dimension (rotary)."""
+    """H: attention heads; without a `head_dim` they must divide `hidden_size` into an even one (rotary)."""
+    num_kv_heads: int | None = None
+    """Heads of keys and values; divides `num_heads`. Each is shared by as many query heads (grouped-query attention).
+    null: one per query head."""
+    head_dim: int | None = None
+    """K: values per head; even. null: `hidden_size / num_heads`."""
     intermediate_size: int
     """F: width of the always-on FFN (Dense's FFN, MoLE's shared expert); 0 for none (MoE)."""
+    activation: Activation = "gelu"
+    """Of FFN, shared expert and routed experts: `gelu` (exact, two matrices) or `swiglu` (SiLU of a gate, times a third
+    matrix)."""
     num_experts: int = 0
     """E: routed experts per layer; 0 is a dense model."""
     expert_intermediate_size: int = 0
@@ -47,6 +82,14 @@ class ModelConfig:
     """Longest sequence, in tokens, that training, evaluation and generation may use."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3's scaling of the rotary embedding for longer sequences; null: none."""
+    attention_bias: bool = False
+    """Biases of the query, key and value projections."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys, before the rotary embedding."""
+    tie_embeddings: bool = False
+    """The vocabulary head uses the weights of the embedding."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     init_std: float = 0.02
@@ -62,18 +105,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "model.", ("vocab_size", "max_sequence_length"), at_least=1, at_most=2**31 - 1)
-        check_range(self, "model.", ("hidden_size", "num_heads"), at_least=1, at_most=_MAX_SIZE)
+        heads = ("hidden_size", "num_heads", "num_kv_heads", "head_dim")
+        check_range(self, "model.", heads, at_least=1, at_most=_MAX_SIZE)
         check_range(self, "model.", ("num_layers",), at_least=1, at_most=4096)
         optional = ("intermediate_size", "num_experts", "expert_intermediate_size")
         check_range(self, "model.", optional, at_least=0, at_most=_MAX_SIZE)
         check_range(self, "model.", ("init_std",), at_least=0)
         check_range(self, "model.", ("rope_theta", "norm_eps"), above=0)
         check_range(self, "model.", ("expert_permutation",), at_least=0, at_most=2**63 - 1)
-        if self.hidden_size % (2 * self.num_heads):
-            raise ConfigError(
-                f"model.num_heads: {self.num_heads} heads do not divide model.hidden_size {self.hidden_size} "
-                "into an even head dimension; change one of them"
-            )
+        self._check_heads()
         if self.num_experts and not self.expert_intermediate_size:
             raise ConfigError(
                 "model.expert_intermediate_size: 0, but model.num_experts is above 0; give each expert a width"
@@ -88,6 +128,20 @@ class ModelConfig:
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(
                 f"model.top_k: {self.top_k}, but it must be in 1..num_experts ({self.num_experts}); null activates all"
+            )
+
+    def _check_heads(self) -> None:
+        if self.head_dim is None and self.hidden_size % (2 * self.num_heads):
+            raise ConfigError(
+                f"model.num_heads: {self.num_heads} heads do not divide model.hidden_size {self.hidden_size} "
+                "into an even head dimension; change one of them"
+            )
+        if self.attention_head_dim % 2:
+            raise ConfigError(f"model.head_dim: {self.head_dim}, but the rotary embedding needs an even number")
+        if self.num_heads % self.kv_heads:
+            raise ConfigError(
+                f"model.num_kv_heads: {self.num_kv_heads} heads of keys and values do not divide model.num_heads "
+                f"{self.num_heads}; change one of them"
             )
 
     @property
@@ -105,8 +159,14 @@ class ModelConfig:
         return "mole" if self.expert_input == "embedding" else "moe"
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+    def attention_head_dim(self) -> int:
+        """K: `head_dim`, or its default."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """G: `num_kv_heads`, or its default."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def active_experts(self) -> int:
@@ -123,6 +183,9 @@ class ModelConfig:
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"{where}: unknown model key {unknown[0]!r}; was it written by a newer version?")
         try:
+            scaling = values.get("rope_scaling")
+            if isinstance(scaling, Mapping):
+                values = {**values, "rope_scaling": RopeScaling(**scaling)}
             return cls(**values)  # type: ignore[arg-type]
         except TypeError as error:
             raise ConfigError(f"{where}: incomplete model config ({error})") from error

@@ -8,7 +8,7 @@ cannot become a table; they belong to the backbone.
 B batch, T tokens, N = B*T, D hidden, F intermediate, E experts, K experts mixed per token, L layers, U unique ids.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from src.model.config import ModelConfig
+from src.model.config import Activation, ModelConfig
 from src.model.products import Linear, computed_dtype, linear, product, stacked_product
 from src.model.router import Routing
 
@@ -58,30 +58,45 @@ def ffn(
     inputs: Tensor,
     up: Tensor,
     down: Tensor,
+    gate: Tensor | None = None,
     *,
     multiply: Callable[[Tensor, Tensor], Tensor] = product,
     scales: Tensor | None = None,
 ) -> Tensor:
-    """Return the feed-forward network of every model here on (..., D): `down` of the exact (erf) GELU of `up`, no bias.
+    """Return the feed-forward network of every model here on (..., D), no bias: `down` of the activations.
 
-    `multiply` decides the layout of the weights: `product` takes (D, F) and (F, D), `stacked_product` E of them,
-    `linear` their transposes. `scales` (..., E) weigh E equal parts of the activations. A gate would be a third weight
-    of this function.
+    Those are the exact (erf) GELU of `up`, or, with a `gate`, SwiGLU: the SiLU of `gate` times `up`. `multiply` decides
+    the layout of the weights: `product` takes (D, F) and (F, D), `stacked_product` E of them, `linear` their
+    transposes. `scales` (..., E) weigh E equal parts of the activations.
     """
-    inner = F.gelu(multiply(inputs, up))  # (..., F)
+    inner = multiply(inputs, up)  # (..., F)
+    inner = F.gelu(inner) if gate is None else F.silu(multiply(inputs, gate)) * inner
     if scales is not None:
         parts = inner.unflatten(-1, (scales.shape[-1], -1))  # (..., E, F / E)
         inner = (parts * scales.unsqueeze(-1).to(parts.dtype)).flatten(-2)  # (..., F)
     return multiply(inner, down)
 
 
-class StackedExperts(nn.Module):
-    """E two-matrix FFNs as batched matrix products; `up` is (E, D, F), `down` is (E, F, D)."""
+def ffn_matrices(activation: Activation) -> tuple[str, ...]:
+    """Return the names of an FFN's weights, in the order in which `ffn` takes them."""
+    return ("up", "down") if activation == "gelu" else ("up", "down", "gate")
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+
+class StackedExperts(nn.Module):
+    """E FFNs as batched matrix products; `up` is (E, D, F), `down` is (E, F, D), and SwiGLU's `gate` is (E, D, F)."""
+
+    def __init__(
+        self, num_experts: int, hidden_size: int, intermediate_size: int, activation: Activation = "gelu"
+    ) -> None:
         super().__init__()
         self.up = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.down = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.gate = None if activation == "gelu" else nn.Parameter(torch.empty_like(self.up))
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """What `ffn` takes: `up`, `down` and, with SwiGLU, `gate`."""
+        return (self.up, self.down) if self.gate is None else (self.up, self.down, self.gate)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Run every expert on every row of (U, D); return (U, E, D), a view of an (E, U, D) tensor.
@@ -90,7 +105,7 @@ class StackedExperts(nn.Module):
         to a third faster on a CPU.
         """
         shared = inputs.expand(len(self.up), -1, -1)  # (E, U, D)
-        return ffn(shared, self.up, self.down, multiply=stacked_product).transpose(0, 1)  # (U, E, D)
+        return ffn(shared, *self.weights, multiply=stacked_product).transpose(0, 1)  # (U, E, D)
 
 
 class LayerExperts(nn.Module):
@@ -99,7 +114,8 @@ class LayerExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.experts = StackedExperts(config.num_experts, config.hidden_size, config.expert_intermediate_size)
+        width = config.expert_intermediate_size
+        self.experts = StackedExperts(config.num_experts, config.hidden_size, width, config.activation)
 
     def forward(self, token_embeddings: Tensor) -> Tensor:
         """Return the expert rows (U, E, D) of token embeddings (U, D)."""
@@ -179,32 +195,31 @@ def weighted_sum(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     return summed.unflatten(0, index.shape[:-1])  # (..., D)
 
 
-RunGroups = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Runs expert e of weights (E, D, F) and (E, F, D) on the next `counts[e]` rows of (N*K, D), and returns (N*K, D)."""
+RunGroups = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
+"""Runs expert e of `StackedExperts.weights` on the next `counts[e]` rows of (N*K, D), and returns (N*K, D)."""
 
 
-def run_groups_in_turn(grouped: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def run_groups_in_turn(grouped: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Run one expert after another; waits for the device to learn the counts."""
     # `unbind` gives the stacked weight one gradient; indexing would give it a full-size one per expert.
-    groups = zip(grouped.split(counts.tolist()), up.unbind(0), down.unbind(0), strict=True)
-    return torch.cat([ffn(tokens, up, down) for tokens, up, down in groups if len(tokens)])
+    by_expert = zip(*(weight.unbind(0) for weight in weights), strict=True)
+    groups = zip(grouped.split(counts.tolist()), by_expert, strict=True)
+    return torch.cat([ffn(tokens, *matrices) for tokens, matrices in groups if len(tokens)])
 
 
-def run_groups_at_once(grouped: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Run all experts in two grouped matrix products, without a wait for the device.
+def run_groups_at_once(grouped: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Run all experts in grouped matrix products, one per matrix, without a wait for the device.
 
-    Their rows must be multiples of 16 bytes, so odd sizes are filled with zeros, of which the GELU is zero too.
+    Their rows must be multiples of 16 bytes, so odd sizes are filled with zeros, of which the activation is zero too.
     """
-    hidden_size, inner_size = up.shape[1:]
+    hidden_size, inner_size = weights[0].shape[1:]
     dtype = computed_dtype(grouped)
     ends, multiple = counts.cumsum(0).to(torch.int32), 16 // dtype.itemsize
     more_hidden, more_inner = -hidden_size % multiple, -inner_size % multiple
-    filled = (
-        F.pad(grouped.to(dtype), (0, more_hidden)),
-        F.pad(up.to(dtype), (0, more_inner, 0, more_hidden)),
-        F.pad(down.to(dtype), (0, more_hidden, 0, more_inner)),
-    )
-    return ffn(*filled, multiply=partial(F.grouped_mm, offs=ends))[:, :hidden_size]
+    tokens = F.pad(grouped.to(dtype), (0, more_hidden))
+    into, out = (0, more_inner, 0, more_hidden), (0, more_hidden, 0, more_inner)
+    filled = [F.pad(weight.to(dtype), out if index == 1 else into) for index, weight in enumerate(weights)]
+    return ffn(tokens, *filled, multiply=partial(F.grouped_mm, offs=ends))[:, :hidden_size]
 
 
 def choose_run_groups(device: torch.device, dtype: torch.dtype) -> RunGroups:
@@ -220,7 +235,7 @@ def choose_run_groups(device: torch.device, dtype: torch.dtype) -> RunGroups:
 
 
 class HiddenExperts(StackedExperts):
-    """E two-matrix FFNs on hidden states, mixed by what the router decided; no token is ever dropped."""
+    """E FFNs on hidden states, mixed by what the router decided; no token is ever dropped."""
 
     _in_turn: RunGroups = staticmethod(run_groups_in_turn)
 
@@ -244,7 +259,8 @@ class HiddenExperts(StackedExperts):
         The sum over experts happens inside the last matrix product, so no (N, E, D) tensor exists.
         """
         wide_up = self.up.transpose(0, 1).flatten(1)  # (D, E*F)
-        return ffn(inputs, wide_up, self.down.flatten(0, 1), scales=weights)  # (N, D)
+        wide_gate = None if self.gate is None else self.gate.transpose(0, 1).flatten(1)
+        return ffn(inputs, wide_up, self.down.flatten(0, 1), wide_gate, scales=weights)  # (N, D)
 
     def _mix_chosen(self, inputs: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Mix the `experts` (N, K) of each token: sort the N*K assignments by expert, so each runs once on its tokens.
@@ -256,7 +272,7 @@ class HiddenExperts(StackedExperts):
         counts = experts.flatten().new_zeros(len(self.up)).scatter_add(0, experts.flatten(), torch.ones_like(order))
         at_once = choose_run_groups(inputs.device, computed_dtype(inputs)) is run_groups_at_once
         run_groups = run_groups_at_once if at_once else self._in_turn
-        outputs = run_groups(inputs.index_select(0, order // top_k), counts, self.up, self.down)  # (N*K, D)
+        outputs = run_groups(inputs.index_select(0, order // top_k), counts, self.weights)  # (N*K, D)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))  # (N*K,)
         return weighted_sum(outputs, place.view(-1, top_k), weights)  # (N, D)
 
@@ -264,10 +280,12 @@ class HiddenExperts(StackedExperts):
 class FeedForward(nn.Module):
     """Dense's FFN, MoLE's always-on shared expert."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation = "gelu") -> None:
         super().__init__()
         self.up = Linear(hidden_size, intermediate_size)
         self.down = Linear(intermediate_size, hidden_size)
+        self.gate = None if activation == "gelu" else Linear(hidden_size, intermediate_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return ffn(hidden_states, self.up.weight, self.down.weight, multiply=linear)
+        gate = None if self.gate is None else self.gate.weight
+        return ffn(hidden_states, self.up.weight, self.down.weight, gate, multiply=linear)

@@ -10,11 +10,11 @@ N tokens, C tokens of a chunk, D hidden, V vocabulary.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from src.model.products import computed_dtype
+from src.model.products import Head, computed_dtype
 
 CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 128 * 2**20, 512 * 2**20
 """Logits in memory at a time, on a CPU and elsewhere; smaller chunks read and write the head's gradient more often."""
@@ -22,7 +22,7 @@ CACHE_BYTES = 8 * 2**20
 """Float32 values that a CPU works on at a time, so that they stay in its cache."""
 
 
-def token_losses(hidden_states: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+def token_losses(hidden_states: Tensor, head: Head, targets: Tensor) -> Tensor:
     """Return the cross-entropy in nats of each target (B, T), computed in at least float32; for scoring.
 
     `hidden_states` is (B, T, D), `head` maps to V logits.
@@ -36,7 +36,7 @@ def token_losses(hidden_states: Tensor, head: nn.Linear, targets: Tensor) -> Ten
     return torch.cat(losses).view_as(targets)
 
 
-def next_token_loss(hidden_states: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+def next_token_loss(hidden_states: Tensor, head: Head, targets: Tensor) -> Tensor:
     """Return the mean of `token_losses`, with gradients for `hidden_states` and `head`.
 
     It has no double backward. Under autocast the matrix products run in its dtype; the head's gradient is summed over

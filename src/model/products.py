@@ -34,20 +34,43 @@ SLOW_ON_CPU = _without_instructions()
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without bias: weight (F, D), inputs (..., D), outputs (..., F)."""
+    """`nn.Linear`, by default without bias: weight (F, D), inputs (..., D), outputs (..., F)."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        return linear(input, self.weight)
+        return linear(input, self.weight, self.bias)
 
 
-def linear(inputs: Tensor, weight: Tensor) -> Tensor:
-    """Return (..., F): inputs (..., D) times the transpose of a weight (F, D)."""
+class TiedHead(nn.Module):
+    """A vocabulary head that uses the weight (V, D) of an embedding.
+
+    It owns none itself, so what counts, saves or shards parameters meets the weight once.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, or it would be registered as a part of the head, too
+
+    @property
+    def weight(self) -> Tensor:
+        return self._embedding[0].weight
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return linear(hidden_states, self.weight)
+
+
+Head = nn.Linear | TiedHead
+"""Maps hidden states (..., D) to logits (..., V)."""
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return (..., F): inputs (..., D) times the transpose of a weight (F, D), plus a bias (F,)."""
     if inputs.numel() <= FEW_ROWS * inputs.shape[-1] or not _is_cast(inputs):
-        return F.linear(inputs, weight)
-    return _cast_product(inputs, weight.t())
+        return F.linear(inputs, weight, bias)
+    products = _cast_product(inputs, weight.t())
+    return products if bias is None else products + bias
 
 
 def product(inputs: Tensor, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from src.model.experts import (
     expert_inputs,
     mix,
 )
-from src.model.products import Linear
+from src.model.products import Head, Linear, TiedHead
 from src.model.router import Router
 
 
@@ -39,11 +39,13 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.shared_expert = (
-            FeedForward(config.hidden_size, config.intermediate_size) if config.intermediate_size else None
+            FeedForward(config.hidden_size, config.intermediate_size, config.activation)
+            if config.intermediate_size
+            else None
         )
         self.router = Router(config.hidden_size, config.num_experts, config.top_k) if config.num_experts else None
         self.hidden_experts = (
-            HiddenExperts(config.num_experts, config.hidden_size, config.expert_intermediate_size)
+            HiddenExperts(config.num_experts, config.hidden_size, config.expert_intermediate_size, config.activation)
             if config.architecture == "moe"
             else None
         )
@@ -106,7 +108,9 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.head = Linear(config.hidden_size, config.vocab_size)
+        self.head: Head = (
+            TiedHead(self.embedding) if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+        )
         self.experts = EmbeddingExperts(config) if config.architecture == "mole" and with_experts else None
         self.reset_parameters()
 
@@ -124,13 +128,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw initial weights: N(0, init_std), smaller for projections into the residual stream, norms 1."""
+        """Draw initial weights: N(0, init_std), smaller for projections into the residual stream; norms 1, biases 0."""
         output_std = self.config.init_std / (
             math.sqrt(2 * self.config.num_layers) if self.config.scale_output_init else 1
         )
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1)
+                parameter.fill_(0 if name.endswith(".bias") else 1)
             elif name.endswith(("attention.out.weight", "down.weight", "experts.down")):
                 parameter.normal_(0, output_std)
             else:
@@ -176,7 +180,7 @@ class Transformer(nn.Module):
         attention_mask = None if attention_mask is None else attention_mask.to(device, non_blocking=True)
         positions, mask = self._positions_and_mask(token_ids, cache, attention_mask)
         dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
-        cosine, sine = rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype)
+        cosine, sine = rotary_table(positions, self.config, dtype)
         rotary = cosine.to(self.embedding.weight.dtype), sine.to(self.embedding.weight.dtype)  # once for all layers
         hidden_states = self.embedding(token_ids)  # (B, T, D)
         inverse = None if expert_rows is None or expert_rows.in_order else expert_rows.inverse

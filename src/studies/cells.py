@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +129,13 @@ def _decisive(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         if key in _NO_RESULT:
             continue
-        if is_dataclass(value):
+        if is_dataclass(value) and default is not None:
             yield from _decisive(value, f"{key}.")
         elif isinstance(value, list):
             if value != default:
                 yield key, [dict(_decisive(part)) if is_dataclass(part) else part for part in value]
         elif value != default:
-            yield key, value
+            yield key, asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from src.training.config import Multipliers, OptimizerConfig
 
 
 def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW with one group per part of the model; matrices decay, norms do not.
+    """Return AdamW with one group per part of the model; matrices decay, norms and biases do not.
 
     Groups are named backbone, embedding and experts; their one-dimensional parameters form groups with the suffix
     `_norms`.

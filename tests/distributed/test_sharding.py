@@ -21,6 +21,12 @@ from tests.distributed.processes import run_ranks
 from tests.distributed.test_parity import ARCHITECTURES, TWO, column
 from tests.training.test_lightning_module import ONLY_TRAIN
 
+BLOCK = ("model.num_kv_heads=1", "model.activation=swiglu", "model.qk_norm=true", "model.tie_embeddings=true")
+"""A block of other models; its tied weights are gathered once and used twice."""
+MODELS = {name: ARCHITECTURES[name] for name in ("moe", "mole")} | {
+    "dense-tied": (*ARCHITECTURES["dense"], *BLOCK),
+    "mole-tied": BLOCK,
+}
 SHARDED = (*TWO, "trainer.strategy=fsdp2")
 ONE = "data.micro_batch_size=2"
 
@@ -43,11 +49,11 @@ def keep_first_weights(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["moe", "mole"])
+@pytest.mark.parametrize("architecture", MODELS)
 def test_ranks_start_from_the_weights_of_one_process_which_only_the_first_builds(
     architecture: str, tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = (*ONLY_TRAIN, *ARCHITECTURES[architecture], "trainer.max_steps=2")
+    common = (*ONLY_TRAIN, *MODELS[architecture], "trainer.max_steps=2")
     writes = ("lut.at_fit_end=true", "seed=5", "name=base")
     base = train(small_config(small_overrides, tmp_path, *common, ONE, *writes)).run_dir
     for name, start in (("fresh", ()), ("from_run", (f"init_from={base}",))):
@@ -85,12 +91,12 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_float64")
-@pytest.mark.parametrize("architecture", ["moe", "mole"])
+@pytest.mark.parametrize("architecture", MODELS)
 def test_losses_of_two_ranks_are_those_of_one_process_in_float64_also_when_resumed(
     architecture: str, tmp_path: Path, small_overrides: Sequence[str]
 ) -> None:
     constant = "optimizer.schedule=constant"
-    common = (*ONLY_TRAIN, *ARCHITECTURES[architecture], constant, "trainer.precision=32-true")
+    common = (*ONLY_TRAIN, *MODELS[architecture], constant, "trainer.precision=32-true")
     train(small_config(small_overrides, tmp_path, *common, ONE, "trainer.max_steps=20", "name=one"))
     part = small_config(small_overrides, tmp_path, *common, *SHARDED, "trainer.max_steps=12", "name=two")
     run_ranks(partial(train, part), tmp_path / "logs")

@@ -21,19 +21,20 @@ CONFIG = ModelConfig(
 )
 
 
-def write_run(path: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
+def write_run(path: Path, *, dtype: str = "float32", seed: int = 0, config: ModelConfig = CONFIG) -> Path:
     """Write weights and table of a random model; norms are random too, or a wrong layer's would not show."""
     torch.manual_seed(seed)
-    model = Transformer(CONFIG)
+    model = Transformer(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
     run = RunDirectory(path)
     path.mkdir(parents=True, exist_ok=True)
-    run.write_config({"model": CONFIG.to_dict()})
+    run.write_config({"model": config.to_dict()})
     run.write_weights(model.state_dict())
-    build_lut(run, run.lut_path(), dtype=dtype, token_counts=torch.arange(97))
+    if config.architecture == "mole":
+        build_lut(run, run.lut_path(), dtype=dtype, token_counts=torch.arange(97))
     return path
 
 

@@ -16,6 +16,7 @@ from src.interop import FAMILIES, Family, export_official, import_official, regi
 from src.interop.official import NAMES_SHOWN
 from src.interop.table import Progress
 from src.model import ModelConfig
+from src.model.config import RopeScaling
 from src.run_directory import RunDirectory
 from tests.interop.checkpoints import (
     GOLDEN,
@@ -203,6 +204,16 @@ def test_existing_output_is_never_touched(tmp_path: Path) -> None:
         (
             replace(MOLE, expert_intermediate_size=12, top_k=2),
             "model.top_k is 2, but their MoLE mixes all experts",
+        ),
+        (replace(MOE, num_kv_heads=1), "model.num_kv_heads is 1, but their code computes null"),
+        (replace(MOE, head_dim=6), "model.head_dim is 6, but their code computes null"),
+        (replace(MOE, activation="swiglu"), "model.activation is swiglu, but their code computes gelu"),
+        (replace(MOE, tie_embeddings=True), "model.tie_embeddings is True, but their code computes False"),
+        (replace(MOE, attention_bias=True), "model.attention_bias is True, but their code computes False"),
+        (replace(MOE, qk_norm=True), "model.qk_norm is True, but their code computes False"),
+        (
+            replace(MOE, rope_scaling=RopeScaling()),
+            f"model.rope_scaling is {RopeScaling()}, but their code computes null",
         ),
     ],
 )

@@ -1,16 +1,35 @@
 """Small models of every architecture, with random norm weights: all ones would hide a norm in the wrong place."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from src.model import ModelConfig, Transformer
+from src.model.config import RopeScaling
 
 DENSE = ModelConfig(
     vocab_size=13, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=12, max_sequence_length=32, init_std=0.3
 )
 MOLE = replace(DENSE, num_experts=3, expert_intermediate_size=10)
 MOE = replace(MOLE, num_experts=4, intermediate_size=0, expert_input="hidden", top_k=2)
+
+_LLAMA = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "activation": "swiglu", "rope_theta": 50.0}
+_STRETCHED = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=3.0, original_max_position_embeddings=16)
+BLOCKS: dict[str, dict[str, Any]] = {
+    "llama": {**_LLAMA, "rope_scaling": _STRETCHED},
+    "smollm": {**_LLAMA, "head_dim": None, "num_kv_heads": 1, "tie_embeddings": True},
+    "qwen2": {**_LLAMA, "attention_bias": True, "tie_embeddings": True},
+    "qwen3": {**_LLAMA, "qk_norm": True},
+    "everything": {
+        **_LLAMA,
+        "rope_scaling": _STRETCHED,
+        "attention_bias": True,
+        "qk_norm": True,
+        "tie_embeddings": True,
+    },
+}
+"""Settings in which other blocks differ from the paper's, one group of query heads per key head and more."""
 
 CONFIGS: dict[str, ModelConfig] = {
     "dense": DENSE,
@@ -24,8 +43,15 @@ CONFIGS: dict[str, ModelConfig] = {
     "mole-no-shared": replace(MOLE, intermediate_size=0),
     "mole-top2": replace(MOLE, top_k=2),
     "mole-permuted": replace(MOLE, expert_permutation=3),
+    **{
+        f"{name}-{block}": replace(config, **settings)
+        for name, config in (("dense", DENSE), ("moe", MOE), ("mole", MOLE))
+        for block, settings in BLOCKS.items()
+    },
+    "moe-full-everything": replace(MOE, top_k=None, **BLOCKS["everything"]),
+    "mole-per-token-everything": replace(MOLE, expert_execution="per_token", **BLOCKS["everything"]),
 }
-ARCHITECTURES = ["dense", "moe", "moe-full", "mole"]
+ARCHITECTURES = ["dense", "moe", "moe-full", "mole", "dense-llama", "mole-everything"]
 
 
 def build(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transformer:

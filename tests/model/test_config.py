@@ -7,6 +7,7 @@ import pytest
 
 from src.errors import ConfigError
 from src.model import ModelConfig
+from src.model.config import RopeScaling
 from tests.model.models import CONFIGS, DENSE, MOE, MOLE
 
 
@@ -40,6 +41,13 @@ from tests.model.models import CONFIGS, DENSE, MOE, MOLE
             {"intermediate_size": 0},
             "model.intermediate_size: 0 and no experts leave blocks without an FFN; set one of them",
         ),
+        (DENSE, {"num_kv_heads": 0}, "model.num_kv_heads: 0, but it must be at least 1 and at most 1048576"),
+        (
+            DENSE,
+            {"num_kv_heads": 4},
+            "model.num_kv_heads: 4 heads of keys and values do not divide model.num_heads 2; change one of them",
+        ),
+        (DENSE, {"head_dim": 5}, "model.head_dim: 5, but the rotary embedding needs an even number"),
         (MOE, {"top_k": 5}, "model.top_k: 5, but it must be in 1..num_experts (4); null activates all"),
         (MOE, {"top_k": 0}, "model.top_k: 0, but it must be in 1..num_experts (4); null activates all"),
         (DENSE, {"top_k": 1}, "model.top_k: 1, but it must be in 1..num_experts (0); null activates all"),
@@ -49,6 +57,35 @@ def test_mistakes(config: ModelConfig, change: dict[str, Any], message: str) -> 
     with pytest.raises(ConfigError) as caught:
         replace(config, **change)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"factor": 0.5}, "model.rope_scaling.factor: 0.5, but it must be at least 1"),
+        ({"high_freq_factor": 0.0}, "model.rope_scaling.high_freq_factor: 0.0, but it must be above 0"),
+        (
+            {"low_freq_factor": 4.0},
+            "model.rope_scaling.low_freq_factor: 4, but it must be below model.rope_scaling.high_freq_factor (4)",
+        ),
+    ],
+)
+def test_mistakes_in_rope_scaling(values: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        replace(RopeScaling(), **values)  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+def test_heads_need_not_divide_the_hidden_size_where_their_width_is_given() -> None:
+    config = replace(DENSE, num_heads=3, head_dim=6)
+    assert (config.attention_head_dim, config.kv_heads) == (6, 3)
+
+
+def test_a_config_without_the_keys_of_other_blocks_is_the_papers() -> None:
+    added = {"num_kv_heads", "head_dim", "activation", "tie_embeddings", "attention_bias", "qk_norm", "rope_scaling"}
+    older = {name: value for name, value in DENSE.to_dict().items() if name not in added}
+    assert len(older) == len(DENSE.to_dict()) - len(added)
+    assert ModelConfig.from_dict(older, "here") == DENSE
 
 
 def test_architecture_follows_from_the_experts() -> None:

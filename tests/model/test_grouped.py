@@ -6,22 +6,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.model.experts import choose_run_groups, run_groups_at_once, run_groups_in_turn
+from src.model.config import Activation
+from src.model.experts import choose_run_groups, ffn_matrices, run_groups_at_once, run_groups_in_turn
 
 
 @pytest.mark.parametrize(("hidden_size", "inner_size"), [(8, 16), (8, 10), (6, 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_products_are_those_of_the_loop(hidden_size: int, inner_size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_grouped_products_are_those_of_the_loop(
+    hidden_size: int, inner_size: int, dtype: torch.dtype, activation: Activation
+) -> None:
     torch.manual_seed(0)
     counts = torch.tensor([5, 0, 11, 4])
-    shapes = ((20, hidden_size), (4, hidden_size, inner_size), (4, inner_size, hidden_size))
-    given = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    into, out = (4, hidden_size, inner_size), (4, inner_size, hidden_size)
+    shapes = [out if name == "down" else into for name in ffn_matrices(activation)]
+    given = [torch.randn(shape, dtype=dtype) for shape in ((20, hidden_size), *shapes)]
     weights, found = torch.randn(20, hidden_size, dtype=dtype), list[list[Tensor]]()
     for run in (run_groups_in_turn, run_groups_at_once):
-        tokens, up, down = (nn.Parameter(tensor.clone()) for tensor in given)
-        outputs = run(tokens, counts, up, down)
+        tokens, *matrices = (nn.Parameter(tensor.clone()) for tensor in given)
+        outputs = run(tokens, counts, matrices)
         (outputs * weights).sum().backward()
-        found.append([outputs.detach(), *(part.grad for part in (tokens, up, down) if part.grad is not None)])
+        found.append([outputs.detach(), *(part.grad for part in (tokens, *matrices) if part.grad is not None)])
     for expected, other in zip(*found, strict=True):
         torch.testing.assert_close(other, expected)
     assert not found[1][2][1].any()  # an expert without tokens
@@ -30,7 +35,7 @@ def test_grouped_products_are_those_of_the_loop(hidden_size: int, inner_size: in
 def test_autocast_also_holds_for_grouped_products() -> None:
     tokens, up, down = torch.randn(6, 8), torch.randn(2, 8, 8), torch.randn(2, 8, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert run_groups_at_once(tokens, torch.tensor([2, 4]), up, down).dtype == torch.bfloat16
+        assert run_groups_at_once(tokens, torch.tensor([2, 4]), (up, down)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

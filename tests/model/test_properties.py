@@ -77,7 +77,7 @@ def test_left_padding_holds_in_cached_decoding(config: ModelConfig) -> None:
 @torch.no_grad()
 def test_bfloat16_decoding_stays_near_float64(monkeypatch: pytest.MonkeyPatch, sequences_at_once: int) -> None:
     max_tokens, ids = 12, token_ids(MOLE, batch_size=5, length=9)
-    sequence_bytes = 4 * MOLE.num_heads * max_tokens * MOLE.head_dim
+    sequence_bytes = 4 * MOLE.kv_heads * max_tokens * MOLE.attention_head_dim
     monkeypatch.setattr(attention, "FLOAT_COPY_BYTES", sequences_at_once * sequence_bytes)
     attention_mask = torch.ones(5, 9, dtype=torch.bool)
     attention_mask[3, :4] = False

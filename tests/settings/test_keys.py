@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import UnionType
+from typing import cast, get_args, get_type_hints
 
 import pytest
 import torch
@@ -45,6 +46,9 @@ KEYS: dict[str, Verdicts] = {
     "model.hidden_size": whole("8 1048576", "7 9 2097152"),
     "model.num_layers": whole("1 4096", "4097"),
     "model.num_heads": whole("1 128", "3 256"),
+    "model.num_kv_heads": whole("1 2 4", "3 8", or_null=True),
+    "model.head_dim": whole("2 64 1048576", "3 1048577", or_null=True),
+    "model.activation": choice("gelu swiglu", "relu"),
     "model.intermediate_size": whole("0 1 1048576", "1048577"),
     "model.num_experts": whole("0 1 1048576", "1048577"),
     "model.expert_intermediate_size": whole("1 1048576", "1048577"),
@@ -52,6 +56,14 @@ KEYS: dict[str, Verdicts] = {
     "model.top_k": whole("1 4", "5", or_null=True),
     "model.max_sequence_length": whole("256 2147483647", "255 2147483648"),
     "model.rope_theta": number(f"1 1.5 1e38 {LARGEST} {HUGE}"),
+    "model.rope_scaling": Verdicts({"null": None}, ["llama3", "8", "[]", "{type: linear}"]),
+    "model.rope_scaling.factor": number(f"1 1.5 {LARGEST} {HUGE}", "0.5"),
+    "model.rope_scaling.low_freq_factor": number("1 1.5 1e-30", "4"),
+    "model.rope_scaling.high_freq_factor": number(f"1.5 {LARGEST} {HUGE}", "1"),
+    "model.rope_scaling.original_max_position_embeddings": whole("1 2147483647", "2147483648"),
+    "model.attention_bias": SWITCH,
+    "model.qk_norm": SWITCH,
+    "model.tie_embeddings": SWITCH,
     "model.norm_eps": number(f"1 1.5 1e-30 {LARGEST} {HUGE}"),
     "model.init_std": NOT_NEGATIVE,
     "model.scale_output_init": SWITCH,
@@ -182,7 +194,10 @@ def schema(section: type, prefix: str = "") -> Iterator[tuple[str, type | None]]
     hints = get_type_hints(section)
     for item in fields(section):
         key, hint = prefix + item.name, hints[item.name]
-        if is_dataclass(hint):
+        if isinstance(hint, UnionType) and is_dataclass(kind := get_args(hint)[0]):
+            yield key, None
+            yield from schema(cast(type, kind), f"{key}.")
+        elif is_dataclass(hint):
             assert isinstance(hint, type)
             yield from schema(hint, f"{key}.")
         else:

@@ -89,6 +89,9 @@ def test_a_digest_is_of_what_decides_numbers(tmp_path: Path) -> None:
     assert digest(*same) == digest()
     for change in ("seed=3", "model.norm_eps=1e-6", "trainer.precision=64-true", "data.validation_windows=3"):
         assert digest(change) != digest()
+    scaled = [digest(f"model.rope_scaling={values}") for values in ("null", "{}", "{factor: 4}")]
+    assert scaled[0] == digest()
+    assert len(set(scaled)) == 3
     files = [digest(f"data.files=[{folder}/a.txt]") for folder in ("one", "two")]
     assert files[0] == files[1] != digest()
 

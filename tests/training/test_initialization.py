@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 from src.data.tokenizer import load_tokenizer, train_bpe
 from src.errors import RunError
 from src.model import Transformer
+from src.model.config import RopeScaling
 from src.run_directory import RunDirectory
 from src.train import RunResult, train
 from src.training.resume import start_from_run
@@ -71,6 +73,20 @@ def test_a_model_of_another_shape_is_refused_and_what_differs_is_named(run: RunD
 def test_heads_of_another_number_are_refused_though_every_shape_fits(run: RunDirectory, tokenizer: Tokenizer) -> None:
     with pytest.raises(RunError, match=r"model.num_heads 2 there, 4 here"):
         start_from_run(Transformer(replace(run.model_config(), num_heads=4)), run, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"num_kv_heads": 1}, {"head_dim": 8}, {"activation": "swiglu"}, {"tie_embeddings": True}],
+    ids=lambda values: next(iter(values)),
+)
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "rope_scaling"])
+def test_another_block_is_refused_by_its_key(
+    run: RunDirectory, tokenizer: Tokenizer, values: dict[str, Any], scaled: bool
+) -> None:
+    values = {"rope_scaling": RopeScaling()} if scaled else values
+    with pytest.raises(RunError, match=f"holds another model \\(model.{next(iter(values))} "):
+        start_from_run(Transformer(replace(run.model_config(), **values)), run, tokenizer)
 
 
 @pytest.mark.parametrize(("key", "there"), [("rope_theta", 10000.0), ("norm_eps", 1e-05)])

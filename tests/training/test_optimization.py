@@ -42,6 +42,21 @@ def test_every_parameter_is_in_exactly_one_group(model: ModelConfig) -> None:
     assert sorted(grouped) == sorted(id(parameter) for parameter in parameters.values())
 
 
+def test_biases_and_head_norms_do_not_decay_and_a_tied_matrix_is_updated_once() -> None:
+    model = Transformer(replace(DENSE, attention_bias=True, qk_norm=True, tie_embeddings=True))
+    groups = {
+        id(parameter): group["name"]
+        for group in build_optimizer(model.named_parameters(), BASE).param_groups
+        for parameter in group["params"]
+    }
+    by_name = {name: groups.pop(id(parameter)) for name, parameter in model.named_parameters()}
+    assert not groups
+    assert by_name["embedding.weight"] == "embedding"
+    small = [name for name in by_name if name.endswith(("qkv.bias", "query_norm.weight", "key_norm.weight"))]
+    assert {by_name[name] for name in small} == {"backbone_norms"}
+    assert len(small) == 3 * DENSE.num_layers
+
+
 @pytest.mark.parametrize("model", [DENSE, MOE, MOLE], ids=["dense", "moe", "mole"])
 def test_multipliers_reach_their_part_and_one_dimension_never_decays(model: ModelConfig) -> None:
     config = OptimizerConfig(

@@ -85,9 +85,11 @@ class Contenders:
 
 def _share_backbone(dense: InferenceModel, models: Sequence[InferenceModel]) -> None:
     """Let every model use the same weights in memory, or the last one's would be in the processor's cache."""
-    weights = dense.state_dict(keep_vars=True)
     for model in models:
-        model.load_state_dict(weights, strict=False, assign=True)
+        model.embedding, model.norm, model.head = dense.embedding, dense.norm, dense.head
+        for block, shared in zip(model.blocks, dense.blocks, strict=True):
+            for name, part in shared.named_children():
+                block.add_module(name, part)
 
 
 @torch.inference_mode()

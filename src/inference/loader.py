@@ -1,12 +1,14 @@
 """Loads a run for inference, in either form. The lookup form never reads an expert weight."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from src.errors import LutMismatchError, RunError
 from src.inference.disk_experts import DiskExperts
@@ -15,6 +17,7 @@ from src.lut.manifest import MANIFEST_NAME, read_manifest
 from src.lut.sources import permutation_note, recorded_permutation, require_lookup_form
 from src.model import ModelConfig, Transformer
 from src.model.experts import EmbeddingExperts
+from src.model.products import pack_weights
 from src.model.transformer import Block
 from src.run_directory import EXPERTS_PREFIX, RunDirectory, read_metadata
 
@@ -66,14 +69,24 @@ def load_model(
     if use_lut:
         require_lookup_form(config)
     run.identity()  # refuses a missing or foreign file by name
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         model = InferenceModel(config, with_experts=False)
     _load(model, run.backbone_path)
     if use_lut:
         model.experts = DiskExperts(_open_store(run, lut, reader, cache_mb, device))
     elif config.architecture == "mole":
         model.experts = _experts(run, config)
+    pack_weights(model, device, dtype)
     return _widen_routers(model.to(device=device, dtype=dtype)).eval().requires_grad_(False)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no initial weights: of meta tensors, `normal_` imports torch's compiler, a second and 70 MB."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if func.__name__ == "normal_" else func(*args, **(kwargs or {}))
 
 
 def written_form(run: RunDirectory, lut: str = "lut") -> Literal["lut", "ffn"]:

@@ -42,7 +42,7 @@ def start_ranks(target: Callable[[], object], logs: Path, machines: int = 1) -> 
     ]
 
 
-def wait(processes: list[BaseProcess], seconds: float = 90) -> list[int]:
+def wait(processes: list[BaseProcess], seconds: float = 180) -> list[int]:
     """Return the exit codes of processes that must end in time."""
     until = time.monotonic() + seconds
     for process in processes:

@@ -1,13 +1,18 @@
 """FSDP2 shares out the weights of rank 0 and trains on them as one process does, in every precision."""
 
+import os
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 from torch.distributed.device_mesh import DeviceMesh
+from torch.fx import GraphModule
 
 from src.lut import LutStore
 from src.model.sharding import whole_weights
@@ -108,14 +113,27 @@ def test_losses_of_two_ranks_are_those_of_one_process_in_float64_also_when_resum
 
 
 @pytest.mark.slow
-def test_two_ranks_in_bfloat16_train_as_one_process_does(tmp_path: Path, small_overrides: Sequence[str]) -> None:
+def test_two_ranks_in_bfloat16_train_as_one_process_does_compiled_too(
+    tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, trace, compile_module = tmp_path / "graphs", lookup_backend("aot_eager"), nn.Module.compile
+
+    def traced(graph: GraphModule, inputs: list[Tensor]) -> Any:
+        """Trace forward and backward pass without generating code, whose threads a fork would lack."""
+        with graphs.open("a") as handle:
+            handle.write(f"{os.getpid()}\n")
+        return trace(graph, inputs)
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_module, backend=traced))
     common = (*ONLY_TRAIN, "trainer.max_steps=6", "trainer.precision=bf16-mixed")
     train(small_config(small_overrides, tmp_path, *common, ONE, "name=one"))
-    config = small_config(small_overrides, tmp_path, *common, *SHARDED, "name=two")
-    run_ranks(partial(train, config), tmp_path / "logs")
-    expected, found = column(tmp_path / "one", "train/loss"), column(tmp_path / "two", "train/loss")
+    expected = column(tmp_path / "one", "train/loss")
     assert len(expected) == 6
-    assert found == pytest.approx(expected, rel=1e-3)
+    for name, more in (("two", ()), ("compiled", ("trainer.compile=true",))):
+        config = small_config(small_overrides, tmp_path, *common, *SHARDED, f"name={name}", *more)
+        run_ranks(partial(train, config), tmp_path / f"{name}-logs")
+        assert column(tmp_path / name, "train/loss") == pytest.approx(expected, rel=1e-3), name
+    assert len(set(graphs.read_text().split())) == 2  # both ranks compiled
 
 
 @pytest.mark.slow

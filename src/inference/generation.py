@@ -198,7 +198,7 @@ def _steps(
         if last:
             return
         with torch.inference_mode():
-            visible = None if mask is None else mask[:, : cache.length + 1]
+            visible = None if mask is None else mask[:, : cache.span(1)]
             trunk = model.trunk(new_ids, cache=cache, attention_mask=visible, expert_rows=expert_rows)
             hidden_states = trunk.hidden_states
 
@@ -214,7 +214,7 @@ def prefill(
     hidden_states, upcoming = token_ids.new_empty(0), model.expert_rows(chunks[0])
     for index, chunk in enumerate(chunks, start=1):
         expert_rows, upcoming = upcoming, model.expert_rows(chunks[index]) if index < len(chunks) else None
-        visible = None if mask is None else mask[:, : cache.length + chunk.shape[1]]
+        visible = None if mask is None else mask[:, : cache.span(chunk.shape[1])]
         trunk = model.trunk(chunk, cache=cache, attention_mask=visible, expert_rows=expert_rows)
         hidden_states = trunk.hidden_states
     return hidden_states

@@ -24,27 +24,47 @@ class KeyValueCache:
     It holds (L, B, G, max_tokens, K) twice. Each layer of a forward pass appends to it, and the model then adds to
     `length`. `scratch` is float32 memory for what `_attend_one` casts up. Every step reuses it, because fresh memory
     would cost a page fault per 4 KiB. It is empty where nothing is cast up.
+
+    With `static`, `length` is a tensor () int64 on the device, and attention covers `max_tokens` with a mask. Then each
+    step of a batch does the same on tensors of the same shapes, as CUDA graphs require. Nothing waits for the length to
+    check it.
     """
 
+    length: int | Tensor
+
     def __init__(
-        self, config: ModelConfig, batch_size: int, max_tokens: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_tokens: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        static: bool = False,
     ) -> None:
         shape = (config.num_layers, batch_size, config.kv_heads, max_tokens, config.attention_head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        allocate = torch.zeros if static else torch.empty  # a hidden value that is NaN would not stay hidden
+        self.keys = allocate(shape, device=device, dtype=dtype)
+        self.values = allocate(shape, device=device, dtype=dtype)
         values = config.kv_heads * max_tokens * config.attention_head_dim  # of one sequence in one layer
         group = min(batch_size, max(1, FLOAT_COPY_BYTES // (4 * values)))
         casts_up = dtype == torch.bfloat16 and device.type == "cpu"
         self.scratch = torch.empty(group * values if casts_up else 0, device=device, dtype=torch.float32)
-        self.length = 0
+        self.length = torch.zeros((), device=device, dtype=torch.int64) if static else 0
+
+    def span(self, new_tokens: int) -> int:
+        """Return how many tokens attention covers, masked or not, when `new_tokens` are appended."""
+        return self.keys.shape[3] if isinstance(self.length, Tensor) else self.length + new_tokens
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, G, T, K) keys and values behind `length` and return all (B, G, S, K) of that layer."""
-        new_tokens = keys.shape[2]
-        end = self.length + new_tokens
+        new_tokens, all_keys, all_values = keys.shape[2], self.keys[layer], self.values[layer]
+        if isinstance(self.length, Tensor):
+            places = self.length + torch.arange(new_tokens, device=keys.device)  # (T,)
+            return all_keys.index_copy_(2, places, keys), all_values.index_copy_(2, places, values)
+        end = self.span(new_tokens)
         if end > self.keys.shape[3]:
             raise ValueError(f"the key-value cache holds {self.keys.shape[3]} tokens, but {end} were fed")
-        all_keys, all_values = self.keys[layer], self.values[layer]
         all_keys.narrow(2, self.length, new_tokens).copy_(keys)  # half the time of an index, at each layer of each step
         all_values.narrow(2, self.length, new_tokens).copy_(values)
         return all_keys.narrow(2, 0, end), all_values.narrow(2, 0, end)
@@ -176,6 +196,23 @@ def causal_mask(num_new: int, num_total: int, device: torch.device) -> Tensor:
     """Return (1, 1, T, S) booleans: each of the T newest of S tokens sees itself and all earlier ones."""
     visible = torch.ones(num_new, num_total, dtype=torch.bool, device=device).tril(num_total - num_new)
     return visible.view(1, 1, num_new, num_total)
+
+
+def static_positions_and_mask(
+    cache: KeyValueCache, num_new: int, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return positions (T,) or (B, 1, T) and booleans (1 or B, 1, T, S) of new tokens behind a length that is a tensor.
+
+    `attention_mask` (B, S) is False where a position is padding; S is all that the cache holds.
+    """
+    every = torch.arange(cache.span(num_new), device=cache.keys.device)  # (S,)
+    places = cache.length + every[:num_new]  # (T,)
+    visible = (every <= places.unsqueeze(1)).view(1, 1, num_new, -1)  # (1, 1, T, S)
+    if attention_mask is None:
+        return places, visible
+    positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0).index_select(1, places)  # (B, T)
+    itself = every == places.unsqueeze(1)  # what padding sees, or its softmax would be NaN
+    return positions.unsqueeze(1), visible & attention_mask[:, None, None, :] | itself
 
 
 def segment_ids(token_ids: Tensor, separator_id: int) -> Tensor:

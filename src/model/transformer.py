@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from src.model.attention import Attention, KeyValueCache, causal_mask, rotary_table
+from src.model.attention import Attention, KeyValueCache, causal_mask, rotary_table, static_positions_and_mask
 from src.model.config import ModelConfig
 from src.model.experts import (
     FEW_POSITIONS,
@@ -148,9 +148,9 @@ class Transformer(nn.Module):
         Args:
             token_ids: ids in [0, V), on the CPU or the model's device, like `attention_mask`.
             cache: earlier keys and values; the new ones are appended.
-            attention_mask: booleans (B, S), False where a position is padding; padding goes on the left. Or, without
-                a cache, (B, T, T), True where the first position may attend to the second if that comes earlier; each
-                must be allowed to see itself.
+            attention_mask: booleans (B, S), False where a position is padding; padding goes on the left, and S is
+                all that a static cache holds. Or, without a cache, (B, T, T), True where the first position may attend
+                to the second if that comes earlier; each must be allowed to see itself.
         """
         return self.head(self.hidden_states(token_ids, cache=cache, attention_mask=attention_mask))
 
@@ -227,19 +227,22 @@ class Transformer(nn.Module):
     def _positions_and_mask(
         token_ids: Tensor, cache: KeyValueCache | None, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        num_new, num_cached = token_ids.shape[1], cache.length if cache is not None else 0
-        num_total, device = num_cached + num_new, token_ids.device
+        num_new, device = token_ids.shape[1], token_ids.device
+        num_total = num_new if cache is None else cache.span(num_new)
+        num_cached, mask_shape = num_total - num_new, None if attention_mask is None else attention_mask.shape
+        if attention_mask is not None and mask_shape == (*token_ids.shape, num_new) and not num_cached:
+            mask = causal_mask(num_new, num_new, device) & attention_mask.unsqueeze(1)  # (B, 1, T, T)
+            return torch.arange(num_new, device=device), mask
+        if mask_shape is not None and mask_shape != (token_ids.shape[0], num_total):
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask_shape)}, expected (batch, cached + new tokens) = "
+                f"({token_ids.shape[0]}, {num_total})"
+            )
+        if cache is not None and isinstance(cache.length, Tensor):
+            return static_positions_and_mask(cache, num_new, attention_mask)
         if attention_mask is None:
             mask = causal_mask(num_new, num_total, device) if num_cached and num_new > 1 else None
             return torch.arange(num_cached, num_total, device=device), mask
-        if attention_mask.shape == (*token_ids.shape, num_new) and not num_cached:
-            mask = causal_mask(num_new, num_new, device) & attention_mask.unsqueeze(1)  # (B, 1, T, T)
-            return torch.arange(num_new, device=device), mask
-        if attention_mask.shape != (token_ids.shape[0], num_total):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, cached + new tokens) = "
-                f"({token_ids.shape[0]}, {num_total})"
-            )
         positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, num_cached:]  # (B, T)
         visible = causal_mask(num_new, num_total, device) & attention_mask[:, None, None, :]  # (B, 1, T, S)
         # A padding query sees nothing; let it see itself, or its softmax is NaN and poisons the values it writes.

@@ -1,11 +1,14 @@
 """What must hold of every model: causality, caching, padding, rows without context, a gradient everywhere."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from src.inference import generate, generation
+from src.inference.generation import left_pad
 from src.model import KeyValueCache, ModelConfig, attention
 from src.model.experts import HiddenExperts, mix
 from src.model.router import Router, Routing
@@ -18,8 +21,9 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def new_cache(config: ModelConfig, batch_size: int, max_tokens: int) -> KeyValueCache:
-    return KeyValueCache(config, batch_size, max_tokens, device=torch.device("cpu"), dtype=torch.float64)
+def new_cache(config: ModelConfig, batch_size: int, max_tokens: int, *, static: bool = False) -> KeyValueCache:
+    device = torch.device("cpu")
+    return KeyValueCache(config, batch_size, max_tokens, device=device, dtype=torch.float64, static=static)
 
 
 @architectures
@@ -32,13 +36,32 @@ def test_logits_ignore_later_tokens(config: ModelConfig) -> None:
 
 
 @architectures
+@pytest.mark.parametrize("static", [False, True], ids=["", "static"])
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [3, 1, 4, 1], [9]], ids=str)
 @torch.no_grad()
-def test_cached_decoding_equals_the_full_forward(config: ModelConfig, chunks: list[int]) -> None:
+def test_cached_decoding_equals_the_full_forward(config: ModelConfig, chunks: list[int], static: bool) -> None:
     model, ids = build(config), token_ids(config, length=9)
-    cache = new_cache(config, *ids.shape)
+    cache = new_cache(config, len(ids), 12 if static else 9, static=static)
     close(torch.cat([model(chunk, cache=cache) for chunk in ids.split(chunks, dim=1)], dim=1), model(ids))
     assert cache.length == 9
+
+
+@torch.no_grad()
+def test_generation_from_a_cache_whose_length_is_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = build(MOLE), [[5, 3, 1, 7, 2], [4, 4]]
+    ids, mask = left_pad(prompts)
+    expected = generate(model, ids, max_new_tokens=6, attention_mask=mask, prefill_chunk_tokens=2)
+    shapes = set[tuple[int, ...]]()
+
+    class StaticCache(KeyValueCache):
+        def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            shapes.add((found := super().append(layer, keys, values))[0].shape)
+            return found
+
+    monkeypatch.setattr(generation, "KeyValueCache", partial(StaticCache, static=True))
+    found = generate(model, ids, max_new_tokens=6, attention_mask=mask, prefill_chunk_tokens=2)
+    assert torch.equal(found, expected)
+    assert len(shapes) == 1  # of every step, with a prompt's chunks too
 
 
 @torch.no_grad()

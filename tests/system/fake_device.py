@@ -41,7 +41,7 @@ from src.lut.layout import TableLayout
 from src.lut.shard_writer import encode_layer
 from src.lut.sources import ModelRows, RunRows
 from src.lut.store import layer_decoder
-from src.model import ModelConfig, Transformer
+from src.model import KeyValueCache, ModelConfig, Transformer
 from src.model.attention import causal_mask, document_mask
 from src.model.experts import LayerRows
 from src.model.loss import next_token_loss
@@ -326,10 +326,12 @@ def decode_waits() -> dict[str, Sequence[int]]:
         ("dense", CONFIGS["dense"], None),
         ("moe", CONFIGS["moe"], None),
         ("table", WIDE, "nf4"),
+        ("static", WIDE, "nf4"),
     ):
+        cache = partial(KeyValueCache, static=name == "static")
         for batch in (1, 8):
             for way, sampling in {"greedy": dict[str, Any](), "drawn": DRAWN}.items():
-                with fake_device() as watch:
+                with fake_device() as watch, patch.object(generation, "KeyValueCache", cache):
                     with in_bfloat16():
                         model = model_on_device(config, precision).eval()
                     prompt = torch.zeros(batch, 7, dtype=torch.int64)

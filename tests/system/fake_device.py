@@ -179,7 +179,7 @@ class Rows(torch.nn.Module):
 
     def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:
         token_ids.tolist()  # as the store does
-        codes = torch.zeros(len(token_ids), self.layout.row_bytes, dtype=torch.uint8)
+        codes = torch.zeros(len(token_ids), self.layout.row_bytes, dtype=torch.uint8, device=DEVICE)
         return layer_decoder(codes, self.layout)
 
 
@@ -206,7 +206,7 @@ def step(config: ModelConfig) -> None:
     """Take an optimizer step of two micro-batches, with every loss and metric of a training step."""
     model, metrics = model_on_device(config), RoutingMetrics(config.num_layers, config.num_experts, config.top_k)
     metrics.to(DEVICE)
-    batch = torch.zeros(2, 2, 8, dtype=torch.int64)
+    batch = torch.zeros(2, 2, 8, dtype=torch.int64, device=DEVICE)
     shared = StepRows(model, batch[..., :-1]) if config.expert_execution == "unique_per_step" else None
     for index, windows in enumerate(batch):
         ids, rows = windows[:, :-1], None if shared is None else shared.micro_batch(index)
@@ -244,8 +244,8 @@ def compare(config: ModelConfig, precision: str | None) -> None:
 
 def encode(precision: str) -> None:
     codec = CODECS[precision]
-    target = torch.zeros(4, 3, codec.vector_bytes(128), dtype=torch.uint8)
-    encode_layer(codec, torch.zeros(4, 3, 128), target)
+    target = torch.zeros(4, 3, codec.vector_bytes(128), dtype=torch.uint8, device=DEVICE)
+    encode_layer(codec, torch.zeros(4, 3, 128, device=DEVICE), target)
 
 
 class Stored:
@@ -334,7 +334,7 @@ def decode_waits() -> dict[str, Sequence[int]]:
                 with fake_device() as watch, patch.object(generation, "KeyValueCache", cache):
                     with in_bfloat16():
                         model = model_on_device(config, precision).eval()
-                    prompt = torch.zeros(batch, 7, dtype=torch.int64)
+                    prompt = torch.zeros(batch, 7, dtype=torch.int64, device=DEVICE)
                     steps, waits = stream(model, prompt, max_new_tokens=8, stop_ids=[3], **sampling), list[int]()
                     with torch.no_grad():
                         for _ in steps:

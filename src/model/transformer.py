@@ -81,6 +81,12 @@ class Block(nn.Module):
         return hidden_states + mixed.to(hidden_states.dtype), routing.logits
 
 
+def _embedding(num_ids: int, hidden_size: int) -> nn.Embedding:
+    """Return an embedding, on `meta` without drawing what has no storage: torch imports its compiler for that."""
+    weight = torch.empty(num_ids, hidden_size)
+    return nn.Embedding(num_ids, hidden_size, _weight=weight if weight.is_meta else None)
+
+
 class TrunkOutput(NamedTuple):
     """What the blocks return, before the vocabulary head."""
 
@@ -105,7 +111,7 @@ class Transformer(nn.Module):
         """Create the model with initial weights; `with_experts=False` creates the backbone alone."""
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = _embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head: Head = (
@@ -133,6 +139,8 @@ class Transformer(nn.Module):
             math.sqrt(2 * self.config.num_layers) if self.config.scale_output_init else 1
         )
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
             if parameter.dim() == 1:
                 parameter.fill_(0 if name.endswith(".bias") else 1)
             elif name.endswith(("attention.out.weight", "down.weight", "experts.down")):

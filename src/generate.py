@@ -142,7 +142,7 @@ def print_continuation(
         model,
         torch.tensor([prompt_ids]),
         max_new_tokens=min(max_new_tokens, room),
-        stop_ids=[rule.separator],
+        stop_ids=rule.stop_ids,
         overflow="window" if window else "refuse",
         **asdict(sampling),
     )

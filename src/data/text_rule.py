@@ -54,13 +54,20 @@ class TextRule:
     """Ids in front of each text, also of a prompt."""
     after: tuple[int, ...]
     """Ids behind each document."""
+    stops: tuple[int, ...] = ()
+    """Further ids that end generation, such as the end of an answer in a chat."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """All ids that end generation."""
+        return self.separator, *self.stops
 
     @cached_property
     def reserved(self) -> dict[str, int]:
         """Tokens that stand for more than their characters, so that no text becomes them."""
         added = self.tokenizer.get_added_tokens_decoder().items()
         special = [token_id for token_id, token in added if token.special or token.content in SEPARATORS]
-        placed = itertools.chain([self.separator], self.before, self.after, *_template(self.tokenizer))
+        placed = itertools.chain(self.stop_ids, self.before, self.after, *template(self.tokenizer))
         names = {self.tokenizer.id_to_token(token_id): token_id for token_id in (*placed, *special)}
         needed = _needed_by_text(self.tokenizer)
         return {name: token_id for name, token_id in names.items() if name is not None and name not in needed}
@@ -93,10 +100,12 @@ class TextRule:
     def record(self) -> dict[str, Any]:
         """Return the tokens by name, as a run's `config.yaml` keeps them."""
         names = [self.tokenizer.id_to_token(token_id) for token_id in (*self.before, *self.after, self.separator)]
+        stops = [self.tokenizer.id_to_token(token_id) for token_id in self.stops]
         return {
             "separator": names[-1],
             "before": names[: len(self.before)],
             "after": names[len(self.before) : -1],
+            **({"stops": stops} if stops else {}),
         }
 
 
@@ -123,7 +132,7 @@ def imported_rule(tokenizer: Tokenizer, where: str) -> TextRule:
     Raises:
         DataError: as `training_rule`, or the template puts an id that the vocabulary lacks.
     """
-    before, after = _template(tokenizer)
+    before, after = template(tokenizer)
     for token_id in (*before, *after):
         if tokenizer.id_to_token(token_id) is None:
             raise DataError(f"{where}: its post_processor puts id {token_id}, which its vocabulary lacks; correct it")
@@ -149,9 +158,9 @@ def recorded_rule(tokenizer: Tokenizer, where: str, record: Mapping[str, Any]) -
             )
         return found
 
-    sides = [record.get(side) for side in ("before", "after")]
-    before, after = [tuple(map(id_of, side)) if isinstance(side, list) else () for side in sides]
-    return TextRule(tokenizer, id_of(record.get("separator")), before, after)
+    sides = [record.get(side) for side in ("before", "after", "stops")]
+    before, after, stops = [tuple(map(id_of, side)) if isinstance(side, list) else () for side in sides]
+    return TextRule(tokenizer, id_of(record.get("separator")), before, after, stops)
 
 
 def find_separator(tokenizer: Tokenizer, where: str, named: str | None = None) -> int:
@@ -205,7 +214,7 @@ def _needed_by_text(tokenizer: Tokenizer) -> set[str]:
     return {token for token in tokenizer.get_vocab(with_added_tokens=False) if _NEEDED_BY_TEXT.fullmatch(token)}
 
 
-def _template(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def template(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids that a tokenizer's post-processor puts before and after a text."""
     probe = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
     probe.post_processor = tokenizer.post_processor

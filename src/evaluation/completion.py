@@ -91,7 +91,7 @@ def _write(model: TextModel, prompts: Sequence[Sequence[int]], stopping: Stoppin
         token_ids,
         max_new_tokens=new_tokens(model, stopping),
         attention_mask=mask,
-        stop_ids=[model.end_of_text],
+        stop_ids=model.rule.stop_ids,
         **asdict(sampling),
     )
     written: list[list[int]] = [[] for _ in prompts]
@@ -107,7 +107,7 @@ def _write(model: TextModel, prompts: Sequence[Sequence[int]], stopping: Stoppin
 
 
 def _has_ended(model: TextModel, ids: Sequence[int], until: Sequence[str]) -> bool:
-    if ids[-1] == model.end_of_text:
+    if ids[-1] in model.rule.stop_ids:
         return True
     longest = max((len(stop.encode()) for stop in until), default=0)
     tail = model.tokenizer.decode(ids[-(longest + 2) :]) if longest else ""  # each token adds a byte or more

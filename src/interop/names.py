@@ -32,6 +32,8 @@ class Correspondence:
     ours: str
     theirs: tuple[str, ...]
     rule: Literal["same", "concatenated", "stacked"] = "same"
+    rows: tuple[int, ...] = ()
+    """Of each part that is concatenated; empty where they have equally many."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         if self.rule == "concatenated":
@@ -43,7 +45,8 @@ class Correspondence:
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Invert `join`, bit for bit."""
         if self.rule == "concatenated":
-            return list(tensor.chunk(len(self.theirs)))  # (3*D, D) -> 3 x (D, D)
+            rows = self.rows or (len(tensor) // len(self.theirs),) * len(self.theirs)
+            return list(tensor.split(rows))  # (3*D, D) -> 3 x (D, D)
         if self.rule == "stacked":
             return [expert.T for expert in tensor.unbind(0)]  # (E, in, out) -> E x (out, in)
         return [tensor]

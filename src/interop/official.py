@@ -6,7 +6,7 @@ A run without a training form is written re-parameterized, its table streamed as
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -21,6 +21,7 @@ from src.inference.disk_experts import DiskExperts
 from src.interop.families import Family, register_family
 from src.interop.names import (
     TABLE_NAME,
+    Correspondence,
     correspondences,
     official_config,
     official_shapes,
@@ -62,14 +63,15 @@ def import_official(
     values, checkpoint = read_json(config_path), CheckpointTensors(source)
     config = read_model_config(values, checkpoint.shapes, top_k, str(config_path))
     with_table = TABLE_NAME in checkpoint.shapes
-    _require_shapes(checkpoint.shapes, official_shapes(config, with_table=with_table), source)
+    require_shapes(checkpoint.shapes, official_shapes(config, with_table=with_table), source)
     rule = _load_rule(tokenizer, source, config)
     with atomic_directory(target) as directory:
         run = RunDirectory(directory)
-        run.write_config(_run_config(config, target, rule), None if rule is None else rule.record())
+        run.write_config(run_config_values(config, target, rule), None if rule is None else rule.record())
         if rule is not None:
             write_text(run.tokenizer_path, rule.tokenizer.to_str(pretty=True))
-        identity = run.write_weights(_read_weights(checkpoint, config, with_experts=not with_table, where=source))
+        entries = correspondences(config, with_experts=not with_table)
+        identity = run.write_weights(read_weights(checkpoint, entries, source))
         if with_table:
             known = None if rule is None else fingerprint(rule.tokenizer)
             import_table(OfficialRows(config, identity, checkpoint), run.lut_path(), known, source, progress)
@@ -111,11 +113,10 @@ def require_new(path: Path) -> None:
         raise CheckpointError(f"{path}: exists already; choose another --output, or remove it")
 
 
-def _read_weights(
-    checkpoint: CheckpointTensors, config: ModelConfig, *, with_experts: bool, where: Path
-) -> dict[str, Tensor]:
+def read_weights(checkpoint: CheckpointTensors, entries: Iterable[Correspondence], where: Path) -> dict[str, Tensor]:
+    """Return our tensors of `entries`; CheckpointError for parts of one tensor in different precisions."""
     weights: dict[str, Tensor] = {}
-    for entry in correspondences(config, with_experts=with_experts):
+    for entry in entries:
         parts = [checkpoint.tensor(name) for name in entry.theirs]
         for name, part in zip(entry.theirs, parts, strict=True):
             if not part.is_floating_point():
@@ -129,7 +130,7 @@ def _read_weights(
     return weights
 
 
-def _require_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: Path) -> None:
+def require_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: Path) -> None:
     """Raise CheckpointError naming missing, surplus and misshapen tensors, all three at once."""
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected]
@@ -166,7 +167,7 @@ def _load_rule(given: Path | str | None, source: Path, config: ModelConfig) -> T
     return imported_rule(tokenizer, str(path))
 
 
-def _run_config(config: ModelConfig, run_dir: Path, rule: TextRule | None) -> dict[str, object]:
+def run_config_values(config: ModelConfig, run_dir: Path, rule: TextRule | None) -> dict[str, object]:
     """Return the keys that a run's config.yaml needs; all others keep their defaults."""
     return {
         "name": run_dir.name,

@@ -88,7 +88,7 @@ def _shards(index: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, object]:
     """Read a JSON object; raises CheckpointError naming the file when there is none."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing; give a Hugging Face checkpoint directory of the authors' code")
+        raise CheckpointError(f"{path}: missing; give a folder of Hugging Face transformers")
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:

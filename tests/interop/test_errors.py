@@ -124,7 +124,9 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
     assert import_error(checkpoint, tmp_path).startswith("official: holds no weights; expected model.safetensors, pyt")
     (checkpoint / "config.json").unlink()
-    assert import_error(checkpoint, tmp_path).startswith("official/config.json: missing; give a Hugging Face checkpoi")
+    assert import_error(checkpoint, tmp_path).startswith(
+        "official/config.json: missing; give a folder of Hugging Face t"
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,10 +40,11 @@ from src.data.config import DataConfig, TokenizerConfig
 from src.data.files import expand_files
 from src.data.packed_corpus import prepare_corpus
 from src.data.tokenizer import load_tokenizer
-from src.data.windows import training_windows
+from src.data.windows import PADDED_IDS, find_distinct, training_windows
 from src.errors import UserError, caused_by
 from src.model import ModelConfig, Transformer
 from src.model.experts import LayerExperts, mix
+from src.model.loss import next_token_loss
 from src.model.router import Routing, router_probs
 from src.model.step_rows import StepRows
 from src.system.console import progress_bar
@@ -67,6 +69,15 @@ class StepTimes:
     @property
     def total(self) -> float:
         return self.forward + self.backward + self.optimizer
+
+
+Phase = Callable[[str, Callable[[], Any]], Any]
+"""Does a part of a step, whose phase it is told, and returns the result."""
+
+
+def run_at_once(_phase: str, work: Callable[[], Any]) -> Any:
+    """Do the work and nothing else."""
+    return work()
 
 
 class Parts:
@@ -105,29 +116,47 @@ class Parts:
 
 
 class Contestant:
-    """A model and the micro-batches of its step."""
+    """A model and the micro-batches of its step; as in training, their distinct ids were found with the data."""
 
-    def __init__(self, name: str, config: ModelConfig, batch: Tensor, dtype: torch.dtype | None) -> None:
-        """Build the model on the device of `batch` (A, B, T) int64; `dtype` is autocast's, None computes in float32."""
-        self.name, self.config, self.batch, self.dtype = name, config, batch, dtype
+    def __init__(
+        self, name: str, config: ModelConfig, batch: Tensor, dtype: torch.dtype | None, *, with_head: bool = False
+    ) -> None:
+        """Build the model on the device of `batch` (A, B, T) int64; `dtype` is autocast's, None computes in float32.
+
+        `with_head` the loss is that of next tokens, otherwise of nothing.
+        """
+        self.name, self.config, self.batch, self.dtype, self._with_head = name, config, batch, dtype, with_head
         torch.manual_seed(0)
-        self.model = Transformer(config).to(batch.device)
-        self.model.head.requires_grad_(False)
+        with batch.device:
+            self.model = Transformer(config)
+        self.model.head.requires_grad_(with_head)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, fused=True)
+        windows = torch.cat((batch, batch[..., :1]), dim=-1)  # (A, B, T+1): a last target, as good as any
+        multiple = PADDED_IDS if batch.device.type == "cuda" else 1
+        self._given = find_distinct(windows.cpu(), config.rows_once_per, multiple).to(batch.device)
 
-    def step(self) -> StepTimes:
-        forward = backward = 0.0
+    def run(self, phase: Phase = run_at_once) -> None:
+        """Take a step, each part of it through `phase`; nothing here waits for the device."""
         shared: StepRows | None = None
         if self.config.expert_execution == "unique_per_step":
-            forward, shared = self._timed(self._share_rows)
-        for index, token_ids in enumerate(self.batch):
-            seconds, loss = self._timed(lambda index=index, ids=token_ids: self._loss(index, ids, shared))
-            forward += seconds
-            backward += self._timed(loss.backward)[0]
-        optimizer = self._timed(self.optimizer.step)[0]
+            shared = phase("forward", self._share_rows)
+        for index in range(len(self.batch)):
+            loss = phase("forward", partial(self._loss, index, shared))
+            phase("backward", loss.backward)
+        phase("optimizer", self.optimizer.step)
         self.optimizer.zero_grad()
-        return StepTimes(forward=forward, backward=backward, optimizer=optimizer)
+
+    def step(self) -> StepTimes:
+        seconds = defaultdict[str, float](float)
+
+        def phase(name: str, work: Callable[[], Any]) -> Any:
+            taken, result = timed(work, self.batch.device)
+            seconds[name] += taken
+            return result
+
+        self.run(phase)
+        return StepTimes(**seconds)
 
     def peak_bytes(self) -> int | None:
         self.step()
@@ -135,16 +164,18 @@ class Contestant:
 
     def _share_rows(self) -> StepRows:
         with _autocast(self.batch.device, self.dtype):
-            return StepRows(self.model, self.batch)
+            return StepRows(self.model, self.batch, self._given.distinct())
 
-    def _loss(self, index: int, token_ids: Tensor, shared: StepRows | None) -> Tensor:
-        rows = shared.micro_batch(index) if shared is not None else None
+    def _loss(self, index: int, shared: StepRows | None) -> Tensor:
+        rows = None if shared is None else shared.micro_batch(index)
+        distinct = self._given.distinct(index) if shared is None else None
         with _autocast(self.batch.device, self.dtype):
-            loss = self.model.trunk(token_ids, expert_rows=rows).hidden_states.float().square().mean()
+            hidden_states = self.model.trunk(self.batch[index], expert_rows=rows, distinct=distinct).hidden_states
+            if self._with_head:
+                loss = next_token_loss(hidden_states, self.model.head, self._given[index][:, 1:])
+            else:
+                loss = hidden_states.float().square().mean()
         return loss + shared.carried() if shared is not None and index + 1 == len(self.batch) else loss
-
-    def _timed(self, work: Callable[[], Value]) -> tuple[float, Value]:
-        return timed(work, self.batch.device)
 
 
 def timed(work: Callable[[], Value], device: torch.device) -> tuple[float, Value]:

@@ -5,28 +5,24 @@ A micro-batches of a step, B windows of a micro-batch, N windows, T tokens of a 
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import lightning
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.data.config import DataConfig
 from src.data.packed_corpus import PackedCorpus
-from src.data.windows import Mixture
+from src.data.windows import PADDED_IDS, Mixture, Per, find_distinct
 from src.system.signals import ignore_stop_signals
 
 NO_WINDOW = -1
 """Token id that fills padding windows."""
-PADDED_IDS = 256
-"""On a GPU the number of distinct ids is a multiple of this."""
-Per = Literal["micro_batch", "step"]
 
 
 class StepSampler(Sampler[int]):
@@ -63,59 +59,6 @@ class StepWindows(Dataset[Tensor]):
     def __getitem__(self, step: int) -> Tensor:
         samples = self.samples(step).reshape(-1)  # (A*B,)
         return self.mixture.windows(samples).view(self.micro_batches, self.size, -1)  # (A, B, T+1)
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """The windows of a step, and which distinct ids they hold, found where the data is loaded."""
-
-    windows: Tensor
-    """(A, B, T+1) int64."""
-    ids: tuple[Tensor, ...] = ()
-    """(U,) distinct ids of the inputs of each micro-batch, or of all of them together."""
-    inverse: Tensor | None = None
-    """(A, B, T) int64: which of the `ids` each input is."""
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.windows.shape
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.windows[index]
-
-    def distinct(self, index: int | None = None) -> tuple[Tensor, Tensor] | None:
-        """Return the distinct ids of micro-batch `index`, or of the step, and which of them each input is."""
-        if self.inverse is None:
-            return None
-        return (self.ids[0], self.inverse) if index is None else (self.ids[index], self.inverse[index])
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "StepBatch":
-        inverse = None if self.inverse is None else change(self.inverse)
-        return StepBatch(change(self.windows), tuple(map(change, self.ids)), inverse)
-
-    def to(self, device: torch.device, non_blocking: bool = True) -> "StepBatch":
-        """Copy everything to a device."""
-        return self.map(partial(Tensor.to, device=device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "StepBatch":
-        """Copy everything to page-locked memory."""
-        return self.map(Tensor.pin_memory)
-
-
-def find_distinct(windows: Tensor, per: Per | None, multiple: int = 1) -> StepBatch:
-    """Find the distinct input ids of each micro-batch of windows (A, B, T+1), or of the whole step, or none.
-
-    Their number is padded with ids that no position uses to a multiple of `multiple`, which keeps shapes alike.
-    """
-    if per is None:
-        return StepBatch(windows)
-    groups = windows[..., :-1].unbind() if per == "micro_batch" else [windows[..., :-1]]
-    ids, inverse = zip(*(group.unique(return_inverse=True) for group in groups), strict=True)
-    padded = (nn.functional.pad(found, (0, -len(found) % multiple), value=int(found[0])) for found in ids)
-    return StepBatch(windows, tuple(padded), torch.stack(inverse) if per == "micro_batch" else inverse[0])
 
 
 class PackedDataModule(lightning.LightningDataModule):

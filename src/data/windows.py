@@ -1,20 +1,27 @@
 """Windows of token ids as a pure function of (seed, sample number). Knows no text and no files.
 
-N samples, T tokens of a window; a window is T+1 ids, so that each of T predicts the next.
+N samples, T tokens of a window; a window is T+1 ids, so that each of T predicts the next. An optimizer step has
+A micro-batches of B windows, and U distinct ids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.data.shards import TokenSequence
 from src.errors import DataError
 
 _PERIOD = 1 << 16
 """Samples after which the order of sources repeats, so weights are exact to one part in 65,536."""
+PADDED_IDS = 256
+"""On a GPU the number of distinct ids is a multiple of this."""
+Per = Literal["micro_batch", "step"]
 
 
 class Mixture:
@@ -121,3 +128,56 @@ def _turns(shares: NDArray[np.int64]) -> NDArray[np.int64]:
     times = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
     streams = np.repeat(np.arange(len(shares)), shares)
     return streams[np.argsort(times, kind="stable")]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The windows of a step, and which distinct ids they hold, found where the data is loaded."""
+
+    windows: Tensor
+    """(A, B, T+1) int64."""
+    ids: tuple[Tensor, ...] = ()
+    """(U,) distinct ids of the inputs of each micro-batch, or of all of them together."""
+    inverse: Tensor | None = None
+    """(A, B, T) int64: which of the `ids` each input is."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.windows.shape
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.windows[index]
+
+    def distinct(self, index: int | None = None) -> tuple[Tensor, Tensor] | None:
+        """Return the distinct ids of micro-batch `index`, or of the step, and which of them each input is."""
+        if self.inverse is None:
+            return None
+        return (self.ids[0], self.inverse) if index is None else (self.ids[index], self.inverse[index])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "StepBatch":
+        inverse = None if self.inverse is None else change(self.inverse)
+        return StepBatch(change(self.windows), tuple(map(change, self.ids)), inverse)
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> "StepBatch":
+        """Copy everything to a device."""
+        return self.map(partial(Tensor.to, device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "StepBatch":
+        """Copy everything to page-locked memory."""
+        return self.map(Tensor.pin_memory)
+
+
+def find_distinct(windows: Tensor, per: Per | None, multiple: int = 1) -> StepBatch:
+    """Find the distinct input ids of each micro-batch of windows (A, B, T+1), or of the whole step, or none.
+
+    Their number is padded with ids that no position uses to a multiple of `multiple`, which keeps shapes alike.
+    """
+    if per is None:
+        return StepBatch(windows)
+    groups = windows[..., :-1].unbind() if per == "micro_batch" else [windows[..., :-1]]
+    ids, inverse = zip(*(group.unique(return_inverse=True) for group in groups), strict=True)
+    padded = (nn.functional.pad(found, (0, -len(found) % multiple), value=int(found[0])) for found in ids)
+    return StepBatch(windows, tuple(padded), torch.stack(inverse) if per == "micro_batch" else inverse[0])

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
-from src.data.datamodule import NO_WINDOW, StepBatch, find_distinct
+from src.data.datamodule import NO_WINDOW
+from src.data.windows import StepBatch, find_distinct
 from src.model import ModelConfig, Transformer
 from src.model.attention import document_mask
 from src.model.experts import EmbeddingExperts, ExpertRows

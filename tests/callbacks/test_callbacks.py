@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from callbacks import ReparameterizeCallback, RunCallback
 from src.accounting.flops import count_computed_ids
 from src.config import load_run_config
-from src.data.datamodule import StepBatch
+from src.data.windows import StepBatch
 from src.inference import load_model
 from src.lut import LutStore, read_manifest
 from src.run_directory import Identity, RunDirectory, hash_weights, identify

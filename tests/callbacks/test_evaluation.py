@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from callbacks import DashboardCallback, EvaluationCallback, RunCallback
 from src.config import load_run_config
-from src.data.datamodule import StepBatch
+from src.data.windows import StepBatch
 from src.errors import ConfigError, UserError
 from src.evaluation.held_out import held_out_of_run
 from src.evaluation.suite import prepare_suite

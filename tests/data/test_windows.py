@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.data.config import DataConfig
-from src.data.datamodule import StepSampler, StepWindows, find_distinct
+from src.data.datamodule import StepSampler, StepWindows
 from src.data.packed_corpus import PackedCorpus, prepare_corpus
 from src.data.shards import TokenSequence
-from src.data.windows import Mixture, held_out_windows, permute, training_windows
+from src.data.windows import Mixture, find_distinct, held_out_windows, permute, training_windows
 from src.errors import ConfigError, DataError
 from tests.data.corpora import stdlib_config
 

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from torch.utils.data import DataLoader
 
-from src.data.datamodule import find_distinct
+from src.data.windows import find_distinct
 from src.evaluation.equivalence import compare_greedy, logit_distance, permuted_rows, recoded_rows, zeroed_rows
 from src.evaluation.perplexity import window_losses
 from src.evaluation.routing_view import measure_token_weights

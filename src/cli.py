@@ -188,9 +188,11 @@ def add_form_options(options: argparse.ArgumentParser) -> None:
     add_device_option(options)
 
 
-def add_device_option(options: argparse.ArgumentParser) -> None:
+def add_device_option(options: argparse.ArgumentParser, default: str = "cpu") -> None:
     """Add `--device`, which is tried before any work."""
-    options.add_argument("--device", type=_device, default="cpu", help="where the model computes (default: cpu)")
+    options.add_argument(
+        "--device", type=_device, default=default, help=f"where the model computes (default: {default})"
+    )
 
 
 def _device(text: str) -> str:

@@ -32,6 +32,7 @@ MODULES = [
 ]
 
 INSTALL, NETWORK, EIGHT, FOUR = "installs packages", "needs a network", "needs eight devices", "needs four machines"
+GPU = "needs a GPU"
 LONG, HOURS = "takes a minute even with the smallest model, which tests/benchmarks runs", "takes hours"
 DRY_RUN, LOCAL = ["--dry-run"], ["data.sources=[]"]
 LISTED: dict[str, tuple[str, list[str] | None]] = {
@@ -56,6 +57,8 @@ LISTED: dict[str, tuple[str, list[str] | None]] = {
     "python -m src.prepare_data --config configs/data/wikitext-103.yaml": (NETWORK, LOCAL),
     "python -m src.study --study configs/studies/family-code/study.yaml --jobs 2": (HOURS, DRY_RUN),
     "python -m src.study --study configs/studies/family-prose/study.yaml --jobs 2 corpus=texts": (HOURS, DRY_RUN),
+    "python -m src.benchmarks.gpu --output results/gpu.json": (GPU, None),
+    "python -m src.benchmarks.gpu --minutes 5 --output gpu.json": (GPU, None),
     "python -m src.benchmarks.lookup --output results/lookup.json": (LONG, None),
     "python -m src.benchmarks.lookup --shape 160m-4e --rounds 15 --output results/lookup.json": (LONG, None),
     "python -m src.benchmarks.decode --output results/decode.json": (LONG, None),

@@ -8,6 +8,7 @@ import json
 import platform
 import random
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,6 +84,21 @@ def take_turns(
             results[name].append(contenders[name](turn))
         advance(1)
     return results
+
+
+def count_waits(work: Callable[[], object], device: torch.device) -> int | None:
+    """Return how often `work` waits for a CUDA device to learn a value; None for others, which are not watched."""
+    if device.type != "cuda":
+        work()
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def run_rounds(contenders: Mapping[str, Callable[[int], float]], rounds: int, advance: Advance) -> Timings:
@@ -163,15 +179,13 @@ def add_common_options(options: argparse.ArgumentParser) -> None:
     add_text_options(options)
 
 
-def add_text_options(options: argparse.ArgumentParser) -> None:
-    """Add which text is used, and where figures go."""
+def add_text_options(options: argparse.ArgumentParser, output: str = "write it, and a plot with the same name") -> None:
+    """Add which text is used, and where figures go, with the help `output`."""
     options.add_argument(
         "--corpus", type=expand_home, nargs="+", default=[], help="text files (default: standard library)"
     )
     options.add_argument("--tokenizer", type=input_file, help="tokenizer.json (default: a BPE trained on the corpus)")
-    options.add_argument(
-        "--output", type=output_file, metavar="FILE.json", help="write it, and a plot with the same name"
-    )
+    options.add_argument("--output", type=output_file, metavar="FILE.json", help=output)
 
 
 def report(

@@ -42,6 +42,7 @@ from src.lut import read_manifest
 from src.model import KeyValueCache
 from src.model.products import linear
 from src.system.console import progress_bar
+from src.system.hardware import synchronize
 
 PROMPT_TOKENS = 512
 CACHED_ROWS = 1024
@@ -50,22 +51,12 @@ CACHED = f"disk + {CACHED_ROWS} rows"
 
 
 class Contenders:
-    """Models of one backbone that differ in where expert rows come from."""
+    """Models of one backbone that differ in where expert rows come from; one of them is called `dense`."""
 
-    def __init__(self, stack: ExitStack, mole: Path, dense: Path, reader: str) -> None:
-        """Load them, those on disk with `reader`; the caller's stack closes them."""
-        row_mb = read_manifest(mole / "lut").layout.row_bytes / 2**20
-        self.lut_dir = mole / "lut"
-        self.models: dict[str, InferenceModel] = {"dense": stack.enter_context(load_model(dense))}
-        self.models["experts computed"] = stack.enter_context(load_model(mole, experts="ffn"))
-        for name, how, cache_mb in (
-            ("table in RAM", "memory", 0.0),
-            ("disk, warm", reader, 0.0),
-            ("disk, cold", reader, 0.0),
-            (CACHED, reader, CACHED_ROWS * row_mb),
-        ):
-            self.models[name] = stack.enter_context(load_model(mole, experts="lut", reader=how, cache_mb=cache_mb))
-        _share_backbone(self.models["dense"], list(self.models.values()))
+    def __init__(self, lut_dir: Path, models: Mapping[str, InferenceModel]) -> None:
+        """Take models that are on one device; `lut_dir` is the table that those on disk read."""
+        self.lut_dir, self.models, self.device = lut_dir, models, models["dense"].embedding.weight.device
+        _share_backbone(models["dense"], list(models.values()))
 
     @property
     def hit_rate(self) -> float:
@@ -83,6 +74,20 @@ class Contenders:
             model.experts.store.gather(token_ids.unique())
 
 
+def load_contenders(stack: ExitStack, mole: Path, dense: Path, reader: str) -> Contenders:
+    """Load every form on the CPU, those on disk with `reader`; the caller's stack closes them."""
+    row_mb = read_manifest(mole / "lut").layout.row_bytes / 2**20
+    models = {"dense": load_model(dense), "experts computed": load_model(mole, experts="ffn")}
+    for name, how, cache_mb in (
+        ("table in RAM", "memory", 0.0),
+        ("disk, warm", reader, 0.0),
+        ("disk, cold", reader, 0.0),
+        (CACHED, reader, CACHED_ROWS * row_mb),
+    ):
+        models[name] = load_model(mole, experts="lut", reader=how, cache_mb=cache_mb)
+    return Contenders(mole / "lut", {name: stack.enter_context(model) for name, model in models.items()})
+
+
 def _share_backbone(dense: InferenceModel, models: Sequence[InferenceModel]) -> None:
     """Let every model use the same weights in memory, or the last one's would be in the processor's cache."""
     for model in models:
@@ -94,22 +99,29 @@ def _share_backbone(dense: InferenceModel, models: Sequence[InferenceModel]) -> 
 
 @torch.inference_mode()
 def decode_step(model: InferenceModel, token_ids: Tensor, cache: KeyValueCache) -> float:
-    """Take one step of (B,) sampled ids: request their rows, run the model, sample; return its seconds."""
+    """Take one step of (B,) sampled ids on the CPU: request their rows, run the model, sample; return its seconds."""
     start = time.perf_counter()
     new_ids = token_ids.unsqueeze(1)  # (B, 1)
     expert_rows = model.expert_rows(new_ids)
     hidden_states = model.trunk(new_ids, cache=cache, expert_rows=expert_rows).hidden_states
-    model.head(hidden_states[:, -1]).max(dim=-1)
+    model.head(hidden_states[:, -1]).max(dim=-1).indices.cpu()  # the only wait for a device, as in `Sampler`
     return time.perf_counter() - start
+
+
+def filled_cache(contenders: Contenders, batch: int) -> KeyValueCache:
+    """Return random keys and values of a prompt, with room for one more token."""
+    config = contenders.models["dense"].config
+    cache = KeyValueCache(config, batch, PROMPT_TOKENS + 1, device=contenders.device, dtype=torch.bfloat16)
+    cache.keys.normal_()
+    cache.values.normal_()
+    cache.length = PROMPT_TOKENS
+    return cache
 
 
 @torch.inference_mode()
 def measure_decode(contenders: Contenders, text: TextIds, batch: int, rounds: int) -> Timings:
     """Time steps after a prompt; keys and values are random, and the same for all."""
-    dense = contenders.models["dense"]
-    cache = KeyValueCache(dense.config, batch, PROMPT_TOKENS + 1, device=torch.device("cpu"), dtype=torch.bfloat16)
-    cache.keys.normal_()
-    cache.values.normal_()
+    cache = filled_cache(contenders, batch)
     steps = [text.distinct(batch) for _ in range(rounds + 2)]
 
     def timed(name: str, model: InferenceModel) -> Callable[[int], float]:
@@ -121,7 +133,7 @@ def measure_decode(contenders: Contenders, text: TextIds, batch: int, rounds: in
         return one
 
     calls = {name: timed(name, model) for name, model in contenders.models.items()}
-    calls[MATMULS] = matmuls_alone(dense, batch)
+    calls[MATMULS] = matmuls_alone(contenders.models["dense"], batch)
     for call in calls.values():  # fill buffers, choose kernels
         for number in (rounds, rounds + 1):
             call(number)
@@ -138,8 +150,7 @@ def measure_prefill(contenders: Contenders, text: TextIds, rounds: int) -> Timin
         @torch.inference_mode()
         def one(number: int) -> float:
             contenders.set_page_cache(name, prompts[number])
-            device = torch.device("cpu")
-            cache = KeyValueCache(model.config, 1, PROMPT_TOKENS, device=device, dtype=torch.bfloat16)
+            cache = KeyValueCache(model.config, 1, PROMPT_TOKENS, device=contenders.device, dtype=torch.bfloat16)
             start = time.perf_counter()
             prefill(model, prompts[number], cache, None, PREFILL_CHUNK_TOKENS)
             return time.perf_counter() - start
@@ -162,13 +173,16 @@ def matmul_weights(dense: InferenceModel) -> list[Tensor]:
 def matmuls_alone(dense: InferenceModel, batch: int) -> Callable[[int], float]:
     """Return a call that times the model's products with its weights, and nothing else."""
     weights = matmul_weights(dense)
-    inputs = {weight.shape[1]: torch.randn(batch, weight.shape[1], dtype=torch.bfloat16) for weight in weights}
+    device = weights[0].device
+    widths = {weight.shape[1] for weight in weights}
+    inputs = {width: torch.randn(batch, width, dtype=torch.bfloat16, device=device) for width in widths}
 
     @torch.inference_mode()
     def call(_: int) -> float:
         start = time.perf_counter()
         for weight in weights:
             linear(inputs[weight.shape[1]], weight)
+        synchronize(device)
         return time.perf_counter() - start
 
     return call
@@ -231,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name: {batch: anonymous_bytes(run, batch, text.held_out) for batch in given.batches}
             for name, run in (("dense", dense), ("disk", mole))
         }
-        contenders, before = Contenders(stack, mole, dense, given.reader), workload.bytes_read()
+        contenders, before = load_contenders(stack, mole, dense, given.reader), workload.bytes_read()
         decode = {batch: measure_decode(contenders, text, batch, given.rounds) for batch in given.batches}
         prefills = measure_prefill(contenders, text, given.prefill_rounds)
         read, machine, load = workload.bytes_read() - before, describe_machine(), os.getloadavg()

@@ -181,6 +181,21 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
         {**BENCHMARK, "--batches": COUNT, "--rounds": COUNT, "--prefill-rounds": COUNT, "--reader": READER},
     ),
     "benchmarks.figure": ("", {"--page": NOTHING, "--output": PATH}),
+    "benchmarks.gpu": (
+        "--device cpu",
+        {
+            **BENCHMARK_TEXT,
+            "--minutes": number("1 1.5 0.01", "1441"),
+            "--shape": choice("small 160m", "small-4e"),
+            "--layers": whole("1 4096", "4097"),
+            "--experts": COUNT,
+            "--windows": COUNT,
+            "--sequence-length": COUNT,
+            "--batches": COUNT,
+            "--directory": PATH,
+            "--device": DEVICE,
+        },
+    ),
     "benchmarks.lookup": ("", {**BENCHMARK, "--rounds": COUNT, "--reader": READER}),
     "benchmarks.loss": (
         "",

@@ -21,6 +21,7 @@ from src.training.lightning_module import LanguageModel
 from tests.conftest import CONFIGS, small_config
 from tests.distributed.patched_train import MESSAGE, main
 from tests.distributed.processes import start_ranks, wait
+from tests.gpu.devices import on_cpu, on_cuda
 
 SCRIPT = Path(__file__).parent / "patched_train.py"
 LIMIT_SECONDS = 60
@@ -97,11 +98,19 @@ def test_a_rank_that_raises_ends_the_others(
     assert not (tmp_path / "quickstart" / "lut" / "manifest.json").exists() or fault.startswith("evaluation")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_ends_the_run(killed: int, tmp_path: Path, small_overrides: Sequence[str]) -> None:
+@pytest.mark.parametrize(
+    ("device", "killed"),
+    [
+        on_cpu("cpu", 0, slow=True),
+        on_cpu("cpu", 1, slow=True),
+        on_cuda("cuda", 0, devices=2),
+        on_cuda("cuda", 1, devices=2),
+    ],
+)
+def test_a_killed_rank_ends_the_run(device: str, killed: int, tmp_path: Path, small_overrides: Sequence[str]) -> None:
     endless = ("trainer.strategy=ddp", "trainer.max_steps=1000000", "checkpoint.every_steps=5")
-    run = Run([*small_overrides, *endless, "trainer.val_check_interval=1000000"], tmp_path)
+    more = ("trainer.val_check_interval=1000000", f"trainer.accelerator={device}")
+    run = Run([*small_overrides, *endless, *more], tmp_path)
     victim = run.ranks()[killed]
     victim.send_signal(signal.SIGKILL)
     assert run.wait() == (1 if killed else -signal.SIGKILL)

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from src.inference import generate, load_model
+from src.inference import load_model
 from src.inference.disk_experts import DiskExperts, Staging
 from src.lut import LutStore
 from src.lut.codecs import CODECS
-from tests.inference.runs import CONFIG, prompts, write_run
+from tests.inference.runs import prompts, write_run
 from tests.lut.tables import write_table
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LAYERS = range(2)
 
 
@@ -146,15 +145,3 @@ def test_rows_stay_right_while_later_ones_are_read(tmp_path: Path) -> None:
         kept = [experts.rows(torch.tensor([i]), torch.zeros(1, 128))(1) for i in range(40)]
         for token_id, rows in enumerate(kept):
             assert torch.equal(rows, store.gather(torch.tensor([token_id]))[:, 1])
-
-
-@cuda
-@pytest.mark.parametrize("reader", ["auto", "memmap", "memory"])
-def test_a_gpu_writes_the_text_of_the_training_form(tmp_path: Path, reader: str) -> None:
-    run, token_ids = write_run(tmp_path), prompts(3, 20).cuda()
-    with load_model(run, experts="ffn", device="cuda") as model:
-        expected = generate(model, token_ids, max_new_tokens=30)
-    with load_model(run, experts="lut", device="cuda", reader=reader) as model:
-        for _ in range(3):
-            assert torch.equal(generate(model, token_ids, max_new_tokens=30), expected)
-    assert CONFIG.max_sequence_length >= 50

@@ -16,12 +16,19 @@ from src.model.experts import choose_run_groups, ffn_matrices, run_groups_at_onc
 def test_grouped_products_are_those_of_the_loop(
     hidden_size: int, inner_size: int, dtype: torch.dtype, activation: Activation
 ) -> None:
+    require_the_same(hidden_size, inner_size, dtype, activation)
+
+
+def require_the_same(
+    hidden_size: int, inner_size: int, dtype: torch.dtype, activation: Activation, device: str = "cpu"
+) -> None:
+    """Assert that both ways to run groups give the same outputs and gradients on a device."""
     torch.manual_seed(0)
-    counts = torch.tensor([5, 0, 11, 4])
+    counts = torch.tensor([5, 0, 11, 4], device=device)
     into, out = (4, hidden_size, inner_size), (4, inner_size, hidden_size)
     shapes = [out if name == "down" else into for name in ffn_matrices(activation)]
-    given = [torch.randn(shape, dtype=dtype) for shape in ((20, hidden_size), *shapes)]
-    weights, found = torch.randn(20, hidden_size, dtype=dtype), list[list[Tensor]]()
+    given = [torch.randn(shape).to(device, dtype) for shape in ((20, hidden_size), *shapes)]
+    weights, found = torch.randn(20, hidden_size).to(device, dtype), list[list[Tensor]]()
     for run in (run_groups_in_turn, run_groups_at_once):
         tokens, *matrices = (nn.Parameter(tensor.clone()) for tensor in given)
         outputs = run(tokens, counts, matrices)

@@ -63,11 +63,13 @@ class ThroughputCallback(lightning.Callback):
     ) -> None:
         """Add one step of (A, B, T+1) windows and log on logging steps."""
         assert self._throughput is not None and isinstance(pl_module, LanguageModel)
-        synchronize(pl_module.device)
+        self._steps += 1
+        is_logged = self._steps % trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+        if is_logged:  # what a step leaves running is part of the next one's time, so the others need not wait
+            synchronize(pl_module.device)
         micro_batches, size, length = batch.shape
         self._seconds += time.perf_counter() - self._started
         self._tokens += micro_batches * size * (length - 1)
-        self._steps += 1
         output: StepOutput = outputs
         shape = (micro_batches, size, length - 1)
         flops = int(step_flops(pl_module.model.config, shape, int(output["computed_ids"])))
@@ -76,7 +78,7 @@ class ThroughputCallback(lightning.Callback):
         )
         rates = self._throughput.compute()  # holds rates once the window is full
         rate = rates.get("items_per_sec", rates.get("device/items_per_sec"))
-        if rate is not None and self._steps % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
+        if rate is not None and is_logged:
             pl_module.log("train/tokens_per_second", float(rate), prog_bar=True)
             pl_module.log("train/model_flops_utilization", float(rates["device/mfu"]))
             pl_module.log("train/peak_memory_bytes", float(peak_memory_bytes(pl_module.device)))

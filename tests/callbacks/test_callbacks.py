@@ -165,6 +165,16 @@ def test_a_step_reports_how_many_ids_its_experts_ran_on(
     train(small_config(small_overrides, tmp_path, *options))
 
 
+def test_steps_that_log_no_speed_do_not_wait_for_the_device(
+    tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[torch.device] = []
+    monkeypatch.setattr("callbacks.progress.synchronize", waits.append)
+    more = (*ONLY_TRAIN, "trainer.max_steps=6", "trainer.log_every_n_steps=3", "trainer.limit_val_batches=0")
+    train(small_config(small_overrides, tmp_path, *more))
+    assert len(waits) == 2
+
+
 @pytest.mark.slow
 def test_two_ranks_build_the_table_of_one(tmp_path: Path, trained: RunResult) -> None:
     run = RunDirectory(trained.run_dir)

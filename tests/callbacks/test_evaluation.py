@@ -3,9 +3,8 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from src.model.router import Router, Routing, router_probs
 from src.run_directory import RunDirectory
 from src.train import RunResult, train
 from src.training.lightning_module import LanguageModel
-from tests.conftest import CONFIGS, small_config
+from tests.conftest import small_config
+from tests.distributed.processes import run_ranks
 
 QUICK = ("trainer.precision=32-true", "trainer.max_steps=6", "trainer.val_check_interval=2")
 
@@ -157,15 +157,11 @@ class _Nothing(torch.utils.data.Dataset[torch.Tensor]):
 
 @pytest.mark.slow
 def test_a_run_with_two_ranks_evaluates_on_schedule(tmp_path: Path, small_overrides: Sequence[str]) -> None:
-    options = [*small_overrides, *QUICK, "evaluation.every_validations=1", "evaluation.task_limit=8"]
-    runs: list[Path] = []
-    for devices, more in ((1, []), (2, ["trainer.strategy=ddp"])):
-        root = tmp_path / str(devices)
-        arguments = [*options, *more, f"trainer.devices={devices}", f"output_dir={root}"]
-        command = [sys.executable, "-m", "src.train", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent, check=False)
-        assert done.returncode == 0, done.stderr
-        runs.append(root / "quickstart")
+    options = (*QUICK, "evaluation.every_validations=1", "evaluation.task_limit=8")
+    runs = [tmp_path / name for name in ("one", "two")]
+    train(small_config(small_overrides, tmp_path, *options, "name=one"))
+    two = small_config(small_overrides, tmp_path, *options, "trainer.strategy=ddp", "trainer.devices=2", "name=two")
+    run_ranks(partial(train, two), tmp_path / "logs")
     for name in ("eval/next_passage/log_likelihood", "eval/repeated_word/log_likelihood", "eval/held_out/loss"):
         one, two = ([float(value) for value in logged(run, name)] for run in runs)
         assert len(one) == 3

@@ -140,11 +140,10 @@ TWO = (*ONLY_TRAIN, "trainer.devices=2", "data.micro_batch_size=2", "trainer.max
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{"SLURM_NTASKS": "1"}, {"SLURM_NTASKS": "2"}, {"SLURM_JOB_NAME": "interactive"}])
 def test_in_a_batch_script_of_slurm_two_devices_are_two_ranks(
-    more: Mapping[str, str], small_overrides: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_overrides: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_environment(monkeypatch, {**BATCH, **more})
+    set_environment(monkeypatch, {**BATCH, "SLURM_NTASKS": "2"})  # other jobs look the same to `launcher`
     command = [sys.executable, "-m", "src.train", *small_overrides, *TWO, f"output_dir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -149,13 +149,14 @@ def test_a_sharded_run_goes_on_as_if_it_had_not_stopped(
     sharded: bool, tmp_path: Path, small_overrides: Sequence[str]
 ) -> None:
     common = (*ONLY_TRAIN, *TWO, "trainer.strategy=fsdp2", f"checkpoint.sharded={str(sharded).lower()}")
-    constant = (*common, "optimizer.schedule=constant")
-    whole = small_config(small_overrides, tmp_path, *constant, "trainer.max_steps=12", "name=whole")
+    constant = (*common, "optimizer.schedule=constant", "trainer.limit_val_batches=0")
+    whole = small_config(small_overrides, tmp_path, *constant, "trainer.max_steps=6", "name=whole")
     run_ranks(partial(train, whole), tmp_path / "whole-logs")
-    part = small_config(small_overrides, tmp_path, *constant, "trainer.max_steps=6", "name=part")
+    part = small_config(small_overrides, tmp_path, *constant, "trainer.max_steps=3", "name=part")
     run_ranks(partial(train, part), tmp_path / "part-logs")
     run = RunDirectory(tmp_path / "part")
-    run_ranks(partial(train, resumed_config(run, None, ["trainer.max_steps=12"]), run), tmp_path / "resumed-logs")
+    run_ranks(partial(train, resumed_config(run, None, ["trainer.max_steps=6"]), run), tmp_path / "resumed-logs")
+    assert len(column(run.path, "train/loss")) == 6
     assert column(run.path, "train/loss") == column(tmp_path / "whole", "train/loss")
     assert (run.checkpoints_path / "last.ckpt").is_dir() == sharded
     weights = read_weights(run.checkpoints_path / "last.ckpt")

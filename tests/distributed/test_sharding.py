@@ -33,7 +33,7 @@ MODELS = {name: ARCHITECTURES[name] for name in ("moe", "mole")} | {
     "mole-tied": BLOCK,
 }
 SHARDED = (*TWO, "trainer.strategy=fsdp2")
-ONE = "data.micro_batch_size=2"
+ONE, UNWATCHED = "data.micro_batch_size=2", "trainer.limit_val_batches=0"
 
 
 def keep_first_weights(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def keep_first_weights(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_start_from_the_weights_of_one_process_which_only_the_first_builds(
     architecture: str, tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = (*ONLY_TRAIN, *MODELS[architecture], "trainer.max_steps=2")
+    common = (*ONLY_TRAIN, UNWATCHED, *MODELS[architecture], "trainer.max_steps=2")
     writes = ("lut.at_fit_end=true", "seed=5", "name=base")
     base = train(small_config(small_overrides, tmp_path, *common, ONE, *writes)).run_dir
     for name, start in (("fresh", ()), ("from_run", (f"init_from={base}",))):
@@ -101,7 +101,7 @@ def test_losses_of_two_ranks_are_those_of_one_process_in_float64_also_when_resum
     architecture: str, tmp_path: Path, small_overrides: Sequence[str]
 ) -> None:
     constant = "optimizer.schedule=constant"
-    common = (*ONLY_TRAIN, *MODELS[architecture], constant, "trainer.precision=32-true")
+    common = (*ONLY_TRAIN, UNWATCHED, *MODELS[architecture], constant, "trainer.precision=32-true")
     train(small_config(small_overrides, tmp_path, *common, ONE, "trainer.max_steps=20", "name=one"))
     part = small_config(small_overrides, tmp_path, *common, *SHARDED, "trainer.max_steps=12", "name=two")
     run_ranks(partial(train, part), tmp_path / "logs")
@@ -125,7 +125,7 @@ def test_two_ranks_in_bfloat16_train_as_one_process_does_compiled_too(
         return trace(graph, inputs)
 
     monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_module, backend=traced))
-    common = (*ONLY_TRAIN, "trainer.max_steps=6", "trainer.precision=bf16-mixed")
+    common = (*ONLY_TRAIN, UNWATCHED, "trainer.max_steps=6", "trainer.precision=bf16-mixed")
     train(small_config(small_overrides, tmp_path, *common, ONE, "name=one"))
     expected = column(tmp_path / "one", "train/loss")
     assert len(expected) == 6
@@ -149,7 +149,7 @@ def test_two_machines_with_a_copy_each_train_as_one_process_does(
         return mesh
 
     monkeypatch.setattr(ShardedStrategy, "shard_mesh", recorded)
-    common = (*ONLY_TRAIN, "optimizer.schedule=constant", "trainer.precision=32-true", "lut.at_fit_end=true")
+    common = (*ONLY_TRAIN, UNWATCHED, "optimizer.schedule=constant", "trainer.precision=32-true", "lut.at_fit_end=true")
     train(small_config(small_overrides, tmp_path, *common, ONE, "trainer.max_steps=6", "name=one"))
     four = ("trainer.devices=2", "trainer.num_nodes=2", "trainer.strategy=fsdp2", "data.micro_batch_size=1")
     part = ("trainer.max_steps=3", "checkpoint.sharded=true", "name=four")

@@ -1,5 +1,7 @@
-"""What DDP keeps in memory: weights, moments, and gradients that are views of its buckets."""
+"""What ranks keep: under DDP gradients are views of its buckets, under FSDP2 only the first holds a whole model."""
 
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,11 +11,15 @@ import lightning
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, Dataset
 
-from src.accounting.account import whole_memory
+from src.accounting.account import count_parameters, whole_memory
+from src.benchmarks.memory_use import peak_bytes
 from src.config import RunConfig
 from src.fit import build_trainer
+from src.model import ModelConfig, Transformer
+from src.model.sharding import shard_from_rank_zero
 from src.training.config import ObjectiveConfig
 from src.training.lightning_module import LanguageModel
 from tests.conftest import small_config
@@ -70,3 +76,38 @@ def test_gradients_are_views_of_the_buckets_in_every_micro_batch(
     short = ("trainer.max_steps=3", "trainer.precision=32-true", "trainer.limit_val_batches=0")
     more = ("trainer.devices=2", "trainer.strategy=ddp", "data.micro_batch_size=2", *short)
     run_ranks(partial(keep_in_buckets, small_config(small_overrides, tmp_path, *more)), tmp_path / "logs")
+
+
+DEEP = ModelConfig(
+    vocab_size=2048,
+    hidden_size=256,
+    num_layers=16,
+    num_heads=4,
+    intermediate_size=512,
+    num_experts=4,
+    expert_intermediate_size=1024,
+)
+
+
+def build_and_share_out(path: Path) -> None:
+    """Write by how much this rank's memory grows at most, as a share of all weights."""
+    rank, device = int(os.environ["LOCAL_RANK"]), torch.device("cpu")
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    mesh, kept = init_device_mesh("cpu", (2,)), list[Transformer]()
+
+    def build() -> None:
+        with torch.device("meta" if rank else "cpu"):
+            kept.append(Transformer(DEEP))
+        shard_from_rank_zero(kept[0], mesh, device)
+
+    weights = 4 * count_parameters(DEEP).trained
+    path.with_suffix(f".{rank}").write_text(str((peak_bytes(build, device) or 0) / weights))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
+def test_a_rank_that_receives_its_part_never_holds_the_whole_model(tmp_path: Path) -> None:
+    run_ranks(partial(build_and_share_out, tmp_path / "grown"), tmp_path / "logs")
+    shares = [float((tmp_path / f"grown.{rank}").read_text()) for rank in (0, 1)]
+    assert shares[0] > 1
+    assert 0.5 <= shares[1] <= 0.63  # 0.6 of what it takes where each rank builds all

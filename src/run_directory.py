@@ -164,11 +164,15 @@ class RunDirectory:
         """Write a training form's state dict as backbone and experts, each whole or not at all."""
         backbone, experts = _split(weights)
         identity = identify(backbone, experts)
-        metadata = {"format": "pt", "training_form": identity.training_form}
         if experts:
-            write_tensors(self.experts_path, experts, metadata)
-        write_tensors(self.backbone_path, backbone, {**metadata, "backbone": identity.backbone})
+            write_tensors(self.experts_path, experts, {"format": "pt", "training_form": identity.training_form})
+        self.write_backbone(backbone, identity)
         return identity
+
+    def write_backbone(self, backbone: Mapping[str, Tensor], identity: Identity) -> None:
+        """Write the weights of a lookup form; `identity` says which training form it belongs to."""
+        metadata = {"format": "pt", "training_form": identity.training_form, "backbone": identity.backbone}
+        write_tensors(self.backbone_path, backbone, metadata)
 
     def holds_weights(self, identity: Identity, *, with_experts: bool) -> bool:
         """Whether the weight files are readable and claim this identity."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from src import convert, evaluate, generate, prepare_data, reparameterize, train, verify
+from src import convert, evaluate, export, generate, prepare_data, reparameterize, train, verify
 from src.cli import run_verb
 from src.system.signals import leave_on_stop_signals
 from src.train import RunResult
@@ -58,6 +58,11 @@ VERBS: dict[str, tuple[Main, tuple[str, ...], str]] = {
         convert.main,
         ("--to", "official", "--input", "RUN", "--output", "OUT"),
         "src.interop.official._write_weights",
+    ),
+    "export": (
+        export.main,
+        ("--run", "RUN", "--to", "hf", "--output", "OUT"),
+        "src.interop.export.copy_weights",
     ),
     "generate": (generate.main, ("--run", "RUN", "--prompt", "import"), "src.generate.pieces"),
     "interactive": (generate.main, ("--run", "RUN", "--interactive"), "src.generate.interact"),

@@ -35,7 +35,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_verbs_start_without_what_only_training_or_drawing_needs() -> None:
-    verbs = ", ".join(f"src.{verb}" for verb in (*VERBS, "convert", "inspect_lut", "prepare_data"))
+    verbs = ", ".join(f"src.{verb}" for verb in (*VERBS, "convert", "export", "inspect_lut", "prepare_data"))
     unwanted = ("lightning", "torchmetrics", "matplotlib", "wandb", "datasets", "lm_eval", "scipy")
     code = f"import sys, {verbs}; print([name for name in {unwanted} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

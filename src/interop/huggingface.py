@@ -15,7 +15,7 @@ from src.data.text_rule import TextRule, find_separator, template
 from src.data.tokenizer import load_tokenizer, vocabulary_size
 from src.errors import CheckpointError, DataError
 from src.interop.blocks import BlockFamily, Values
-from src.interop.families import Family, ImportCheckpoint, register_family
+from src.interop.families import ImportCheckpoint
 from src.interop.names import Correspondence
 from src.interop.official import read_weights, require_new, require_shapes, run_config_values
 from src.interop.reader import CheckpointTensors, read_json
@@ -189,12 +189,3 @@ def _end_ids(values: Values) -> list[int]:
 
 def _optional_json(path: Path) -> dict[str, object]:
     return read_json(path) if path.is_file() else {}
-
-
-register_family(
-    Family(
-        name="hf",
-        help="folders of transformers: Llama, Mistral, Qwen2 and Qwen3, and SmolLM, which is a Llama",
-        import_checkpoint=import_huggingface,
-    )
-)

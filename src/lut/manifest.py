@@ -42,6 +42,12 @@ class Manifest:
         return plan_shards(self.layout)
 
     @property
+    def file_names(self) -> list[str]:
+        """All files of the table; the manifest last, without which there is none."""
+        counts = [] if self.token_counts_sha256 is None else [COUNTS_NAME]
+        return [*(shard.file_name for shard in self.shards), *counts, MANIFEST_NAME]
+
+    @property
     def text(self) -> str:
         """The content of the file."""
         values = {

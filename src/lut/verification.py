@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from src.errors import LutError
 from src.lut.layout import Shard, TableLayout
-from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, OLD_ERRORS_NAME, Manifest, read_manifest
+from src.lut.manifest import OLD_ERRORS_NAME, Manifest, read_manifest
 from src.lut.scan import TableScan, check_shard, read_token_counts
 from src.lut.sources import TableRows
 from src.system.console import Advance, no_advance
@@ -45,11 +45,8 @@ def _companion_problems(lut_dir: Path, manifest: Manifest) -> Iterator[str]:
         read_token_counts(lut_dir, manifest)
     except LutError as error:
         yield str(error)
-    expected = {MANIFEST_NAME, OLD_ERRORS_NAME, *(shard.file_name for shard in manifest.shards)}
-    if manifest.token_counts_sha256 is not None:
-        expected.add(COUNTS_NAME)
     for path in sorted(lut_dir.iterdir()):
-        if path.name not in expected:
+        if path.name not in (*manifest.file_names, OLD_ERRORS_NAME):
             yield f"{path}: is not part of this table; remove it, or find out what wrote it"
 
 

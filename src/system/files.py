@@ -101,6 +101,27 @@ def atomic_directory(path: Path) -> Generator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+COPY_BYTES = 4 * 2**20
+"""Copied between two steps of a progress bar."""
+
+
+def copy_file(source: Path, target: Path, advance: Callable[[int], object]) -> None:
+    """Copy the contents of a file to a new one; `advance` learns of each part's bytes."""
+    with source.open("rb") as reader, target.open("xb") as writer:
+        while part := reader.read(COPY_BYTES):
+            writer.write(part)
+            advance(len(part))
+
+
+def link_or_copy(source: Path, target: Path, advance: Callable[[int], object]) -> None:
+    """Make `target` a hard link to a file that nothing changes in place, or a copy where there are no such links."""
+    try:
+        target.hardlink_to(source.resolve())
+        advance(source.stat().st_size)
+    except OSError:  # another disk, another owner, or a file system without links
+        copy_file(source, target, advance)
+
+
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NOT_OF_A_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 

@@ -143,13 +143,17 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
         f"--to official --input {TRAINED} --output out",
         {
             "--from": choice(""),
-            "--to": choice("official"),
+            "--to": choice("official hf"),
             "--input": NOTHING,
             "--output": PATH,
             "--top-k": whole(""),
             "--tokenizer": NOTHING,
             "--lut": NAME,
         },
+    ),
+    "export": (
+        f"--run {TRAINED} --to hf --output out",
+        {"--run": NOTHING, "--lut": NOTHING, "--to": choice("official hf"), "--output": PATH},
     ),
     "benchmarks.build": (
         "",

@@ -25,7 +25,7 @@ from src.data.config import DataConfig
 from src.errors import ConfigError, UserError, caused_by, check_range
 from src.evaluation.config import EvaluationConfig
 from src.lut.codecs import CODECS
-from src.model.config import ModelConfig
+from src.model.config import OF_TRAINING, ModelConfig
 from src.run_directory import PATH_KEYS, PATH_OR_NAME_KEYS, SCHEMA_VERSION, TEXT_RULE, RunDirectory
 from src.system.files import expand_home
 from src.training.config import (
@@ -65,7 +65,9 @@ class RunConfig:
     seed: int = 0
     """Decides initial weights; 0 to 2**32 - 1."""
     init_from: str | None = None
-    """Run directory whose weights training starts from, with a new optimizer and schedule; null draws new weights."""
+    """Run directory whose weights training starts from, with a new optimizer and schedule. Keys of `model` that the
+    config does not state are the run's, and so is the tokenizer, with what the run puts before a text. null draws new
+    weights."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -129,7 +131,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(expand_home(str(path)))
     layers = [*_read_layers(path, ()), *(_override_layer(override) for override in overrides)]
-    return _compose(layers, path)
+    return _compose([*_inherited(layers), *layers], path)
 
 
 def load_run_config(run: RunDirectory, overrides: Sequence[str] = ()) -> RunConfig:
@@ -155,17 +157,46 @@ def _schema() -> DictConfig:
     return OmegaConf.structured(RunConfig)
 
 
-def _compose(layers: Sequence[_Layer], path: Path) -> RunConfig:
-    merged = _schema()
+def _merge(layers: Sequence[_Layer]) -> Any:
+    merged: Any = _schema()
     for where, values in layers:
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(values))
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(error, where)) from error
+    return merged
+
+
+def _inherited(layers: Sequence[_Layer]) -> list[_Layer]:
+    """Return what a config takes over from the run that it starts from, as a layer below all others."""
+    merged = _merge(layers)
+    try:
+        name = OmegaConf.select(merged, "init_from")
+    except OmegaConfBaseException:  # `_compose` explains it
+        return []
+    if name is None:
+        return []
+    run = RunDirectory(Path(name))
+    is_whole = not any(key.startswith("model") for key in OmegaConf.missing_keys(merged))
+    if is_whole and not run.config_path.is_file():
+        return []  # whatever needs the run reports it
+    with caused_by("init_from", run.path):
+        model = run.require().model_config().to_dict()
+    values: dict[str, Any] = {"model": {key: model[key] for key in model if key not in OF_TRAINING}}
+    tokenizers = [layer.get("data", {}).get("tokenizer", {}) for _, layer in layers]
+    if run.tokenizer_path.is_file() and not any({"path", "hub", "vocab_size"} & set(stated) for stated in tokenizers):
+        values["data"] = {"tokenizer": {"path": str(run.tokenizer_path)}}
+    return [(str(run.config_path), _literal(values))]
+
+
+def _compose(layers: Sequence[_Layer], path: Path) -> RunConfig:
+    merged = _merge(layers)
     try:
         return cast(RunConfig, OmegaConf.to_object(merged))
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{path}: {error.full_key} is required; give it a value") from error
+        wanted = str(error.full_key)
+        remedy = "; give it a value" + (", or name a run with init_from" if wanted.startswith("model") else "")
+        raise ConfigError(f"{path}: {wanted} is required{remedy}") from error
     except UserError as error:
         raise ConfigError(f"{path}: {error}") from error
     except OmegaConfBaseException as error:

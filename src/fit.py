@@ -50,7 +50,7 @@ from src.system.ranks import ReportedFailureError, is_rank_zero
 from src.system.signals import STOP_SIGNALS, Preempted, StopSignals
 from src.training.checkpoints import explaining_write_failures
 from src.training.lightning_module import LanguageModel
-from src.training.resume import Resumption, require_start, start_from_run
+from src.training.resume import Resumption, require_start, start_from_run, starting_rule
 from src.training.strategy import ShardedStrategy, StreamingCheckpointIO, cluster_environment
 from src.training.tracking import build_loggers, close_loggers, code_version, package_version, wandb_mode
 
@@ -66,7 +66,8 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
         require_writable(*("output_dir", Path(config.output_dir)) if start is None else ("--resume", start.run.path))
     _require_inputs(config, start)
     with naming("data.cache_dir", Path(config.data.cache_dir)), progress_report(stderr_console()) as progress:
-        corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=progress)
+        rule = starting_rule(config.init_from, config.data.tokenizer, None if start is None else start.run)
+        corpus = prepare_corpus(config.data, rule, vocab_size=config.model.vocab_size, report=progress)
     if start is not None:
         start.require_corpus(corpus.fingerprint)
     text = held_out(corpus, config.data, config.model.vocab_size, config.evaluation.corpora)

@@ -14,6 +14,7 @@ from src.data.packed_corpus import prepare_corpus
 from src.data.windows import training_windows
 from src.system.console import progress_report, stderr_console, text_table
 from src.system.files import naming, write_json
+from src.training.resume import starting_rule
 
 _BLOCK_TOKENS, _MOST_BLOCKS = 1 << 14, 32
 
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = options.parse_args(arguments)
     config = load_config(find_config(given.config), given.overrides)
     with naming("data.cache_dir", Path(config.data.cache_dir)), progress_report(stderr_console()) as report:
-        corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=report)
+        rule = starting_rule(config.init_from, config.data.tokenizer)
+        corpus = prepare_corpus(config.data, rule, vocab_size=config.model.vocab_size, report=report)
     reports = [describe_source(source, config.data.sequence_length) for source in corpus.sources]
     print_sources(reports, Console())
     if given.json is not None:

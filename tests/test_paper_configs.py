@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from src.config import load_config
+from src.config import RunConfig, load_config
+from src.run_directory import RunDirectory
 from src.train import train
 from tests.conftest import CONFIGS, STDLIB
 
@@ -101,14 +102,22 @@ def changed(name: str, reference: str) -> dict[str, object]:
     return {key: value for key, value in resolved(name).items() if key != "name" and value != theirs[key]}
 
 
-@pytest.mark.parametrize("path", EVERY_CONFIG, ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_loads_and_is_named_after_its_file(path: Path) -> None:
-    assert load_config(path).name == ("paper-base" if path.stem == "base" else path.stem)
+def load(path: Path, tmp_path: Path) -> RunConfig:
+    """Load a config; one that states no model gets that of a run."""
+    if "\nmodel:" in path.read_text() or "\nbase:" in f"\n{path.read_text()}":
+        return load_config(path)
+    RunDirectory(tmp_path).write_config({"model": load_config(CONFIGS / "quickstart.yaml").model.to_dict()})
+    return load_config(path, [f"init_from={tmp_path}"])
 
 
 @pytest.mark.parametrize("path", EVERY_CONFIG, ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_runs_on_1_2_4_and_8_devices(path: Path) -> None:
-    data = load_config(path).data
+def test_loads_and_is_named_after_its_file(path: Path, tmp_path: Path) -> None:
+    assert load(path, tmp_path).name == ("paper-base" if path.stem == "base" else path.stem)
+
+
+@pytest.mark.parametrize("path", EVERY_CONFIG, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_runs_on_1_2_4_and_8_devices(path: Path, tmp_path: Path) -> None:
+    data = load(path, tmp_path).data
     for world_size in (1, 2, 4, 8):
         passes, windows = data.micro_batches_per_step(world_size), data.micro_batch_windows(world_size)
         assert passes * windows * world_size == data.global_batch_size

@@ -9,17 +9,23 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import zstandard
 from PIL import Image
 
 from src.benchmarks.figure import main as draw_figure
 from src.benchmarks.figure import read_decode_table
 from src.errors import UserError
+from src.interop.llama import LLAMA
 from src.train import RunResult
 from tests.conftest import CONFIGS, STDLIB
+from tests.interop.checkpoints import write_block_folder
+from tests.model.models import DENSE
 
 ROOT = CONFIGS.parent
 PAGES = [ROOT / "README.md", *sorted(CONFIGS.rglob("README.md")), *sorted((ROOT / "src").rglob("README.md"))]
@@ -78,6 +84,13 @@ SMALLER = {
     "src.benchmarks.figure": ["--output", "decode.png"],
 }
 """What is appended to the other commands of a module, so that they take seconds."""
+SMOLLM: dict[str, Any] = {
+    "activation": "swiglu",
+    "num_kv_heads": 1,
+    "tie_embeddings": True,
+    "vocab_size": 512,
+    "max_sequence_length": 256,
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -191,6 +204,7 @@ def run(small_overrides: Sequence[str], tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shutil.copytree(CONFIGS, "configs")  # a copy, since a study writes its results there
     Path("MoLE-160M-4E").symlink_to(ROOT / "tests" / "golden" / "mole")
+    write_block_folder(Path("SmolLM2-135M"), replace(DENSE, **SMOLLM), LLAMA, torch.bfloat16)
     Path("corpus").mkdir()
     Path("texts").mkdir()
     records = [json.dumps({"text": path.read_text()}) for path in sorted((STDLIB / "email").glob("*.py"))]
@@ -203,6 +217,8 @@ def run(small_overrides: Sequence[str], tmp_path: Path, monkeypatch: pytest.Monk
             return ["--arms", "dense"] if module == "src.study" else []  # a step of each arm is timed
         stated = {"data.micro_batch_size", *(word.partition("=")[0] for word in arguments)}
         small = [item for item in small_overrides if item.partition("=")[0] not in stated]
+        if "init_from" in stated:  # which gives the model
+            small = [item for item in small if not item.startswith("model.")]
         if module == "src.train":  # a resumed run keeps its own settings
             return ["trainer.max_steps=35"] if "--resume" in arguments else [*small, "trainer.max_steps=30"]
         text = [item for item in small if item.startswith(("data.files", "data.cache_dir", "data.validation"))]

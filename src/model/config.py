@@ -8,6 +8,8 @@ from src.errors import ConfigError, check_range
 
 Architecture = Literal["dense", "moe", "mole"]
 Activation = Literal["gelu", "swiglu"]
+OF_TRAINING = ("expert_execution", "gradient_checkpointing")
+"""Keys of `ModelConfig` that say how to compute, not what."""
 _MAX_SIZE = 2**20
 """So that the bytes of any tensor can be counted in 63 bits."""
 

@@ -41,6 +41,7 @@ from src.system.console import progress_report, stderr_console
 from src.system.hardware import require_posix, usable_cores
 from src.system.locks import open_locked
 from src.training.checkpoints import CheckpointFiles
+from src.training.resume import starting_rule
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 20.0
@@ -195,7 +196,9 @@ class Runner:
         key = repr(config.data)
         if key not in self._corpora:
             with progress_report(stderr_console()) as progress:
-                self._corpora[key] = prepare_corpus(config.data, vocab_size=config.model.vocab_size, report=progress)
+                rule = starting_rule(config.init_from, config.data.tokenizer)
+                vocab_size = config.model.vocab_size
+                self._corpora[key] = prepare_corpus(config.data, rule, vocab_size=vocab_size, report=progress)
         return self._corpora[key]
 
 

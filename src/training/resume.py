@@ -16,7 +16,9 @@ from typing import Any, Self
 
 from tokenizers import Tokenizer
 
-from src.data.tokenizer import fingerprint, load_tokenizer
+from src.data.config import TokenizerConfig
+from src.data.text_rule import TextRule
+from src.data.tokenizer import fingerprint, load_run_rule, load_tokenizer
 from src.errors import ConfigError, LutError, RunError, caused_by
 from src.inference import load_model
 from src.lut import read_manifest
@@ -250,7 +252,7 @@ def require_start(run: RunDirectory, config: ModelConfig) -> None:
 
 
 def _require_same_model(run: RunDirectory, config: ModelConfig) -> None:
-    theirs, ours = run.model_config().to_dict(), config.to_dict()
+    theirs, ours = _resolved(run.model_config()), _resolved(config)
     differences = [
         f"model.{key} {theirs[key]} there, {ours[key]} here" for key in _MUST_AGREE if theirs[key] != ours[key]
     ]
@@ -259,6 +261,27 @@ def _require_same_model(run: RunDirectory, config: ModelConfig) -> None:
             f"init_from: {run.path} holds another model ({'; '.join(differences)}); "
             "set these keys to the run's values, or start from a run of this shape"
         )
+
+
+def _resolved(config: ModelConfig) -> dict[str, object]:
+    return {**config.to_dict(), "num_kv_heads": config.kv_heads, "head_dim": config.attention_head_dim}
+
+
+def starting_rule(
+    init_from: str | None, tokenizer: TokenizerConfig, resumed: RunDirectory | None = None
+) -> TextRule | None:
+    """Return the rule of the run that training starts from, where it takes over the run's tokenizer; None elsewhere.
+
+    An imported model has learned what stands before a text. A `resumed` run has its rule already.
+    """
+    if init_from is None:
+        return None
+    run = resumed or RunDirectory(Path(init_from))
+    own = run.tokenizer_path
+    taken_over = tokenizer.path is not None and Path(tokenizer.path).absolute() == own.absolute()
+    if not own.is_file() or (resumed is None and (not taken_over or tokenizer.separator is not None)):
+        return None
+    return load_run_rule(own, run.recorded_tokenizers(), run.text_rule())
 
 
 def _require_training_form(run: RunDirectory) -> None:

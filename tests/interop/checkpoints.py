@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from torch import Tensor
+
+from src.data.tokenizer import train_bpe
+from src.interop.blocks import BlockFamily
+from src.model import ModelConfig
+from tests.model.models import build
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 Writer = Callable[[Path, dict[str, Tensor]], None]
@@ -68,6 +74,24 @@ def write_pickle(directory: Path, tensors: dict[str, Tensor]) -> None:
 def copy_golden(name: str, directory: Path) -> Path:
     """Copy a golden checkpoint, to be damaged."""
     shutil.copytree(GOLDEN / name, directory)
+    return directory
+
+
+def write_block_folder(directory: Path, config: ModelConfig, family: BlockFamily, dtype: torch.dtype) -> Path:
+    """Write a folder of random weights as transformers does, with a tokenizer that puts <s> before a text."""
+    values = {**(family.write_config(config) or {}), "eos_token_id": 0}
+    weights = build(config, torch.float32).to(dtype).state_dict()
+    tensors = {
+        name: part.contiguous()
+        for entry in family.correspondences(config)
+        for name, part in zip(entry.theirs, entry.split(weights[entry.ours]), strict=True)
+    }
+    write_checkpoint(directory, tensors, values)
+    tokenizer = train_bpe(iter(["def words(of, a, table): return [of, a, table]"] * 9), config.vocab_size - 1)
+    tokenizer.add_special_tokens(["<s>"])
+    token = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[token])
+    tokenizer.save(str(directory / "tokenizer.json"))
     return directory
 
 

@@ -48,8 +48,7 @@ def mean_curve(arm: ArmRows) -> list[tuple[int, float]]:
 def _curves(summary: Summary) -> Figure:
     figure = Figure(figsize=(7.2, 4.4), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    required = [arm for arm in summary.arms.values() if arm.arm.is_required]
-    for arm in required[:_FULL_CURVES]:
+    for arm in _required(summary)[:_FULL_CURVES]:
         points = mean_curve(arm)
         axes.plot(*zip(*points, strict=True), marker=_MARKERS[kind(arm)], markersize=4, label=arm.arm.label)
     _finish(axes, "optimizer steps", "validation loss (nats per token)")
@@ -60,11 +59,14 @@ def _curves(summary: Summary) -> Figure:
 def _memory(summary: Summary) -> Figure:
     figure = Figure(figsize=(7.2, 4.6), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    arms = [arm for arm in summary.arms.values() if math.isfinite(_loss(arm))]
-    places = [2 * _in_memory(arm) / 1e6 for arm in arms]
+    arms = sorted((arm for arm in _required(summary) if math.isfinite(_loss(arm))), key=_in_memory)
     losses = [_loss(arm) for arm in arms]
-    heights = spread(losses, 0.045 * (max(losses, default=0) - min(losses, default=0)))
-    for arm, place, height in zip(arms, places, heights, strict=True):
+    gap = 0.045 * (max(losses, default=0) - min(losses, default=0))
+    heights: list[float] = []
+    for _, column in itertools.groupby(arms, lambda arm: round(_in_memory(arm), -5)):
+        heights += spread([_loss(arm) for arm in column], gap)
+    for arm, height in zip(arms, heights, strict=True):
+        place = 2 * _in_memory(arm) / 1e6
         error = arm.stderr(lambda row: row.held_out_loss)
         bar = 0 if math.isnan(error) else error
         axes.errorbar(place, _loss(arm), yerr=bar, fmt=_MARKERS[kind(arm)], color=_COLORS[kind(arm)], capsize=2)
@@ -73,6 +75,11 @@ def _memory(summary: Summary) -> Figure:
     _finish(axes, "weights in memory at inference, 16 bit (MB)", "held-out loss (nats per token)")
     axes.set_title("MoE with its experts in memory; MoLE with its table on disk", fontsize=8, color="#57606a")
     return figure
+
+
+def _required(summary: Summary) -> list[ArmRows]:
+    """Return the arms that are not further ones, which would hide them."""
+    return [arm for arm in summary.arms.values() if arm.arm.is_required]
 
 
 def _loss(arm: ArmRows) -> float:

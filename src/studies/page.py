@@ -76,7 +76,20 @@ def _answers(summary: Summary) -> str:
         answer = f"**{summary.answer(item)}**"
         lines.append(_line(f"{names}. {item.because}", item.expect, f"{found.verdict}{test}", answer, *figures))
     smallest = f"\n\nThe smallest difference of interest is {study.smallest_difference:g} nats per token. "
-    return "\n".join(lines) + smallest + _HOW_TO_READ
+    return "\n".join(lines) + smallest + _HOW_TO_READ + _other_lengths(summary)
+
+
+def _other_lengths(summary: Summary) -> str:
+    """Say in which order the arms end that trained on more or fewer tokens than the baseline."""
+    names = {name for pair in summary.comparisons() for name in pair if summary.study.baseline not in pair}
+    arms = sorted((summary.arms[name] for name in names), key=lambda arm: arm.mean(lambda row: row.held_out_loss))
+    found = ""
+    for tokens in sorted({arm.rows[0].tokens for arm in arms}):
+        same = [arm for arm in arms if arm.rows[0].tokens == tokens]
+        order = "; ".join(f"{arm.arm.label} {_number(arm.mean(lambda row: row.held_out_loss))}" for arm in same)
+        seeds = max(len(arm.rows) for arm in same)
+        found += f"\n\nAt {tokens:,} tokens ({seeds} seed{'s' if seeds > 1 else ''}), from best to worst: {order}."
+    return found
 
 
 def _losses(summary: Summary) -> str:
@@ -99,26 +112,22 @@ def _losses(summary: Summary) -> str:
 def _differences(summary: Summary) -> str:
     study = summary.study
     seeds = sorted({row.seed for arm in summary.arms.values() for row in arm.rows})
+    windows = 0
     lines = _table("", "verdict", *_FIGURES, *(f"seed {seed}, by window" for seed in seeds), texts=2)
-    for name, arm in summary.arms.items():
-        if name == study.baseline:
-            continue
-        found = summary.compare(name, study.baseline)
+    for name, than in summary.comparisons():
+        found = summary.compare(name, than)
         over = found.over_seeds
         figures = ("", "", "") if over is None else (_signed(over.mean, over.stderr), _interval(over), _p(over.p_value))
         within = [found.by_window.get(seed) for seed in seeds]
         cells = ["" if item is None else _signed(item.mean, item.stderr) for item in within]
-        lines.append(_line(arm.arm.label, found.verdict, *figures, *cells))
-    windows = max((item.pairs for arm in summary.arms for item in _by_window(summary, arm)), default=0)
+        label = study.arms[name].label + ("" if than == study.baseline else f" against {study.arms[than].label}")
+        lines.append(_line(label, found.verdict, *figures, *cells))
+        windows = max(windows, *(item.pairs for item in found.by_window.values()), 0)
     return "\n".join(lines) + (
-        "\n\nNats per token, arm minus baseline, with standard errors. Over seeds: paired by seed, Student's paired t "
+        "\n\nNats per token, with standard errors, at equal tokens. Over seeds: paired by seed, Student's paired t "
         f"test. By window: within one seed, paired by held-out window ({windows} of them); neighboring windows may be "
         "from one document, so these errors are on the small side, and they say nothing about other seeds."
     )
-
-
-def _by_window(summary: Summary, arm: str) -> Sequence[MeanDifference]:
-    return list(summary.compare(arm, summary.study.baseline).by_window.values())
 
 
 def _costs(summary: Summary) -> str:

@@ -1,5 +1,6 @@
 """What the rows of a study say: means over seeds, comparisons, verdicts. Knows neither Markdown nor plots."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,15 @@ class Summary:
             for rows in (first, {seed: row for seed, row in second.items() if seed not in other_text})
         )
         return compare_arms(one, two, self.study.smallest_difference)
+
+    def comparisons(self) -> list[tuple[str, str]]:
+        """Return which arms to compare at equal tokens: each with the baseline, longer or shorter ones in pairs."""
+        arms = self.arms
+        usual = arms[self.study.baseline].rows[0].tokens if self.study.baseline in arms else None
+        tokens = {name: arm.rows[0].tokens for name, arm in arms.items()}
+        pairs = [(name, self.study.baseline) for name in arms if tokens[name] == usual and name != self.study.baseline]
+        others = itertools.combinations([name for name in arms if tokens[name] != usual], 2)
+        return pairs + [(later, first) for first, later in others if tokens[first] == tokens[later]]
 
     def rows_of(self, arm: str) -> Sequence[Row]:
         """Return the reported rows of an arm, by seed."""

@@ -96,6 +96,16 @@ def test_cells_on_other_text_are_not_compared(tmp_path: Path) -> None:
     assert Summary(study, results).compare("mole", "dense").seeds == (0, 2)
 
 
+def test_arms_are_compared_at_equal_tokens(tmp_path: Path) -> None:
+    longer = [replace(item, tokens=2 * item.tokens) for item in rows([], MOLE, MOE)]
+    summary = Summary(write_study(tmp_path / "study"), [*rows(DENSE, []), *longer])
+    assert summary.comparisons() == [("moe", "mole")]
+    text = page(tmp_path / "page", list(summary.rows))
+    assert "| MoE against MoLE | no difference at this resolution |" in text
+    assert "At 16,384 tokens (3 seeds), from best to worst: MoE 2.8000; MoLE 2.8033." in text
+    assert Summary(summary.study, rows(DENSE, MOLE, MOE)).comparisons() == [("mole", "dense"), ("moe", "dense")]
+
+
 def test_plots_are_whole_and_the_same_from_the_same_rows(tmp_path: Path) -> None:
     for name in ("first", "again"):
         page(tmp_path / name, rows(DENSE, MOLE, MOE))

@@ -148,7 +148,7 @@ def test_the_readme_has_one_line_to_run_and_one_to_test() -> None:
 
 
 def test_the_readme_stays_short_and_its_links_lead_somewhere() -> None:
-    assert len(PAGES[0].read_text().splitlines()) <= 150
+    assert len(PAGES[0].read_text().splitlines()) <= 170
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page}: {target}"

@@ -1,4 +1,4 @@
-"""The READMEs and `--help`: every command and program runs, with small settings, and the figure shows its table."""
+"""The READMEs and `--help`: every command and program runs, with small settings."""
 
 import importlib
 import json
@@ -16,11 +16,7 @@ from typing import Any
 import pytest
 import torch
 import zstandard
-from PIL import Image
 
-from src.benchmarks.figure import main as draw_figure
-from src.benchmarks.figure import read_decode_table
-from src.errors import UserError
 from src.interop.llama import LLAMA
 from src.train import RunResult
 from tests.conftest import CONFIGS, STDLIB
@@ -40,6 +36,7 @@ MODULES = [
 INSTALL, NETWORK, EIGHT, FOUR = "installs packages", "needs a network", "needs eight devices", "needs four machines"
 GPU = "needs a GPU"
 LONG, HOURS = "takes a minute even with the smallest model, which tests/benchmarks runs", "takes hours"
+TRAINS = "needs a trained MoE, which tests/benchmarks makes"
 DRY_RUN, LOCAL = ["--dry-run"], ["data.sources=[]"]
 LISTED: dict[str, tuple[str, list[str] | None]] = {
     "python3.11 -m venv .venv": (INSTALL, None),
@@ -69,6 +66,11 @@ LISTED: dict[str, tuple[str, list[str] | None]] = {
     "python -m src.benchmarks.lookup --shape 160m-4e --rounds 15 --output results/lookup.json": (LONG, None),
     "python -m src.benchmarks.decode --output results/decode.json": (LONG, None),
     "python -m src.benchmarks.decode --shape 160m-4e --batches 1 8 32 --output results/decode.json": (LONG, None),
+    "python -m src.benchmarks.figure": (LONG, None),
+    "python -m src.benchmarks.figure --shape 160m-4e": (LONG, None),
+    "python -m src.train --config configs/routing.yaml": ("takes minutes", DRY_RUN),
+    "python -m src.benchmarks.routing --run runs/routing": (TRAINS, None),
+    "python -m src.benchmarks.routing --run RUN --tokens 2000 --output routing.npz": (TRAINS, None),
 }
 """Commands that small settings alone do not let run here: the reason, and what is appended; None only parses them."""
 
@@ -81,7 +83,6 @@ SMALLER = {
     "src.benchmarks.train": ["--shape", "small", "--layers", "1", "--windows", "1", "--sequence-length", "32"],
     "src.benchmarks.build": ["--shape", "small-4e", "--layers", "1"],
     "src.benchmarks.data": ["--megabytes", "1", "--raw-megabytes", "1", "--vocab-size", "512", "--files", *TEXT],
-    "src.benchmarks.figure": ["--output", "decode.png"],
 }
 """What is appended to the other commands of a module, so that they take seconds."""
 SMOLLM: dict[str, Any] = {
@@ -274,21 +275,3 @@ def test_the_first_command_runs_with_few_steps(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "lookup form minus training form" in done.stderr
     assert (tmp_path / "quickstart" / "lut" / "manifest.json").is_file()
-
-
-def test_the_figure_shows_the_numbers_of_the_table(tmp_path: Path) -> None:
-    columns = read_decode_table(BENCHMARKS)
-    machine = next(iter(columns.values()))
-    assert machine["batch"] == [1, 8, 32]
-    assert all(len(values) == 3 for values in machine.values())
-    with Image.open(BENCHMARKS.with_name("decode.png")) as committed:
-        assert json.loads(committed.info["Description"]) == columns, "run `python -m src.benchmarks.figure`"
-    draw_figure(["--output", str(tmp_path / "again.png")])
-    with Image.open(tmp_path / "again.png") as drawn:
-        assert drawn.size == committed.size
-
-
-def test_a_page_without_the_table_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "page.md").write_text("| | batch |\n|---|---|\n| Dense | 1 ms |\n")
-    with pytest.raises(UserError, match="no table"):
-        read_decode_table(tmp_path / "page.md")

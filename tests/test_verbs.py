@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from src import convert, evaluate, generate, inspect_lut, prepare_data, reparameterize, train, verify
-from src.benchmarks import build, data, decode, figure, gpu, lookup, loss
+from src.benchmarks import build, data, decode, figure, gpu, lookup, loss, routing
 from src.benchmarks import train as benchmark_train
 from src.cli import run_verb
 from src.data.tokenizer import fingerprint, load_tokenizer
@@ -409,7 +409,7 @@ def test_what_is_no_checkpoint_is_named(trained: RunResult, tmp_path: Path) -> N
 
 def test_outputs_of_benchmarks_are_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = {build: ("--json", "--directory"), data: ("--json", "--directory"), loss: ("--output",)}
-    flags |= {lookup: ("--output", "--directory"), decode: ("--output",), figure: ("--output",)}
+    flags |= {lookup: ("--output", "--directory"), decode: ("--output",), figure: ("--output",), routing: ("--output",)}
     flags[gpu] = ("--output", "--directory")
     for verb, names in {**flags, benchmark_train: ("--json", "--plot", "--cache-dir")}.items():
         for name in names:

@@ -5,6 +5,7 @@ Rounds are interleaved, so that drifts of the machine affect every contender ali
 
 import argparse
 import json
+import math
 import platform
 import random
 import statistics
@@ -67,10 +68,42 @@ class Timings:
         pairs = zip(self.seconds[name], self.seconds[reference], strict=True)
         return statistics.median(one / other for one, other in pairs)
 
+    def interval(self, name: str, reference: str) -> tuple[float, float]:
+        """Return the 95 % interval of `ratio`: order statistics, without an assumption on the distribution."""
+        pairs = zip(self.seconds[name], self.seconds[reference], strict=True)
+        ranked = sorted(one / other for one, other in pairs)
+        return median_interval(ranked)
+
+    def describe(self, name: str, reference: str) -> str:
+        """Return the ratio of two contenders with its interval."""
+        low, high = self.interval(name, reference)
+        return f"{self.ratio(name, reference):.3g} ({low:.3g} to {high:.3g})"
+
+    def target(self, title: str, name: str, reference: str, limit: float) -> "Target":
+        """Return the target that one contender takes at most `limit` times as long as another."""
+        interval = self.interval(name, reference)
+        return Target(f"{title}{name} over {reference}", self.ratio(name, reference), limit, interval=interval)
+
     def difference(self, name: str, reference: str) -> float:
         """Median over rounds of the difference of two contenders' seconds."""
         pairs = zip(self.seconds[name], self.seconds[reference], strict=True)
         return statistics.median(one - other for one, other in pairs)
+
+
+def median_interval(ranked: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the median of a population from sorted values of it; from few values, their range.
+
+    The k-th smallest and the k-th largest of n values enclose the median with probability 1 - 2 P(X < k), where X is
+    binomial with n and 1/2.
+    """
+    count, outside, skipped = len(ranked), 0.0, 0
+    while skipped < count // 2:
+        outside += 2 * math.comb(count, skipped) / 2**count
+        if outside > 1 - confidence:
+            break
+        skipped += 1
+    first = max(0, skipped - 1)
+    return ranked[first], ranked[count - 1 - first]
 
 
 def take_turns(
@@ -114,6 +147,8 @@ class Target:
     found: float
     limit: float
     at_least: bool = False
+    interval: tuple[float, float] | None = None
+    """Of `found`, 95 %."""
 
     @property
     def holds(self) -> bool:
@@ -121,10 +156,12 @@ class Target:
 
     def line(self) -> str:
         sign = ">=" if self.at_least else "<="
-        return f"{'holds' if self.holds else 'MISSED'}  {self.name}: {self.found:.3g} {sign} {self.limit:g}"
+        between = "" if self.interval is None else f" ({self.interval[0]:.3g} to {self.interval[1]:.3g})"
+        return f"{'holds' if self.holds else 'MISSED'}  {self.name}: {self.found:.3g}{between} {sign} {self.limit:g}"
 
-    def to_dict(self) -> dict[str, str | float | bool]:
-        return {"name": self.name, "found": self.found, "limit": self.limit, "holds": self.holds}
+    def to_dict(self) -> dict[str, object]:
+        interval = {} if self.interval is None else {"interval": list(self.interval)}
+        return {"name": self.name, "found": self.found, "limit": self.limit, "holds": self.holds, **interval}
 
 
 def bars(groups: Mapping[str, Timings], path: Path, label: str, scale: float) -> None:

@@ -1,89 +1,228 @@
-"""`python -m src.benchmarks.figure`: draw the README's figure from the decode table in `src/benchmarks/README.md`.
+"""`python -m src.benchmarks.figure`: measure and draw what a decode step takes, and what it holds in memory.
 
-The page is the only place where the figures are kept; the PNG records the values it was drawn from. Times nothing.
+The paper's Figure 3 (arXiv:2503.15798) with loads from a real disk instead of bytes over 16 GB/s: Dense, MoE in memory
+and offloaded, MoLE in memory and on a cold disk, by batch size. Weights and tables are random, as in
+`src.benchmarks.decode`, whose contenders these are. Every shape is a part of the JSON that `--shape` makes anew.
 """
 
 import json
-import re
+import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import psutil
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Console
 
-from src.cli import input_file, output_file, parser, run_verb
+from src.accounting.account import count_parameters
+from src.benchmarks.common import COUNT, SHAPES, Timings, add_text_options, describe_machine, model_config
+from src.benchmarks.decode import COLD, IN_MEMORY, load_contenders, measure_decode
+from src.benchmarks.moe import FEW, MEMORY, RECENT, RECORDED, MoeContenders, OffloadReport, moe_config, print_reports
+from src.benchmarks.routing import TRACE, RoutingTrace, find_trace
+from src.benchmarks.workload import TextIds, load_text_ids, scratch_directory, write_runs
+from src.cli import input_file, output_directory, parser, run_verb
 from src.errors import UserError
-from src.system.files import atomic_path
+from src.lut.layout import TableLayout
+from src.system.files import atomic_path, free_bytes, write_json
 
-HERE = Path(__file__).parent
-OVER_DENSE = ", over Dense"
-DENSE_COLOR, COLORS = "#8c959f", ("#0969da", "#1a7f64", "#bf8700", "#cf5b3f")
-
-Columns = Mapping[str, Mapping[str, Sequence[float]]]
-"""Machine -> row of the table -> a value per batch size; the row `batch` holds these sizes."""
-
-
-def read_decode_table(page: Path) -> Columns:
-    """Return Dense's milliseconds and every row `..., over Dense`; UserError when the page has no such table."""
-    found = re.search(r"^\| \| (.+ batch .+) \|\n\|[-|]+\|\n((?:\|.+\|\n)+)", page.read_text("utf-8"), re.MULTILINE)
-    if found is None:
-        raise UserError(f"{page}: no table whose first heading is like `| | MACHINE, batch 1 | 8 |`")
-    columns: dict[str, dict[str, list[float]]] = {}
-    machines: list[str] = []
-    for heading in found[1].split(" | "):
-        machine, named, batch = heading.rpartition(", batch ")
-        machines.append(machine if named else machines[-1])
-        columns.setdefault(machines[-1], {}).setdefault("batch", []).append(float(batch))
-    for line in found[2].splitlines():
-        label, *cells = line.strip("| ").split(" | ")
-        if label == "Dense" or label.endswith(OVER_DENSE):
-            for machine, cell in zip(machines, cells, strict=True):
-                columns[machine].setdefault(label.removesuffix(OVER_DENSE), []).append(float(cell.split()[0]))
-    return columns
+PAPER = ("160m-4e", "160m-16e", "410m-4e")
+RESULT = Path(__file__).with_name("latency.json")
+SPARE_BYTES = 5.2e9
+"""Memory that must stay free above a table, or it is not measured in memory."""
+DTYPE, VALUE_BYTES = "bfloat16", 2
+STYLES: dict[str, tuple[str, str, str]] = {
+    "dense": ("Dense", "#57606a", "-"),
+    MEMORY: ("MoE in memory", "#bf8700", "-"),
+    f"{FEW}, cold": ("MoE offloaded, two experts kept", "#cf222e", "-"),
+    f"{RECENT}, cold": ("MoE offloaded, LRU", "#cf5b3f", "--"),
+    f"{RECENT}, cold{RECORDED}": ("MoE offloaded, LRU, trained routing", "#cf5b3f", ":"),
+    IN_MEMORY: ("MoLE in memory", "#1a7f64", "-"),
+    COLD: ("MoLE from a cold disk", "#0969da", "-"),
+}
+"""Label, color and line of the contenders that are drawn."""
 
 
-def draw(columns: Columns) -> Figure:
-    """Draw one panel per machine: the time of a decode step over Dense, by batch size."""
-    figure = Figure(figsize=(8.4, 3.3), dpi=140, layout="constrained", facecolor="white")
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for panel, (machine, rows) in zip(panels, columns.items(), strict=True):
-        _draw_machine(panel, machine, rows)
-    panels[0].set_ylabel("time of a decode step (Dense = 1)", fontsize=9)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
+def disk_bytes(shape: str) -> int:
+    """Return the bytes that measuring a shape writes."""
+    mole = model_config(shape)
+    moe, dense = count_parameters(moe_config(mole)), count_parameters(mole).resident
+    return TableLayout.of(mole, DTYPE).table_bytes + VALUE_BYTES * (moe.experts + 2 * dense)
+
+
+def announce(shapes: Sequence[str], directory: Path, console: Console) -> None:
+    """Say what will be written; UserError where the disk is too small for it."""
+    sizes, free = [disk_bytes(shape) for shape in shapes], free_bytes(directory)
+    parts = ", ".join(f"{shape} {size / 1e9:.1f}" for shape, size in zip(shapes, sizes, strict=True))
+    console.print(
+        f"writes {sum(sizes) / 1e9:.1f} GB to {directory} ({parts}), {max(sizes) / 1e9:.1f} GB at a time, and removes "
+        f"them; {free / 1e9:.1f} GB are free",
+        soft_wrap=True,
+    )
+    if max(sizes) > free:
+        raise UserError(
+            f"--directory {directory}: {max(sizes) / 1e9:.1f} GB are needed, but {free / 1e9:.1f} GB are free; free "
+            "some space, name another disk, or measure a smaller --shape"
+        )
+
+
+def measure_shape(
+    shape: str,
+    directory: Path,
+    text: TextIds,
+    trace: RoutingTrace | None,
+    batches: Sequence[int],
+    rounds: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Return the seconds of every step, the parameters in memory, and what offloaded MoE read; print the latter."""
+    config = model_config(shape)
+    table_bytes, free = TableLayout.of(config, DTYPE).table_bytes, psutil.virtual_memory().available
+    fits = free >= table_bytes + SPARE_BYTES
+    left_out = {} if fits else {IN_MEMORY: f"{(table_bytes + SPARE_BYTES) / 1e9:.1f} GB, {free / 1e9:.1f} are free"}
+    with scratch_directory(directory) as scratch, ExitStack() as stack:
+        mole, dense = write_runs(scratch, config, DTYPE, None, with_experts=False)
+        contenders = load_contenders(stack, mole, dense, "auto", (COLD, IN_MEMORY) if fits else (COLD,))
+        models = contenders.models
+        moe = MoeContenders(stack, models["dense"], models[COLD], scratch / "experts", trace, only_cold=True)
+        timings, reports = dict[int, Timings](), dict[int, Mapping[str, OffloadReport]]()
+        for batch in batches:
+            timings[batch] = measure_decode(contenders, text, batch, rounds, moe)
+            reports[batch] = moe.reports(batch)
+        parameters = {name: count(model) for name, model in models.items()}
+        parameters |= {name: count(moe.contenders[MEMORY].model) for name in moe.contenders}
+    print_reports(timings, reports, COLD, console)
+    if fits:
+        parameters[IN_MEMORY] += table_bytes // VALUE_BYTES
+    per_expert, every = moe.expert_bytes // VALUE_BYTES, moe.config.num_layers * moe.config.num_experts
+    kept = {FEW: 2 * moe.config.num_layers, RECENT: moe.capacity}
+    for name in parameters:
+        for policy, experts in kept.items():
+            parameters[name] -= per_expert * (every - experts) if name.startswith(policy) else 0
+    return {
+        "machine": describe_machine(),
+        "parameters_in_memory": parameters,
+        "left_out": left_out,
+        "routing": None if trace is None else trace.about,
+        "seconds": {
+            str(batch): {name: [round(second, 6) for second in found] for name, found in each.seconds.items()}
+            for batch, each in timings.items()
+        },
+        "offloaded": {str(batch): {name: asdict(one) for name, one in each.items()} for batch, each in reports.items()},
+    }
+
+
+def count(model: Any) -> int:
+    """Return the number of parameters of a model."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def read_parts(path: Path) -> dict[str, Any]:
+    """Return the shapes that a result holds; UserError when it is something else."""
+    if not path.exists():
+        return {}
+    try:
+        parts = json.loads(path.read_text("utf-8"))["shapes"]
+        return {str(shape): dict(part) for shape, part in parts.items() if part["seconds"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: no result of this program ({error!r}); name another file with --output") from error
+
+
+Medians = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Shape -> contender -> batch size -> milliseconds."""
+
+
+def medians(parts: Mapping[str, Any]) -> Medians:
+    """Return the median milliseconds of the contenders that are drawn."""
+    return {
+        shape: {
+            name: {batch: round(1e3 * statistics.median(by[name]), 3) for batch, by in part["seconds"].items()}
+            for name in STYLES
+            if all(name in by for by in part["seconds"].values())
+        }
+        for shape, part in sorted(parts.items(), key=lambda item: SHAPES.index(item[0]))
+    }
+
+
+def draw(parts: Mapping[str, Any]) -> Figure:
+    """Draw a panel per shape: milliseconds against batch size, with the parameters in memory in its legend."""
+    drawn = medians(parts)
+    figure = Figure(figsize=(4.6 * len(drawn), 5.2), dpi=140, layout="constrained", facecolor="white")
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for panel, (shape, series) in zip(panels, drawn.items(), strict=True):
+        _draw_shape(panel, shape, series, parts[shape]["parameters_in_memory"])
+    panels[0].set_ylabel("milliseconds per decode step", fontsize=9)
     return figure
 
 
-def _draw_machine(panel: Axes, machine: str, rows: Mapping[str, Sequence[float]]) -> None:
-    series = {name: values for name, values in rows.items() if name not in ("batch", "Dense")}
-    bars = {"Dense": [1.0] * len(rows["batch"]), **{f"MoLE, {name}": values for name, values in series.items()}}
-    width = 0.8 / len(bars)
-    for index, (name, values) in enumerate(bars.items()):
-        places = [group + (index - (len(bars) - 1) / 2) * width for group in range(len(values))]
-        color = COLORS[index - 1] if index else DENSE_COLOR
-        drawn = panel.bar(places, values, width * 0.92, color=color, label=name)
-        panel.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8, color="#24292f")
-    ticks = [f"batch {batch:g}\nDense: {time:g} ms" for batch, time in zip(rows["batch"], rows["Dense"], strict=True)]
-    panel.set_xticks(range(len(ticks)), ticks)
-    panel.set_title(f"2 CPU cores, {machine}", fontsize=10)
-    panel.tick_params(length=0, labelsize=9)
-    panel.margins(y=0.1)
+def _draw_shape(
+    panel: Axes, shape: str, series: Mapping[str, Mapping[str, float]], parameters: Mapping[str, int]
+) -> None:
+    for name, by_batch in series.items():
+        label, color, line = STYLES[name]
+        amount = f"{label}: {parameters[name] / 1e6:,.0f} M"
+        panel.plot(list(by_batch), list(by_batch.values()), color=color, linestyle=line, marker="o", ms=4, label=amount)
+    size, experts = shape.removesuffix("e").split("-")
+    moe_experts = moe_config(model_config(shape)).num_experts
+    panel.set_title(f"{size.upper()}: MoLE-{experts}E, MoE-{moe_experts}E", fontsize=10)
+    panel.set_yscale("log")
+    panel.set_xlabel("batch size", fontsize=9)
+    panel.grid(axis="y", which="both", color="#d0d7de", linewidth=0.5)
+    panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(
+        title="parameters in memory", loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False, fontsize=8
+    )
+
+
+def save(parts: Mapping[str, Any], output: Path) -> None:
+    """Write the JSON, and the PNG beside it, which records the values it was drawn from."""
+    write_json(output, {"shapes": parts})
+    with atomic_path(output.with_suffix(".png")) as temporary:
+        draw(parts).savefig(temporary, format="png", metadata={"Description": json.dumps(medians(parts))})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the table and write the PNG."""
-    options = parser("benchmarks.figure", __doc__ or "", "python -m src.benchmarks.figure --output decode.png")
+    """Measure the shapes, one after another, and write JSON and PNG after each."""
+    options = parser("benchmarks.figure", __doc__ or "", "python -m src.benchmarks.figure --shape 160m-4e")
     options.add_argument(
-        "--page", type=input_file, default=HERE / "README.md", metavar="FILE.md", help="where the table is"
+        "--shape", choices=SHAPES, nargs="+", default=list(PAPER), help=f"default: {' '.join(PAPER)}; others stay"
+    )
+    options.add_argument("--batches", type=COUNT, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
+    options.add_argument("--rounds", type=COUNT, default=33, help="interleaved rounds (default: 33)")
+    options.add_argument(
+        "--directory", type=output_directory, default=Path("runs"), help="disk to measure (default: runs)"
     )
     options.add_argument(
-        "--output", type=output_file, default=HERE / "decode.png", metavar="FILE.png", help="what to write"
+        "--routing",
+        type=input_file,
+        metavar="FILE.npz",
+        help=f"choices of a trained MoE (default: {TRACE.name}, if any)",
     )
-    given = options.parse_args(arguments)
-    columns = read_decode_table(given.page)
-    with atomic_path(given.output) as temporary:
-        draw(columns).savefig(temporary, format="png", metadata={"Description": json.dumps(columns)})
+    options.add_argument("--draw", action="store_true", help="only draw what the result holds")
+    add_text_options(options)
+    options.set_defaults(output=RESULT)
+    given, console = options.parse_args(arguments), Console()
+    parts = read_parts(given.output)
+    if given.draw:
+        if not parts:
+            raise UserError(f"--draw: {given.output} holds no shape yet; measure one first")
+        save(parts, given.output)
+        return
+    text = load_text_ids(given.corpus, given.tokenizer, model_config(given.shape[0]).vocab_size)
+    trace = find_trace(given.routing, console)
+    announce(given.shape, given.directory, console)
+    for shape in given.shape:
+        parts[shape] = measure_shape(shape, given.directory, text, trace, given.batches, given.rounds, console)
+        for name, reason in parts[shape]["left_out"].items():
+            console.print(f"{shape}: {name} is left out; it takes {reason}", soft_wrap=True)
+        save(parts, given.output)
+        for name, by_batch in medians(parts)[shape].items():
+            steps = ", ".join(f"{value:.1f} ms at batch {batch}" for batch, value in by_batch.items())
+            console.print(f"{shape}: {name}: {steps}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ from src.benchmarks.common import (
     machine_line,
     model_config,
 )
-from src.benchmarks.decode import Contenders, decode_step, filled_cache, measure_decode, print_timings
+from src.benchmarks.decode import Contenders, filled_cache, measure_decode, print_timings
 from src.benchmarks.memory_use import peak_bytes
 from src.benchmarks.train import Contestant, model_configs, timed
-from src.benchmarks.workload import TextIds, load_text_ids, scratch_directory, write_runs
+from src.benchmarks.workload import TextIds, decode_step, load_text_ids, scratch_directory, write_runs
 from src.cli import add_device_option, number, output_directory, parser, run_verb
 from src.inference import InferenceModel, load_model
 from src.inference.disk_experts import DiskExperts

@@ -7,6 +7,7 @@ B batch, D hidden, E experts, V vocabulary.
 """
 
 import os
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,11 +26,13 @@ from src.data.tokenizer import load_tokenizer, train_bpe
 from src.errors import DataError, UserError, caused_by
 from src.lut import build_lut
 from src.lut.readers.reader import Reader
-from src.model import ModelConfig, Transformer
+from src.model import KeyValueCache, ModelConfig, Transformer
 from src.run_directory import Identity, RunDirectory
 from src.system.console import progress_bar
 
 HELD_OUT_SHARE = 0.1
+PROMPT_TOKENS = 512
+"""Read before the steps that are measured."""
 _DEFAULT_VOCABULARY = 16_384
 
 
@@ -54,6 +57,11 @@ class TextIds:
             self._next = 0
         self._next += num_tokens
         return self.held_out[self._next - num_tokens : self._next]
+
+    def streams(self, count: int, num_tokens: int) -> Tensor:
+        """Return (count, num_tokens) consecutive ids of held-out text; the sequences start far apart."""
+        starts = torch.arange(count) * (len(self.held_out) // count)
+        return self.held_out[(starts.unsqueeze(1) + torch.arange(num_tokens)) % len(self.held_out)]
 
     def distinct(self, count: int) -> Tensor:
         """Return the next (count,) ids of held-out text without repetition, in the order of the text."""
@@ -115,10 +123,12 @@ class RandomRows:
         return block * (0.5 + ids / self.config.vocab_size)[:, None, None]  # (num_tokens, E, D)
 
 
-def write_runs(directory: Path, config: ModelConfig, dtype: str, token_counts: Tensor | None) -> tuple[Path, Path]:
-    """Write a MoLE run with weights of both forms, and a Dense run of its backbone; return their paths."""
+def write_runs(
+    directory: Path, config: ModelConfig, dtype: str, token_counts: Tensor | None, *, with_experts: bool = True
+) -> tuple[Path, Path]:
+    """Write a MoLE run, of both forms or without experts, and a Dense run of its backbone; return their paths."""
     torch.manual_seed(0)
-    model = Transformer(config).to(torch.bfloat16)
+    model = Transformer(config, with_experts=with_experts).to(torch.bfloat16)
     mole, dense = RunDirectory(directory / "mole"), RunDirectory(directory / "dense")
     dense_config = replace(config, num_experts=0, expert_intermediate_size=0)
     weights = model.state_dict()
@@ -131,6 +141,17 @@ def write_runs(directory: Path, config: ModelConfig, dtype: str, token_counts: T
     source = RandomRows(config, identity)
     build_lut(source, mole.lut_path(), dtype=dtype, token_counts=token_counts, progress=progress_bar)
     return mole.path, dense.path
+
+
+@torch.inference_mode()
+def decode_step(model: Transformer, token_ids: Tensor, cache: KeyValueCache) -> float:
+    """Take one step of (B,) sampled ids on the CPU: request their rows, run the model, sample; return its seconds."""
+    start = time.perf_counter()
+    new_ids = token_ids.unsqueeze(1)  # (B, 1)
+    expert_rows = model.expert_rows(new_ids)
+    hidden_states = model.trunk(new_ids, cache=cache, expert_rows=expert_rows).hidden_states
+    model.head(hidden_states[:, -1]).max(dim=-1).indices.cpu()  # the only wait for a device, as in `Sampler`
+    return time.perf_counter() - start
 
 
 @contextmanager

@@ -182,9 +182,28 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
     ),
     "benchmarks.decode": (
         "",
-        {**BENCHMARK, "--batches": COUNT, "--rounds": COUNT, "--prefill-rounds": COUNT, "--reader": READER},
+        {
+            **BENCHMARK,
+            "--batches": COUNT,
+            "--rounds": COUNT,
+            "--prefill-rounds": COUNT,
+            "--routing": NOTHING,
+            "--reader": READER,
+        },
     ),
-    "benchmarks.figure": ("", {"--page": NOTHING, "--output": PATH}),
+    "benchmarks.figure": (
+        "",
+        {
+            **BENCHMARK_TEXT,
+            "--shape": SHAPE,
+            "--batches": COUNT,
+            "--rounds": COUNT,
+            "--directory": PATH,
+            "--routing": NOTHING,
+            "--draw": SWITCH,
+        },
+    ),
+    "benchmarks.routing": (f"--run {TRAINED}", {"--run": NOTHING, "--tokens": COUNT, "--output": PATH}),
     "benchmarks.gpu": (
         "--device cpu",
         {

@@ -1,6 +1,7 @@
 """The latency figure: measured on a small shape, drawn from its JSON, part by part."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,11 +29,27 @@ def tiny(_shape: str) -> ModelConfig:
     return replace(MOLE, num_layers=2)
 
 
+def free(free_bytes: float) -> Callable[[Path], float]:
+    """A disk with so many bytes free."""
+
+    def answer(_path: Path) -> float:
+        return free_bytes
+
+    return answer
+
+
+def text_of(text: Ids) -> Callable[..., Ids]:
+    def load(*_args: object) -> Ids:
+        return text
+
+    return load
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, small_text: Ids) -> None:
     """The program as it is, but for the size of its models and the text."""
     monkeypatch.setattr(figure, "model_config", tiny)
-    monkeypatch.setattr(figure, "load_text_ids", lambda *_: small_text)
+    monkeypatch.setattr(figure, "load_text_ids", text_of(small_text))
 
 
 @pytest.mark.usefixtures("small")
@@ -88,11 +105,11 @@ def test_parameters_in_memory_are_those_that_are_there(tmp_path: Path, monkeypat
 
 def test_the_disk_is_named_and_must_be_large_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert round(sum(map(disk_bytes, PAPER)) / 1e9) == 36
-    monkeypatch.setattr(figure, "free_bytes", lambda _: 20e9)
+    monkeypatch.setattr(figure, "free_bytes", free(20e9))
     with (console := Console(width=300)).capture() as printed:
         announce(PAPER, tmp_path, console)
     assert "writes 35." in printed.get() and "20.0 GB are free" in printed.get()
-    monkeypatch.setattr(figure, "free_bytes", lambda _: 10e9)
+    monkeypatch.setattr(figure, "free_bytes", free(10e9))
     with pytest.raises(UserError, match=r"GB are needed, but 10\.0 GB are free; .+ --shape"):
         announce(PAPER, tmp_path, console)
     announce(["160m-4e"], tmp_path, console)

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -201,18 +202,10 @@ class Steps:
     def __init__(self, contenders: MoeContenders) -> None:
         self.contenders, self.logits = contenders, dict[str, Tensor]()
         for name, fed in contenders.contenders.items():
-            fed.model.norm = Watched(fed.model.norm, lambda hidden, name=name: self.logits.update({name: hidden}))
+            fed.model.norm.register_forward_hook(partial(self._keep, name))
 
-
-class Watched(torch.nn.Module):
-    def __init__(self, module: torch.nn.Module, seen: Callable[[Tensor], None]) -> None:
-        super().__init__()
-        self.module, self.seen = module, seen
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        result = self.module(hidden_states)
-        self.seen(result)
-        return result
+    def _keep(self, name: str, _module: torch.nn.Module, _args: tuple[Tensor, ...], hidden_states: Tensor) -> None:
+        self.logits[name] = hidden_states
 
 
 class Ids(TextIds):

@@ -108,7 +108,7 @@ def begin_training(
     def first_steps() -> None:
         made.append(contestant := Contestant(name, config, batch, dtype, with_head=True))
         if compiled:
-            torch._dynamo.reset()  # what another model has compiled counts towards a limit
+            torch.compiler.reset()  # what another model has compiled counts towards a limit
             contestant.model.compile_layers()
         for _ in range(2):
             timed(contestant.run, device)

@@ -220,11 +220,11 @@ def test_tables_of_other_weights_and_unknown_precisions_are_refused(tmp_path: Pa
 def test_an_export_that_fails_leaves_nothing(
     trained: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_self: Path, _target: Path) -> None:
+    def full(*_paths: object) -> None:
         raise OSError(28, os.strerror(28), str(tmp_path / ".folder"))
 
     monkeypatch.setattr(Path, "hardlink_to", full)
-    monkeypatch.setattr("src.system.files.copy_file", lambda _source, target, _advance: full(target, target))
+    monkeypatch.setattr("src.system.files.copy_file", full)
     with pytest.raises(WriteError, match="folder: cannot be written"):
         main(trained.run_dir, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []

@@ -32,7 +32,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",
         {"model_type": "mixtral"},
-        "model_type is 'mixtral', but only llama, mistral, qwen2, qwen3 are supported",
+        "model_type is 'mixtral', but only llama, mistral, mole, qwen2, qwen3 are supported",
     ),
     ("qwen3", {"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe', but only llama, "),
     ("llama", {"model_type": None}, "model_type is None, but only llama, "),

@@ -36,6 +36,7 @@ MODULES = [
 INSTALL, NETWORK, EIGHT, FOUR = "installs packages", "needs a network", "needs eight devices", "needs four machines"
 GPU = "needs a GPU"
 LONG, HOURS = "takes a minute even with the smallest model, which tests/benchmarks runs", "takes hours"
+IMPORTED = "needs a folder and a run imported from it, which tests/benchmarks makes"
 TRAINS = "needs a trained MoE, which tests/benchmarks makes"
 DRY_RUN, LOCAL = ["--dry-run"], ["data.sources=[]"]
 LISTED: dict[str, tuple[str, list[str] | None]] = {
@@ -68,6 +69,7 @@ LISTED: dict[str, tuple[str, list[str] | None]] = {
     "python -m src.benchmarks.decode --shape 160m-4e --batches 1 8 32 --output results/decode.json": (LONG, None),
     "python -m src.benchmarks.figure": (LONG, None),
     "python -m src.benchmarks.figure --shape 160m-4e": (LONG, None),
+    "python -m src.benchmarks.imported --folder SmolLM2-135M --run runs/smollm2": (IMPORTED, None),
     "python -m src.train --config configs/routing.yaml": ("takes minutes", DRY_RUN),
     "python -m src.benchmarks.routing --run runs/routing": (TRAINS, None),
     "python -m src.benchmarks.routing --run RUN --tokens 2000 --output routing.npz": (TRAINS, None),

@@ -228,12 +228,12 @@ def targets(decode: Mapping[int, Timings], prefills: Timings, memory: Memory) ->
     return found
 
 
-def print_timings(title: str, timings: Timings, console: Console) -> None:
-    """Print one table: medians, tails, and ratios to Dense within each round."""
-    table = Table("contender", "median ms", "p99 ms", "over dense (95 %)", title=title)
+def print_timings(title: str, timings: Timings, console: Console, reference: str = "dense") -> None:
+    """Print one table: medians, tails, and ratios to the reference within each round."""
+    table = Table("contender", "median ms", "p99 ms", f"over {reference} (95 %)", title=title)
     for name in timings.seconds:
         milliseconds = f"{1e3 * timings.median(name):.2f}", f"{1e3 * timings.percentile(name, 99):.2f}"
-        table.add_row(name, *milliseconds, timings.describe(name, "dense"))
+        table.add_row(name, *milliseconds, timings.describe(name, reference))
     console.print(table)
 
 

@@ -191,6 +191,10 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
             "--reader": READER,
         },
     ),
+    "benchmarks.imported": (
+        "--folder x --run x",
+        {**BENCHMARK_TEXT, "--folder": NOTHING, "--run": NOTHING, "--batches": COUNT, "--rounds": COUNT},
+    ),
     "benchmarks.figure": (
         "",
         {

@@ -296,7 +296,7 @@ def test_at_random_moments_a_signal_ends_the_run_and_resuming_completes_it(
         marks.mkdir()
         process = start(partial(verb, [*common, f"name={number}"], marks), log)
         wait_for(marks / place, process)
-        time.sleep(moments.uniform(0, 6 if place == "step" else 1.5))
+        time.sleep(moments.uniform(0, 2.5 if place == "step" else 1.5))
         signum = moments.choice([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
         assert process.pid is not None
         os.kill(process.pid, signum)

@@ -87,7 +87,7 @@ class DashboardCallback(lightning.Callback):
             return
         figures = {
             "router_probability": probability_heat_map(view, step),
-            "router_entropy": entropy_lines(self.entropies, view.probabilities.shape[1]),
+            "router_entropy": entropy_lines(self.entropies, view.layers, view.probabilities.shape[1]),
         }
         if view.contributions is not None:
             figures["expert_tokens"] = expert_tokens(view, tokenizer, step)

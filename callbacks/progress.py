@@ -72,7 +72,8 @@ class ThroughputCallback(lightning.Callback):
         self._tokens += micro_batches * size * (length - 1)
         output: StepOutput = outputs
         shape = (micro_batches, size, length - 1)
-        flops = int(step_flops(pl_module.model.config, shape, int(output["computed_ids"])))
+        model, trains_backbone = pl_module.model.config, pl_module.optimizer_config.trains_backbone
+        flops = int(step_flops(model, shape, int(output["computed_ids"]), trains_backbone=trains_backbone))
         self._throughput.update(
             time=self._seconds, batches=self._steps, samples=self._steps, lengths=self._tokens, flops=flops
         )

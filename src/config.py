@@ -10,6 +10,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -90,6 +91,11 @@ class RunConfig:
                 f"data.tokenizer.vocab_size: {self.data.tokenizer.vocab_size} exceeds model.vocab_size "
                 f"({self.model.vocab_size}); enlarge the model's vocabulary or shrink the tokenizer's"
             )
+        if not self.optimizer.trains_backbone and not self.model.num_experts:
+            raise ConfigError(
+                "optimizer.backbone_multipliers.learning_rate: 0, but a dense model has no experts that could be "
+                "trained instead; set model.num_experts, or a learning rate above 0"
+            )
         self._check_sharding()
         if self.lut.at_fit_end and self.model.architecture == "mole":
             with caused_by("lut.dtype"):
@@ -110,6 +116,10 @@ class RunConfig:
         if self.checkpoint.ema_decay is not None:
             raise ConfigError(
                 "checkpoint.ema_decay: not possible with trainer.strategy fsdp2; set it to null, or use ddp"
+            )
+        if not self.optimizer.trains_backbone:
+            raise ConfigError(
+                "optimizer.backbone_multipliers.learning_rate: 0 is not possible with trainer.strategy fsdp2; use ddp"
             )
         if self.trainer.precision == "64-true":
             raise ConfigError("trainer.precision: 64-true is not possible with trainer.strategy fsdp2; use 32-true")
@@ -282,10 +292,10 @@ def _value(node: Node, hint: Any, key: str, where: str) -> Any:
             raise ConfigError(f"{key}: {error}") from error
     if "${" in text:
         return text
-    try:
-        return _scalar(text, kind, may_be_empty=key == "evaluation.sample_prompt")
-    except (ValueError, KeyError) as error:
-        raise ConfigError(wrong) from error
+    for kind in kinds:
+        with suppress(ValueError, KeyError):
+            return _scalar(text, kind, may_be_empty=key == "evaluation.sample_prompt")
+    raise ConfigError(wrong)
 
 
 def _typed(text: str, kind: Any) -> Node:
@@ -333,7 +343,8 @@ def _is_null(node: Node, kind: Any) -> bool:
 
 def _expected(hint: Any) -> str:
     if isinstance(hint, UnionType):
-        return f"{_expected(get_args(hint)[0])}, or null"
+        first, second = get_args(hint)
+        return f"{_expected(first)}, or {'null' if second is NoneType else _expected(second)}"
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
     return _KINDS.get(hint, "a list")

@@ -59,18 +59,20 @@ def token_weights(run: RunDirectory, lut: str, token_id: int, device: str = "cpu
         return measure_token_weights(model, inputs, token_id, progress=advance, mask=text.mask)
 
 
-def to_document(found: Neighborhood, weights: TokenWeights, tokenizer: Tokenizer) -> list[dict[str, object]]:
-    """Return one entry for each layer and expert."""
+def to_document(
+    found: Neighborhood, weights: TokenWeights, tokenizer: Tokenizer, layers: Sequence[int]
+) -> list[dict[str, object]]:
+    """Return one entry for each layer and expert; the table's rows are for `layers` of the model."""
     entries: list[dict[str, object]] = []
-    for at, layer in enumerate(found.layers):
+    for at, place in enumerate(found.layers):
         for expert in range(found.norms.shape[1]):
             neighbors = zip(found.token_ids[at, expert].tolist(), found.cosines[at, expert].tolist(), strict=True)
             entries.append(
                 {
-                    "layer": layer,
+                    "layer": layers[place],
                     "expert": expert,
                     "norm": found.norms[at, expert].item(),
-                    "router_share": None if weights.shares is None else weights.shares[layer, expert].item(),
+                    "router_share": None if weights.shares is None else weights.shares[place, expert].item(),
                     "neighbors": [
                         {"id": token_id, "text": token_text(token_id, tokenizer), "cosine": cosine}
                         for token_id, cosine in neighbors
@@ -114,13 +116,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with caused_by("--lut"):
         layout = read_manifest(lut_dir).layout
     token_id = single_token(require_text("--token", given.token), rule)
-    layers = range(layout.num_layers) if given.layer is None else [given.layer]
-    if given.layer is not None and not 0 <= given.layer < layout.num_layers:
-        raise UserError(f"--layer {given.layer}: the table has layers 0 to {layout.num_layers - 1}")
+    layers = run.model_config().mixture_layers
+    if given.layer is not None and given.layer not in layers:
+        last = len(layers) - 1
+        which = f"0 to {last}" if layers == tuple(range(last + 1)) else ", ".join(map(str, layers))
+        raise UserError(f"--layer {given.layer}: the table has layers {which}")
+    places = range(layout.num_layers) if given.layer is None else [layers.index(given.layer)]
     with progress_bar("reading the table (rows)", layout.vocab_size) as advance:
-        found = find_neighbors(lut_dir, token_id, layers=layers, neighbors=given.neighbors, progress=advance)
+        found = find_neighbors(lut_dir, token_id, layers=places, neighbors=given.neighbors, progress=advance)
     weights = token_weights(run, given.lut, token_id, given.device)
-    entries = to_document(found, weights, tokenizer)
+    entries = to_document(found, weights, tokenizer, layers)
     seen = f"{weights.occurrences:,} times in held-out text" if weights.occurrences else "not in held-out text"
     print_entries(entries, f"token {token_text(token_id, tokenizer)} (id {token_id}), {seen}", Console())
     if given.json is not None:

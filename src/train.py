@@ -128,6 +128,7 @@ def dry_run(config: RunConfig, unique_ids: int | None = None, json_path: Path | 
         micro_batches=config.data.micro_batches_per_step(config.trainer.world_size),
         unique_ids=unique_ids,
         shard_group_size=config.trainer.shard_group_size if config.trainer.strategy == "fsdp2" else None,
+        trains_backbone=config.optimizer.trains_backbone,
     )
     print_account(costs, Console())
     if json_path is not None:

@@ -36,7 +36,7 @@ def _sequence_logits(weights: Weights, config: ModelConfig, ids: list[int]) -> T
             added = torch.zeros_like(hidden)
             if config.intermediate_size:
                 added = added + _ffn(hidden, _Matrices(part, "shared_expert.", ".weight", transposed=True), config)
-            if config.num_experts:
+            if config.num_experts and (config.expert_layers is None or layer in config.expert_layers):
                 added = added + _routed(weights, part, config, layer, hidden, read_by_experts[position])
             stream[position] = stream[position] + added
     head = weights["embedding.weight" if config.tie_embeddings else "head.weight"]
@@ -73,17 +73,20 @@ def _routed(
 ) -> Tensor:
     """Mix the experts of one position."""
     if config.expert_input == "embedding":
-        experts = _Part(weights, f"experts.{layer}.")
+        place = layer if config.expert_layers is None else config.expert_layers.index(layer)
+        experts = _Part(weights, f"experts.{place}.")
         inputs = _norm(embedding, experts["norm.weight"], config)
         prefix = "experts."
     else:
         inputs, experts, prefix = hidden, part, "hidden_experts."
-    logits = [part["router.weight"][expert] @ hidden for expert in range(config.num_experts)]
-    chosen = sorted(range(config.num_experts), key=lambda expert: -logits[expert].item())
-    chosen = chosen[: config.num_experts if config.top_k is None else config.top_k]
+    logits = [row @ hidden for row in part["router.weight"]]
+    chosen = sorted(range(len(logits)), key=lambda expert: -logits[expert].item())
+    chosen = chosen[: len(logits) if config.top_k is None else config.top_k]
     total = sum((logits[expert].exp() for expert in chosen), torch.zeros_like(logits[0]))
     mixed = torch.zeros_like(hidden)
     for expert in chosen:
+        if expert == config.num_experts:  # the null expert
+            continue
         mixed = mixed + logits[expert].exp() / total * _ffn(inputs, _Matrices(experts, prefix, expert=expert), config)
     return mixed
 

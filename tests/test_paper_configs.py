@@ -163,6 +163,8 @@ def test_the_base_states_the_papers_recipe() -> None:
         "optimizer.beta2": 0.95,
         "optimizer.epsilon": 1e-8,
         "optimizer.gradient_clip_norm": 1.0,
+        "optimizer.backbone_multipliers.learning_rate": 1.0,
+        "optimizer.backbone_multipliers.weight_decay": 1.0,
         "optimizer.embedding_multipliers.learning_rate": 1.0,
         "optimizer.embedding_multipliers.weight_decay": 1.0,
         "optimizer.expert_multipliers.learning_rate": 1.0,

@@ -5,6 +5,7 @@ Counts on a model built on the meta device, which has shapes and no storage.
 D hidden, F an expert's intermediate, E experts, K active experts, L layers, V vocabulary, U token ids of the experts.
 """
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
@@ -31,14 +32,16 @@ class Parameters:
     """Numbers of values, not bytes."""
 
     trained: int
-    """All weights of the training form."""
+    """All weights of the training form, but those that are frozen."""
+    frozen: int
+    """Weights of the training form that a backbone learning rate of 0 keeps as they are."""
     experts: int
-    """Of these, routed experts and their norms."""
+    """Of the trained ones, routed experts and their norms."""
     resident: int
     """What stays in memory at inference when the experts are offloaded."""
     offloaded: int
     """What is offloaded, in the paper's count: MoE's expert weights, L E 2 D F (3 D F with SwiGLU); MoLE's table,
-    L E D V."""
+    L E D V. Of L, only layers that have experts count."""
     loaded_per_token: int
     """Values fetched per token: MoLE L E D; MoE at most those of K of its E experts, with none in memory yet."""
 
@@ -52,19 +55,26 @@ class Offload:
     bytes_per_token: int
 
 
-def count_parameters(model: ModelConfig) -> Parameters:
+def count_parameters(model: ModelConfig, *, trains_backbone: bool = True) -> Parameters:
     """Count the model's parameters as it is built."""
-    named = list(meta_model(model).named_parameters())
-    trained = sum(parameter.numel() for _, parameter in named)
-    experts = sum(parameter.numel() for name, parameter in named if parameter_part(name) == "experts")
+    values = Counter[str]()
+    for name, parameter in meta_model(model).named_parameters():
+        values[parameter_part(name)] += parameter.numel()
+    frozen = 0 if trains_backbone else values["backbone"] + values["embedding"]
+    total, experts = values.total(), values["experts"]
     if model.architecture == "mole":
-        loaded = model.num_layers * model.num_experts * model.hidden_size
+        loaded = len(model.mixture_layers) * model.num_experts * model.hidden_size
         offloaded = loaded * model.vocab_size
     else:
         loaded = experts * model.active_experts // max(1, model.num_experts)
         offloaded = experts
     return Parameters(
-        trained=trained, experts=experts, resident=trained - experts, offloaded=offloaded, loaded_per_token=loaded
+        trained=total - frozen,
+        frozen=frozen,
+        experts=experts,
+        resident=total - experts,
+        offloaded=offloaded,
+        loaded_per_token=loaded,
     )
 
 
@@ -124,11 +134,19 @@ def value_bytes(precision: str) -> int:
     return {"bf16-true": 2, "64-true": 8}.get(precision, 4)
 
 
-def whole_memory(num_parameters: int, precision: str) -> DeviceMemory:
-    """Return the memory of a device that holds the whole model; DDP's buckets are its gradients."""
-    stored = num_parameters * value_bytes(precision)
+def whole_memory(num_parameters: int, precision: str, frozen: int = 0) -> DeviceMemory:
+    """Return the memory of a device that holds the whole model; DDP's buckets are its gradients.
+
+    `num_parameters` are trained, `frozen` others are not.
+    """
+    size = value_bytes(precision)
     return DeviceMemory(
-        strategy="whole", devices=1, weights=stored, gradients=stored, optimizer_states=2 * stored, gathered=0
+        strategy="whole",
+        devices=1,
+        weights=size * (num_parameters + frozen),
+        gradients=size * num_parameters,
+        optimizer_states=2 * size * num_parameters,
+        gathered=0,
     )
 
 
@@ -179,7 +197,7 @@ def expert_memory(model: ModelConfig, execution: str, num_ids: int, precision: s
         per_id = vectors * (wide if execution == "unique_per_step" else computed)
     if execution == "unique_per_step":
         per_id += wide * vectors
-    return ExpertMemory(execution=execution, token_ids=num_ids, kept_bytes=model.num_layers * num_ids * per_id)
+    return ExpertMemory(execution=execution, token_ids=num_ids, kept_bytes=len(model.mixture_layers) * num_ids * per_id)
 
 
 def _largest_part(parameter: Tensor, devices: int) -> int:
@@ -245,12 +263,13 @@ def account(
     micro_batches: int = 1,
     unique_ids: int | None = None,
     shard_group_size: int | None = None,
+    trains_backbone: bool = True,
 ) -> Account:
     """Count what `model` costs at `micro_batches` of `micro_batch_size` windows per optimizer step of one device.
 
     `precision` is `trainer.precision`. `unique_ids` are the distinct ids of a micro-batch, by default those of
     `estimated_unique_ids`; ConfigError when they are more than it can hold. `shard_group_size` devices share a copy of
-    the model under FSDP2.
+    the model under FSDP2, which trains the backbone, too.
     """
     tokens = sequence_length * micro_batch_size
     distinct = estimated_unique_ids(tokens, model.vocab_size) if unique_ids is None else unique_ids
@@ -259,10 +278,11 @@ def account(
             f"unique ids: {distinct}, but a micro-batch of {tokens} tokens over {model.vocab_size} ids "
             f"has 1..{min(tokens, model.vocab_size)}"
         )
-    parameters = count_parameters(model)
+    parameters = count_parameters(model, trains_backbone=trains_backbone)
     offload, skipped = offloaded_bytes(model, parameters)
     forward = forward_flops(model, sequence_length)
-    training, is_mole = training_flops(forward, model), model.architecture == "mole"
+    is_mole = model.architecture == "mole"
+    training = training_flops(forward, model, trains_backbone=trains_backbone)
     step_ids = max(distinct, estimated_unique_ids(tokens * micro_batches, model.vocab_size))
     own = () if shard_group_size is None else (shard_group_size,)
     executions = {"per_token": tokens, "unique": distinct, "unique_per_step": step_ids} if is_mole else {}
@@ -281,8 +301,11 @@ def account(
         training_unique=once_per_unique_id(training, distinct, tokens) if is_mole else None,
         inference=lookup_flops(forward) if is_mole else forward,
         memory=[
-            whole_memory(parameters.trained, precision),
-            *(sharded_memory(model, precision, devices) for devices in sorted({*SHARDED_OVER, *own})),
+            whole_memory(parameters.trained, precision, parameters.frozen),
+            *(
+                sharded_memory(model, precision, devices)
+                for devices in sorted({*SHARDED_OVER, *own} if trains_backbone else ())
+            ),
         ],
         expert_memory=[expert_memory(model, name, num_ids, precision) for name, num_ids in executions.items()],
     )

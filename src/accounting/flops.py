@@ -34,9 +34,9 @@ class Flops:
     routed_experts: float
     """4 D F_expert, with SwiGLU 6, for each expert that runs; 0 where rows are looked up."""
     router: float
-    """2 D E a layer."""
+    """2 D E a layer that has experts; one more than E with a null expert."""
     mixture: float
-    """The weighted sum of K rows: 2 D K a layer."""
+    """The weighted sum of K rows: 2 D K a layer that has experts."""
     vocabulary_head: float
     """2 D V."""
 
@@ -72,7 +72,7 @@ def forward_flops(model: ModelConfig, sequence_length: int) -> Flops:
         always_on_ffn=2 * values["shared_expert"],
         routed_experts=2 * values["experts"] * computed_experts(model) // max(1, model.num_experts),
         router=2 * values["router"],
-        mixture=layers * 2 * hidden * model.active_experts,
+        mixture=len(model.mixture_layers) * 2 * hidden * model.active_experts,
         vocabulary_head=2 * hidden * model.vocab_size,
     )
 
@@ -82,14 +82,22 @@ def computed_experts(model: ModelConfig) -> int:
     return model.num_experts if model.architecture == "mole" else model.active_experts
 
 
-def training_flops(forward: Flops, model: ModelConfig) -> Flops:
+def training_flops(forward: Flops, model: ModelConfig, *, trains_backbone: bool = True) -> Flops:
     """Return forward and backward pass; the backward pass costs twice the forward pass.
 
     Checkpointing repeats at most the forward pass without the head: torch stops at the last activation it needs.
+    A backbone that is not trained gets no gradient of its matrices, and none at all up to the first layer with experts.
     """
     passes = 4 if model.gradient_checkpointing else 3
     scaled = {item.name: passes * getattr(forward, item.name) for item in fields(forward)}
-    return Flops(**{**scaled, "vocabulary_head": 3 * forward.vocabulary_head})
+    scaled["vocabulary_head"] = 3 * forward.vocabulary_head
+    if not trains_backbone:
+        crossed = 1 - (model.mixture_layers[0] + 1) / model.num_layers  # share of layers
+        for name in ("attention_projections", "always_on_ffn"):
+            scaled[name] = (1 + (passes - 2) * crossed) * getattr(forward, name)
+        scaled["attention_scores"] = (1 + (passes - 1) * crossed) * forward.attention_scores
+        scaled["vocabulary_head"] = 2 * forward.vocabulary_head
+    return Flops(**scaled)
 
 
 def once_per_unique_id(flops: Flops, unique_ids: int, micro_batch_tokens: int) -> Flops:
@@ -109,12 +117,15 @@ def estimated_unique_ids(micro_batch_tokens: int, vocab_size: int) -> int:
     return max(1, min(micro_batch_tokens, vocab_size, round(limited)))
 
 
-def step_flops(model: ModelConfig, shape: Sequence[int], computed_ids: int, *, head: bool = True) -> float:
+def step_flops(
+    model: ModelConfig, shape: Sequence[int], computed_ids: int, *, head: bool = True, trains_backbone: bool = True
+) -> float:
     """Return the operations of one training step on micro-batches of `shape` (A, B, T), with or without the `head`.
 
     `computed_ids` counts the ids that embedding experts run on, over all micro-batches.
     """
-    tokens, per_token = math.prod(shape), training_flops(forward_flops(model, shape[-1]), model)
+    forward = forward_flops(model, shape[-1])
+    tokens, per_token = math.prod(shape), training_flops(forward, model, trains_backbone=trains_backbone)
     if model.architecture == "mole":
         per_token = once_per_unique_id(per_token, computed_ids, tokens)
     return tokens * (per_token.total - (0 if head else per_token.vocabulary_head))

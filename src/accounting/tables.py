@@ -31,6 +31,7 @@ def _parameters(account: Account) -> Table:
     rows = {
         "trained": count.trained,
         "  of them routed experts and their norms": count.experts,
+        **({"frozen": count.frozen} if count.frozen else {}),
         "resident at inference, experts offloaded": count.resident,
         f"offloaded: {_OFFLOADED[account.architecture]}": count.offloaded,
         f"loaded per token{worst}": count.loaded_per_token,

@@ -1,4 +1,7 @@
-"""Figures of the routers, for the dashboard and for a run's `figures/` folder. E experts, L layers."""
+"""Figures of the routers, for the dashboard and for a run's `figures/` folder.
+
+E experts, C choices of a router (E, and one more with a null expert), L layers with experts.
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,11 +22,12 @@ _TOKEN_WIDTH = 14
 
 def probability_heat_map(view: RoutingView, step: int) -> Figure:
     """Plot mean router probability by layer and expert; the title names collapsed layers."""
-    num_layers, num_experts = view.probabilities.shape
+    num_layers, num_experts = view.probabilities.shape  # with the null expert, the last
     figure = Figure(figsize=(2.8 + 0.62 * num_experts, 1.9 + 0.36 * num_layers), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(view.probabilities.tolist(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set(xlabel="expert", ylabel="layer", xticks=range(num_experts), yticks=range(num_layers))
+    axes.set(xlabel="expert", ylabel="layer", xticks=range(num_experts))
+    axes.set_yticks(range(num_layers), map(str, view.layers))
     if num_layers * num_experts <= _MOST_LABELS:
         _label_cells(axes, view)
     effective = axes.secondary_yaxis("right")
@@ -37,16 +41,19 @@ def probability_heat_map(view: RoutingView, step: int) -> Figure:
     return figure
 
 
-def entropy_lines(history: Sequence[tuple[int, Sequence[float]]], num_experts: int) -> Figure:
-    """Plot router entropy by layer over training; `history` holds a step and L entropies in nats per validation."""
+def entropy_lines(history: Sequence[tuple[int, Sequence[float]]], layers: Sequence[int], num_experts: int) -> Figure:
+    """Plot router entropy by layer over training; `history` holds a step and L entropies in nats per validation.
+
+    The routers of `layers` (L) choose among `num_experts`.
+    """
     figure = Figure(figsize=(7, 4), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     steps = [step for step, _ in history]
-    num_layers = len(history[-1][1])
+    num_layers = len(layers)
     colors = mpl.colormaps["plasma"]
-    for layer in range(num_layers):
-        values = [entropies[layer] for _, entropies in history]
-        color = colors(0.85 * layer / max(1, num_layers - 1))
+    for place, layer in enumerate(layers):
+        values = [entropies[place] for _, entropies in history]
+        color = colors(0.85 * place / max(1, num_layers - 1))
         axes.plot(steps, values, marker="o", markersize=3, color=color, label=f"layer {layer}")
     for value, meaning in ((math.log(num_experts), f"uniform: ln {num_experts}"), (0.0, "one expert: 0")):
         axes.axhline(value, color="gray", linestyle="--", linewidth=1)
@@ -59,18 +66,18 @@ def entropy_lines(history: Sequence[tuple[int, Sequence[float]]], num_experts: i
 
 def expert_tokens(view: RoutingView, tokenizer: Tokenizer, step: int) -> Figure:
     """List the tokens that each expert contributes most to, by mean norm of g_j * v_j, for some layers."""
-    num_layers, num_experts = view.probabilities.shape
+    num_layers, num_experts = _contributing(view)
     steps = SHOWN_LAYERS - 1  # between layers, from the first to the last
-    layers = sorted({round(index * (num_layers - 1) / steps) for index in range(SHOWN_LAYERS)})
+    places = sorted({round(index * (num_layers - 1) / steps) for index in range(SHOWN_LAYERS)})
     experts = range(min(num_experts, SHOWN_EXPERTS))
-    height = 0.4 + len(layers) * (0.35 + 0.17 * SHOWN_TOKENS)
+    height = 0.4 + len(places) * (0.35 + 0.17 * SHOWN_TOKENS)
     figure = Figure(figsize=(1 + 2.1 * len(experts), height), dpi=DPI, layout="constrained")
-    for row, layer in enumerate(layers):
+    for row, place in enumerate(places):
         for expert in experts:
-            axes = figure.add_subplot(len(layers), len(experts), row * len(experts) + expert + 1)
+            axes = figure.add_subplot(len(places), len(experts), row * len(experts) + expert + 1)
             axes.set_axis_off()
-            axes.set_title(f"layer {layer}, expert {expert}", fontsize=9, loc="left")
-            top = view.top_tokens(layer, expert, SHOWN_TOKENS)
+            axes.set_title(f"layer {view.layers[place]}, expert {expert}", fontsize=9, loc="left")
+            top = view.top_tokens(place, expert, SHOWN_TOKENS)
             lines = [f"{norm:6.2f} {_visible(tokenizer, token_id)}" for token_id, norm in top]
             text = axes.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=9)
             text.set_parse_math(False)
@@ -80,13 +87,19 @@ def expert_tokens(view: RoutingView, tokenizer: Tokenizer, step: int) -> Figure:
 
 def expert_token_rows(view: RoutingView, tokenizer: Tokenizer, count: int = 10) -> list[list[str | int | float]]:
     """Return rows of layer, expert, rank, token and mean norm of g_j * v_j, for every layer and expert."""
-    num_layers, num_experts = view.probabilities.shape
+    num_layers, num_experts = _contributing(view)
     return [
-        [layer, expert, rank, _visible(tokenizer, token_id), norm]
-        for layer in range(num_layers)
+        [view.layers[place], expert, rank, _visible(tokenizer, token_id), norm]
+        for place in range(num_layers)
         for expert in range(num_experts)
-        for rank, (token_id, norm) in enumerate(view.top_tokens(layer, expert, count), start=1)
+        for rank, (token_id, norm) in enumerate(view.top_tokens(place, expert, count), start=1)
     ]
+
+
+def _contributing(view: RoutingView) -> tuple[int, int]:
+    """Return the numbers of layers and of experts that add something: not the null expert."""
+    num_layers, num_experts = (view.probabilities if view.contributions is None else view.contributions[0]).shape
+    return num_layers, num_experts
 
 
 def _label_cells(axes: Any, view: RoutingView) -> None:

@@ -1,6 +1,7 @@
 """What the routers do with text: shares of experts, their top tokens, and the mixture where one token occurs.
 
-Knows nothing of figures and printing. N windows, B batch, T tokens, E experts, L layers, U distinct token ids.
+Knows nothing of figures and printing. N windows, B batch, T tokens, E experts, C choices of a router (E, and one more
+with a null expert), L layers with experts, U distinct token ids.
 """
 
 import math
@@ -24,10 +25,12 @@ MIN_OCCURRENCES = 3
 class RoutingView:
     """The routers of a model over some text."""
 
+    layers: tuple[int, ...]
+    """(L,) which layers of the model these are."""
     probabilities: Tensor
-    """(L, E) mean router probability."""
+    """(L, C) mean router probability."""
     entropy: Tensor
-    """(L,) mean entropy of the router's choice at a position, in nats: ln E when undecided, 0 when certain."""
+    """(L,) mean entropy of the router's choice at a position, in nats: ln C when undecided, 0 when certain."""
     token_ids: Tensor
     """(U,) ids that occurred."""
     counts: Tensor
@@ -37,12 +40,13 @@ class RoutingView:
 
     @property
     def effective_experts(self) -> Tensor:
-        """(L,) exponential of the entropy of the mean probability: E when all take part, 1 when one expert is left."""
+        """(L,) exponential of the entropy of the mean probability: C when all take part, 1 when one choice is left."""
         return torch.special.entr(self.probabilities).sum(dim=-1).exp()
 
     @property
     def collapsed_layers(self) -> list[int]:
-        return (self.effective_experts < min(COLLAPSED, self.probabilities.shape[1])).nonzero().flatten().tolist()
+        collapsed = (self.effective_experts < min(COLLAPSED, self.probabilities.shape[1])).tolist()
+        return [layer for layer, has_collapsed in zip(self.layers, collapsed, strict=True) if has_collapsed]
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -51,12 +55,12 @@ class RoutingView:
             "router/collapsed_layers": float(len(self.collapsed_layers)),
         }
 
-    def top_tokens(self, layer: int, expert: int, count: int) -> list[tuple[int, float]]:
-        """Return the ids that an expert contributes most to, with the mean norm of what it adds there."""
+    def top_tokens(self, place: int, expert: int, count: int) -> list[tuple[int, float]]:
+        """Return the ids that an expert of `layers[place]` contributes most to, with the mean norm of what it adds."""
         if self.contributions is None:
             return []
         often = self.counts >= min(MIN_OCCURRENCES, int(self.counts.max()))
-        norms = self.contributions[:, layer, expert].masked_fill(~often, -math.inf)
+        norms = self.contributions[:, place, expert].masked_fill(~often, -math.inf)
         best = norms.topk(min(count, int(often.sum())))
         return [(int(self.token_ids[index]), value) for value, index in zip(*map(Tensor.tolist, best), strict=True)]
 
@@ -79,6 +83,7 @@ def view_routing(
         totals = sums.new_zeros(len(ids), *sums.shape[1:]).index_add(0, inverse, sums)  # (U, L, E)
         contributions = totals / counts[:, None, None]
     return RoutingView(
+        layers=model.config.mixture_layers,
         probabilities=torch.stack([part.probabilities for part in parts]).sum(dim=0) / positions,
         entropy=torch.stack([part.entropy for part in parts]).sum(dim=0) / positions,
         token_ids=ids,
@@ -122,7 +127,7 @@ def _observe(model: Transformer, batch: Tensor, mask: Mask) -> _Observation:
 
 
 def _gates(logits: Tensor, top_k: int | None) -> Tensor:
-    """Return mixture weights (B, T, E): zero for experts that are not chosen."""
+    """Return mixture weights (B, T, C): zero for experts that are not chosen."""
     if top_k is None:
         return router_probs(logits)
     chosen, experts = logits.topk(top_k, dim=-1)  # (B, T, K)
@@ -137,7 +142,8 @@ def _sums(gate: Tensor, rows: Tensor, row_of: Tensor, inverse: Tensor) -> Tensor
     compute an id more than once.
     """
     norms = rows.to(torch.promote_types(rows.dtype, torch.float32)).norm(dim=-1)  # (rows, E)
-    contributions = (gate * norms[row_of]).flatten(0, 1).to(norms.dtype)  # (B*T, E)
+    of_experts = gate[..., : norms.shape[1]]  # a null expert adds nothing
+    contributions = (of_experts * norms[row_of]).flatten(0, 1).to(norms.dtype)  # (B*T, E)
     num_ids = int(inverse.max()) + 1
     return norms.new_zeros(num_ids, norms.shape[1]).index_add(0, inverse.flatten(), contributions)
 
@@ -148,7 +154,7 @@ class TokenWeights:
 
     occurrences: int
     shares: Tensor | None
-    """(L, E): mean weight of each expert, rows sum to 1; None where the token does not occur."""
+    """(L, C): mean weight of each choice, rows sum to 1; None where the token does not occur."""
 
 
 def windows_with(windows: Tensor, token_id: int, limit: int) -> Tensor:
@@ -162,12 +168,12 @@ def measure_token_weights(
     model: Transformer, inputs: Tensor, token_id: int, *, progress: Advance = no_advance, mask: Mask = no_mask
 ) -> TokenWeights:
     """Run inputs (B, T) int64, one window at a time, and average the mixture weights where the token occurs."""
-    sums, occurrences = torch.zeros(model.config.num_layers, model.config.num_experts), 0
+    sums, occurrences = torch.zeros(len(model.config.mixture_layers), model.config.router_choices), 0
     for window in inputs.unsqueeze(1):  # (1, T)
         here = (window[0] == token_id).nonzero().flatten()  # positions
         logits = model.trunk(window, attention_mask=mask(window)).router_logits
         gates = [_gates(layer_logits, model.config.top_k) for layer_logits in logits]
-        sums += torch.stack([gate[0].cpu().index_select(0, here).float().sum(dim=0) for gate in gates])  # (L, E)
+        sums += torch.stack([gate[0].cpu().index_select(0, here).float().sum(dim=0) for gate in gates])  # (L, C)
         occurrences += len(here)
         progress(1)
     return TokenWeights(occurrences=occurrences, shares=sums / occurrences if occurrences else None)

@@ -43,7 +43,8 @@ def model_card(
 def _head(name: str, config: ModelConfig, parameters: int, remote_code: bool) -> str:
     tags = ["mole", *(["custom_code"] if remote_code else [])]
     blocks = f"{config.num_layers} blocks of width {config.hidden_size}"
-    experts = f", {config.num_experts} experts in each" if config.num_experts else ""
+    places = "each" if config.expert_layers is None else f"{len(config.mixture_layers)} of them"
+    experts = f", {config.num_experts} experts in {places}" if config.num_experts else ""
     if config.top_k is not None:
         experts += f", {config.top_k} of them per token"
     return f"""---

@@ -133,6 +133,8 @@ PAPERS_BLOCK = (
     "qk_norm",
     "tie_embeddings",
     "rope_scaling",
+    "expert_layers",
+    "null_expert",
 )
 """Settings of the model that their code has only with the values that are defaults here."""
 CLASS_NAMES = {"dense": "DenseForCausalLM", "moe": "MoeForCausalLM", "mole": "MoleForCausalLM"}

@@ -27,7 +27,7 @@ CHECKSUM_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class TableLayout:
-    """The shape of a table: L layers, E experts, D hidden, V token ids, in one precision."""
+    """The shape of a table: L layers that have experts, E experts, D hidden, V token ids, in one precision."""
 
     vocab_size: int
     num_layers: int
@@ -40,8 +40,14 @@ class TableLayout:
     @classmethod
     def of(cls, sizes: "ModelConfig | TableLayout", precision: str, shard_bytes: int = SHARD_BYTES) -> "TableLayout":
         """Return the layout of a model's table, or of a table in another precision."""
-        names = ("vocab_size", "num_layers", "num_experts", "hidden_size")
-        return cls(**{name: getattr(sizes, name) for name in names}, precision=precision, shard_bytes=shard_bytes)
+        return cls(
+            vocab_size=sizes.vocab_size,
+            num_layers=len(sizes.mixture_layers) if isinstance(sizes, ModelConfig) else sizes.num_layers,
+            num_experts=sizes.num_experts,
+            hidden_size=sizes.hidden_size,
+            precision=precision,
+            shard_bytes=shard_bytes,
+        )
 
     @cached_property
     def codec(self) -> Codec:

@@ -1,13 +1,15 @@
 """The shape of a model. One config describes Dense, MoE and MoLE; knows nothing of data and optimizers."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from src.errors import ConfigError, check_range
 
 Architecture = Literal["dense", "moe", "mole"]
 Activation = Literal["gelu", "swiglu"]
+_OF_MOLE: dict[str, object] = {"expert_permutation": None, "expert_layers": None, "null_expert": False}
+"""Keys that only experts that read embeddings can have, and the value that says nothing."""
 OF_TRAINING = ("expert_execution", "gradient_checkpointing")
 """Keys of `ModelConfig` that say how to compute, not what."""
 _MAX_SIZE = 2**20
@@ -54,7 +56,7 @@ class ModelConfig:
     hidden_size: int
     """D: width of the residual stream."""
     num_layers: int
-    """L: decoder blocks; each of them holds experts when `num_experts` > 0."""
+    """L: decoder blocks."""
     num_heads: int
     """H: attention heads; without a `head_dim` they must divide `hidden_size` into an even one (rotary)."""
     num_kv_heads: int | None = None
@@ -68,7 +70,12 @@ class ModelConfig:
     """Of FFN, shared expert and routed experts: `gelu` (exact, two matrices) or `swiglu` (SiLU of a gate, times a third
     matrix)."""
     num_experts: int = 0
-    """E: routed experts per layer; 0 is a dense model."""
+    """E: routed experts in each layer that has some; 0 is a dense model."""
+    expert_layers: list[int | str] | None = field(default=None, hash=False)
+    """Layers that have experts that read embeddings, such as [0, 2], in ascending order; a table has as many.
+    auto: every second one of the first two thirds, range(0, ceil(2 L / 3), 2). null: all."""
+    null_expert: bool = False
+    """Routers of experts that read embeddings choose among E + 1; the last choice adds nothing."""
     expert_intermediate_size: int = 0
     """Width of each routed expert's FFN; above 0 if `num_experts` is."""
     expert_input: Literal["embedding", "hidden"] = "embedding"
@@ -116,21 +123,41 @@ class ModelConfig:
         check_range(self, "model.", ("rope_theta", "norm_eps"), above=0)
         check_range(self, "model.", ("expert_permutation",), at_least=0, at_most=2**63 - 1)
         self._check_heads()
+        self._check_expert_layers()
         if self.num_experts and not self.expert_intermediate_size:
             raise ConfigError(
                 "model.expert_intermediate_size: 0, but model.num_experts is above 0; give each expert a width"
             )
-        if not self.num_experts and not self.intermediate_size:
+        if not self.intermediate_size and len(self.mixture_layers) < self.num_layers:
             raise ConfigError("model.intermediate_size: 0 and no experts leave blocks without an FFN; set one of them")
-        if self.expert_permutation is not None and self.architecture != "mole":
-            raise ConfigError(
-                f"model.expert_permutation: {self.expert_permutation}, but this {self.architecture} model has no "
-                "experts that read embeddings; set it to null"
-            )
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(
                 f"model.top_k: {self.top_k}, but it must be in 1..num_experts ({self.num_experts}); null activates all"
             )
+
+    def _check_expert_layers(self) -> None:
+        """Check the keys of experts that read embeddings, and replace `auto` by the layers that it means."""
+        for key, nothing in _OF_MOLE.items():
+            if (value := getattr(self, key)) != nothing and self.architecture != "mole":
+                raise ConfigError(
+                    f"model.{key}: {value}, but this {self.architecture} model has no experts that read embeddings; "
+                    f"set it to {'null' if nothing is None else 'false'}"
+                )
+        if self.null_expert and self.top_k is not None:
+            raise ConfigError(
+                f"model.null_expert: true, but model.top_k is {self.top_k}; the null expert is one choice more among "
+                "all experts, so set model.top_k to null"
+            )
+        if self.expert_layers is None:
+            return
+        every = list(range(self.num_layers))
+        layers = every[: -(-2 * self.num_layers // 3) : 2] if self.expert_layers == ["auto"] else self.expert_layers
+        if not layers or layers != [layer for layer in every if layer in layers]:
+            raise ConfigError(
+                f"model.expert_layers: {self.expert_layers}, but it must be layers in 0..{self.num_layers - 1}, in "
+                "ascending order, such as [0, 2], or auto, or null for all of them"
+            )
+        object.__setattr__(self, "expert_layers", None if layers == every else layers)
 
     def _check_heads(self) -> None:
         if self.head_dim is None and self.hidden_size % (2 * self.num_heads):
@@ -159,6 +186,18 @@ class ModelConfig:
         if not self.num_experts:
             return "dense"
         return "mole" if self.expert_input == "embedding" else "moe"
+
+    @property
+    def mixture_layers(self) -> tuple[int, ...]:
+        """Layers that have routed experts, in order; layer i of a table, or of `experts`, is the i-th of them."""
+        if not self.num_experts:
+            return ()
+        return tuple(range(self.num_layers) if self.expert_layers is None else map(int, self.expert_layers))
+
+    @property
+    def router_choices(self) -> int:
+        """Logits of each router: one per expert, and one more for the null expert."""
+        return self.num_experts + self.null_expert
 
     @property
     def attention_head_dim(self) -> int:

@@ -22,7 +22,7 @@ from src.model.products import Linear, computed_dtype, linear, product, stacked_
 from src.model.router import Routing
 
 LayerRows = Callable[[int], Tensor]
-"""Layer index -> expert rows (U, E, D) of the ids it was made for."""
+"""Index among the layers that have experts -> their rows (U, E, D) of the ids it was made for."""
 
 
 class ExpertRows(NamedTuple):
@@ -135,10 +135,10 @@ def expert_inputs(config: ModelConfig, token_ids: Tensor) -> Tensor:
 
 
 class EmbeddingExperts(nn.ModuleList):
-    """The training form's source of rows: L `LayerExperts`, run on the embeddings of the ids asked for."""
+    """The training form's source of rows: `LayerExperts` of each of `mixture_layers`, run on embeddings of ids."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(LayerExperts(config) for _ in range(config.num_layers))
+        super().__init__(LayerExperts(config) for _ in config.mixture_layers)
         self.gradient_checkpointing = config.gradient_checkpointing
 
     def rows(self, token_ids: Tensor, token_embeddings: Tensor) -> LayerRows:

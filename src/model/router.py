@@ -1,6 +1,7 @@
 """The router, what it decides per token, and the losses that measure its balance.
 
-B batch, T tokens, D hidden, E experts, K experts mixed per token (E when all are active).
+B batch, T tokens, D hidden, E experts, K experts mixed per token (E when all are active), C choices: E, or E + 1 with
+a null expert.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -14,20 +15,23 @@ class Routing(NamedTuple):
     """What a router decides for each token."""
 
     logits: Tensor
-    """(B, T, E), as the projection returned them."""
+    """(B, T, C), as the projection returned them."""
     weights: Tensor
-    """(B, T, K) mixture weights that sum to 1, at least float32."""
+    """(B, T, K) mixture weights, at least float32; what they lack to sum to 1 is the null expert's."""
     experts: Tensor | None
     """(B, T, K) int64 indices of the mixed experts; None when all E are mixed in order."""
 
 
 class Router(nn.Module):
-    """A linear router without bias: softmax over all experts, or over the `top_k` largest logits."""
+    """A linear router without bias: softmax over all experts, or over the `top_k` largest logits.
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int | None) -> None:
+    With a null expert, the softmax has one more outcome, the last, which adds nothing.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int | None, *, null_expert: bool = False) -> None:
         super().__init__()
-        self.top_k = top_k
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))  # (E, D)
+        self.top_k, self.null_expert = top_k, null_expert
+        self.weight = nn.Parameter(torch.empty(num_experts + null_expert, hidden_size))  # (C, D)
 
     def forward(self, hidden_states: Tensor) -> Routing:
         """Route (B, T, D) hidden states, already normed, in at least float32, also under autocast.
@@ -36,9 +40,10 @@ class Router(nn.Module):
         """
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with _without_autocast(hidden_states.device.type):
-            logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))  # (B, T, E)
+            logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))  # (B, T, C)
         if self.top_k is None:
-            return Routing(logits, router_probs(logits), None)
+            probs = router_probs(logits)
+            return Routing(logits, probs[..., :-1] if self.null_expert else probs, None)
         chosen, experts = logits.topk(self.top_k, dim=-1)  # (B, T, K)
         return Routing(logits, router_probs(chosen), experts)
 

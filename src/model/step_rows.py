@@ -25,7 +25,8 @@ class StepRows:
         rows = model.expert_rows(token_ids, distinct)
         assert rows is not None
         self._inverse = rows.inverse  # (A, B, T)
-        self._live = [_wide(rows.layer_rows(layer)) for layer in range(model.config.num_layers)]  # L of (U, E, D)
+        layers = range(len(model.config.mixture_layers))
+        self._live = [_wide(rows.layer_rows(layer)) for layer in layers]  # of (U, E, D) each
         self._leaves = [rows.detach().requires_grad_() for rows in self._live]
 
     def micro_batch(self, index: int) -> ExpertRows:

@@ -3,10 +3,12 @@
 MoLE's blocks mix expert rows and do not know whether those were computed or read. MoE's blocks own their experts, which
 read hidden states. Nothing here knows how models are trained or stored.
 
-B batch, T new tokens, S cached + new tokens, D hidden, E experts, L layers, V vocabulary, U unique token ids.
+B batch, T new tokens, S cached + new tokens, D hidden, E experts, C choices of a router, V vocabulary, U unique ids.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -22,7 +24,6 @@ from src.model.experts import (
     ExpertSource,
     FeedForward,
     HiddenExperts,
-    LayerRows,
     expert_inputs,
     mix,
 )
@@ -33,7 +34,7 @@ from src.model.router import Router
 class Block(nn.Module):
     """Pre-norm attention, then the sum of shared expert and routed mixture; one norm feeds FFN and router."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
@@ -43,7 +44,7 @@ class Block(nn.Module):
             if config.intermediate_size
             else None
         )
-        self.router = Router(config.hidden_size, config.num_experts, config.top_k) if config.num_experts else None
+        self.router = layer_router(config) if layer in config.mixture_layers else None
         self.hidden_experts = (
             HiddenExperts(config.num_experts, config.hidden_size, config.expert_intermediate_size, config.activation)
             if config.architecture == "moe"
@@ -57,13 +58,13 @@ class Block(nn.Module):
         mask: Tensor | None,
         cache: KeyValueCache | None,
         layer: int,
-        expert_rows: Tensor | LayerRows | None,
+        expert_rows: Tensor | Callable[[], Tensor] | None,
         inverse: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return hidden states (B, T, D) and router logits (B, T, E), None in a dense model.
+        """Return hidden states (B, T, D) and router logits (B, T, C), None in a layer without experts.
 
         `expert_rows` (U, E, D) of this layer, or what waits for them, and `inverse` (B, T) are the arguments of `mix`.
-        `expert_rows` is None in Dense and MoE.
+        `expert_rows` is None in Dense and MoE, and in layers without experts.
         """
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), rotary, mask, cache, layer)
         normed = self.ffn_norm(hidden_states)
@@ -76,9 +77,14 @@ class Block(nn.Module):
             mixed = self.hidden_experts.mixture(normed, routing)
         else:
             assert expert_rows is not None
-            rows = expert_rows if isinstance(expert_rows, Tensor) else expert_rows(layer)
+            rows = expert_rows if isinstance(expert_rows, Tensor) else expert_rows()
             mixed = mix(rows, routing, inverse)
         return hidden_states + mixed.to(hidden_states.dtype), routing.logits
+
+
+def layer_router(config: ModelConfig) -> Router:
+    """Return the router of a layer that has experts, with weights that are not drawn yet."""
+    return Router(config.hidden_size, config.num_experts, config.top_k, null_expert=config.null_expert)
 
 
 def _embedding(num_ids: int, hidden_size: int) -> nn.Embedding:
@@ -93,7 +99,7 @@ class TrunkOutput(NamedTuple):
     hidden_states: Tensor
     """(B, T, D), after the final norm."""
     router_logits: list[Tensor]
-    """Per layer (B, T, E); empty in a dense model."""
+    """(B, T, C) of each layer that has experts."""
     inverse: Tensor | None
     """(B, T) int64: which of the U ids with expert rows each position holds; None without such rows."""
 
@@ -112,7 +118,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = _embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head: Head = (
             TiedHead(self.embedding) if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
@@ -194,11 +200,12 @@ class Transformer(nn.Module):
         inverse = None if expert_rows is None or expert_rows.in_order else expert_rows.inverse
         router_logits: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
-            rows = None
-            if expert_rows is not None:
-                rows = expert_rows.layer_rows if expert_rows.awaited else expert_rows.layer_rows(layer)
+            rows, place = None, len(router_logits)  # among the layers that have experts
+            if expert_rows is not None and cast(Block, block).router is not None:
+                of_layer = partial(expert_rows.layer_rows, place)
+                rows = of_layer if expert_rows.awaited else of_layer()
             arguments = (hidden_states, rotary, mask, cache, layer, rows, inverse)
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+            if self.config.gradient_checkpointing and _is_trained(block, hidden_states):
                 hidden_states, logits = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden_states, logits = block(*arguments)
@@ -258,9 +265,17 @@ class Transformer(nn.Module):
         return positions.unsqueeze(1), visible
 
 
-def parameter_part(name: str) -> Literal["backbone", "embedding", "experts"]:
+def _is_trained(block: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether a backward pass reaches a block with this input: not in front of the first that is not frozen."""
+    is_reached = hidden_states.requires_grad or any(weight.requires_grad for weight in block.parameters())
+    return torch.is_grad_enabled() and is_reached
+
+
+def parameter_part(name: str) -> Literal["backbone", "embedding", "experts", "routers"]:
     """Return the part of the model that the parameter with this dotted name belongs to."""
     components = name.split(".")
     if "experts" in components or "hidden_experts" in components:  # of MoLE, outside the blocks; of MoE, inside them
         return "experts"
+    if "router" in components:
+        return "routers"
     return "embedding" if "embedding" in components else "backbone"

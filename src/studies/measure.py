@@ -42,7 +42,7 @@ def measure(run: RunDirectory, cell: Cell, config: RunConfig, corpus: PackedCorp
     zeroed, permuted = _controls(run, config)
     metrics = _read_metrics(run)
     entropies, speeds = metrics.column("train/router/entropy"), metrics.column("train/tokens_per_second")
-    parameters = count_parameters(config.model)
+    parameters = count_parameters(config.model, trains_backbone=config.optimizer.trains_backbone)
     tokens = int(record["trained_tokens"])
     return Row(
         arm=cell.arm.name,
@@ -109,7 +109,7 @@ def _training_flops(config: RunConfig, corpus: PackedCorpus, steps: int) -> floa
     for step in range(steps):
         is_mole = config.model.architecture == "mole"
         computed = count_computed_ids(config.model, windows[step][:, :, :-1]) if is_mole else 0
-        total += step_flops(config.model, shape, computed)
+        total += step_flops(config.model, shape, computed, trains_backbone=config.optimizer.trains_backbone)
     return total
 
 

@@ -28,7 +28,7 @@ class Multipliers:
     """Per-group factors on the optimizer settings."""
 
     learning_rate: float = 1.0
-    """Factor on `optimizer.learning_rate`, at least 0; 0 freezes the group."""
+    """Factor on `optimizer.learning_rate`, at least 0; 0 keeps the group as it is."""
     weight_decay: float = 1.0
     """Factor on `optimizer.weight_decay`, at least 0; 0 disables decay for the group. AdamW multiplies decay by
     the learning rate, so the other factor scales it too."""
@@ -52,8 +52,11 @@ class OptimizerConfig:
     `trainer.max_steps`. Only for `wsd`."""
     weight_decay: float = 0.01
     """Decay of every parameter with more than one dimension."""
+    backbone_multipliers: Multipliers = field(default_factory=Multipliers)
+    """For all but routed experts, their norms and the routers; the embedding's come on top. With a learning rate of 0
+    nothing is computed or kept for training these weights, as it is for experts that are added to a trained model."""
     embedding_multipliers: Multipliers = field(default_factory=Multipliers)
-    """For the token embedding; the vocabulary head is not tied to it and belongs to the backbone."""
+    """For the token embedding, with the vocabulary head where it is tied to it."""
     expert_multipliers: Multipliers = field(default_factory=Multipliers)
     """For routed experts, of MoLE and MoE, and their norms; not for routers and the shared expert."""
     beta1: float = 0.9
@@ -71,7 +74,7 @@ class OptimizerConfig:
         check_range(self, "optimizer.", ("beta1", "beta2"), at_least=0, below=1)
         not_negative = ("warmup_steps", "weight_decay", "epsilon", "gradient_clip_norm")
         check_range(self, "optimizer.", not_negative, at_least=0)
-        for part in ("embedding_multipliers", "expert_multipliers"):
+        for part in ("backbone_multipliers", "embedding_multipliers", "expert_multipliers"):
             factors = ("learning_rate", "weight_decay")
             check_range(getattr(self, part), f"optimizer.{part}.", factors, at_least=0)
         if self.decay_steps is not None and self.schedule != "wsd":
@@ -80,6 +83,11 @@ class OptimizerConfig:
                 "set it to null, or optimizer.schedule=wsd"
             )
         check_range(self, "optimizer.", ("decay_steps",), at_least=1)
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether more is trained than experts and routers."""
+        return self.backbone_multipliers.learning_rate > 0
 
 
 @dataclass(frozen=True, kw_only=True)

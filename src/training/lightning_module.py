@@ -29,7 +29,7 @@ from src.model.sharding import shard_from_rank_zero, whole
 from src.model.step_rows import StepRows
 from src.system.signals import StopSignals
 from src.training.config import ObjectiveConfig, OptimizerConfig
-from src.training.optimization import build_optimizer, build_schedule, clip_gradients
+from src.training.optimization import build_optimizer, build_schedule, clip_gradients, freeze
 from src.training.routing_metrics import RoutingMetrics
 from src.training.strategy import ShardedStrategy
 
@@ -78,8 +78,9 @@ class LanguageModel(lightning.LightningModule):
         self.objective, self.optimizer_config = objective, optimizer
         with torch.device("meta") if without_weights else nullcontext():
             self.model = Transformer(model)
+        freeze(self.model.named_parameters(), optimizer)
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
-        self.routing = RoutingMetrics(model.num_layers, model.num_experts, model.top_k)
+        self.routing = RoutingMetrics(model.mixture_layers, model.router_choices, model.top_k)
         self.validation_loss, self.validation_bytes = _exact_mean(), _exact_mean()
         self.validation_routing = self.routing.clone()
 
@@ -96,11 +97,13 @@ class LanguageModel(lightning.LightningModule):
 
     def forward(self) -> Tensor:  # type: ignore[override]
         """Return a zero that depends on every parameter, in the order in which a step uses them."""
-        model, experts = self.model, self.model.experts
-        of_layers = experts if isinstance(experts, EmbeddingExperts) else [nn.Identity()] * len(model.blocks)
-        layers = [part for layer in zip(of_layers, model.blocks, strict=True) for part in layer]
+        model, of_layers = self.model, dict[int, nn.Module]()
+        if isinstance(model.experts, EmbeddingExperts):
+            of_layers = dict(zip(model.config.mixture_layers, model.experts, strict=True))
+        layers = [part for layer, block in enumerate(model.blocks) for part in (of_layers.get(layer), block)]
         parts = (model.embedding, *layers, model.norm, model.head)
-        return torch.stack([weight.sum() for part in parts for weight in part.parameters()]).sum() * 0
+        weights = (weight for part in parts if part is not None for weight in part.parameters())
+        return torch.stack([weight.sum() for weight in weights]).sum() * 0
 
     def on_train_start(self) -> None:
         """Let DDP allocate its buckets, and arrange them in the order in which gradients arrive, before the first step.

@@ -11,16 +11,27 @@ from src.model.transformer import parameter_part
 from src.training.config import Multipliers, OptimizerConfig
 
 
+def freeze(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+    """Take all but experts and routers out of autograd, if `config` does not train the backbone."""
+    for name, parameter in named_parameters:
+        if not config.trains_backbone and parameter_part(name) in ("backbone", "embedding"):
+            parameter.requires_grad_(False)
+
+
 def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
     """Return AdamW with one group per part of the model; matrices decay, norms and biases do not.
 
     Groups are named backbone, embedding and experts; their one-dimensional parameters form groups with the suffix
-    `_norms`.
+    `_norms`. Routers are in the backbone's group, but where it has multipliers, they are in one of their own.
     """
     members: dict[str, list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
-        suffix = "" if parameter.dim() > 1 else "_norms"
-        members.setdefault(parameter_part(name) + suffix, []).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        part, suffix = parameter_part(name), "" if parameter.dim() > 1 else "_norms"
+        if part == "routers" and config.backbone_multipliers == Multipliers():
+            part = "backbone"
+        members.setdefault(part + suffix, []).append(parameter)
     groups = [
         {"name": name, "params": parameters, **_group_settings(name, config)} for name, parameters in members.items()
     ]
@@ -58,7 +69,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def _group_settings(name: str, config: OptimizerConfig) -> dict[str, float]:
-    by_part = {"embedding": config.embedding_multipliers, "experts": config.expert_multipliers}
-    multipliers = by_part.get(name.removesuffix("_norms"), Multipliers())
-    decay = 0.0 if name.endswith("_norms") else config.weight_decay * multipliers.weight_decay
-    return {"lr": config.learning_rate * multipliers.learning_rate, "weight_decay": decay}
+    multipliers = {
+        "backbone": (config.backbone_multipliers,),
+        "embedding": (config.backbone_multipliers, config.embedding_multipliers),
+        "experts": (config.expert_multipliers,),
+        "routers": (),
+    }[name.removesuffix("_norms")]
+    rate, decay = config.learning_rate, 0.0 if name.endswith("_norms") else config.weight_decay
+    for each in multipliers:
+        rate, decay = rate * each.learning_rate, decay * each.weight_decay
+    return {"lr": rate, "weight_decay": decay}

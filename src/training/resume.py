@@ -5,7 +5,8 @@ travel with its state. Keys that decide these are fixed when the run starts.
 
 A new run can also start from another run's weights, when its model computes the same function of the same tokens:
 sizes, the place of the experts and the tokenizer must agree. The number of active experts and everything about
-training may change, since the optimizer and its schedule start over.
+training may change, since the optimizer and its schedule start over. It may also have experts that read embeddings in
+layers where the run has none: they start at zero, so that the function is the same until they are trained.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from src.data.config import TokenizerConfig
 from src.data.text_rule import TextRule
@@ -23,7 +26,8 @@ from src.errors import ConfigError, LutError, RunError, caused_by
 from src.inference import load_model
 from src.lut import read_manifest
 from src.model import ModelConfig, Transformer
-from src.run_directory import RunDirectory, identify_weights
+from src.model.transformer import parameter_part
+from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify_weights
 from src.training.checkpoints import CheckpointFiles, linked, read_callback_state, read_weights
 
 _FIXED = {
@@ -220,6 +224,8 @@ _MUST_AGREE = (
     "expert_intermediate_size",
     "expert_input",
     "expert_permutation",
+    "expert_layers",
+    "null_expert",
     "activation",
     "rope_theta",
     "rope_scaling",
@@ -230,8 +236,21 @@ _MUST_AGREE = (
 )
 
 
+_OF_EXPERTS = frozenset({name for name in _MUST_AGREE if "expert" in name})
+
+
+def _may_differ(theirs: ModelConfig, ours: ModelConfig) -> frozenset[str]:
+    """Return the keys in which a model may differ that has experts in more layers than the run."""
+    adds = ours.architecture == "mole" and set(theirs.mixture_layers) < set(ours.mixture_layers)
+    if not adds or theirs.architecture == "moe":
+        return frozenset()
+    return _OF_EXPERTS if theirs.architecture == "dense" else frozenset({"expert_layers"})
+
+
 def start_from_run(model: Transformer, run: RunDirectory, tokenizer: Tokenizer) -> None:
     """Copy the training form of `run` into `model`, which trains on text of `tokenizer`.
+
+    In layers where the run has no experts, what the model's experts return and their routers' logits are zero.
 
     Raises:
         RunError: the run has no training form, its model has another shape, or its tokenizer is another one.
@@ -240,8 +259,22 @@ def start_from_run(model: Transformer, run: RunDirectory, tokenizer: Tokenizer) 
     _require_same_tokenizer(run, tokenizer)
     if model.embedding.weight.is_meta:  # rank 0 distributes its weights
         return
-    with load_model(run.path, experts="ffn") as trained:
-        model.load_state_dict(trained.state_dict())
+    with load_model(run.path, experts="ffn") as trained, torch.no_grad():
+        weights = _moved_experts(trained.state_dict(), trained.config, model.config)
+        for name in model.load_state_dict(weights, strict=False).missing_keys:
+            if name.endswith("down") or parameter_part(name) == "routers":
+                model.get_parameter(name).zero_()
+
+
+def _moved_experts(weights: Mapping[str, Tensor], theirs: ModelConfig, ours: ModelConfig) -> dict[str, Tensor]:
+    """Name the experts of each layer as in a model that has some in more layers."""
+    moved = dict[str, Tensor]()
+    for name, tensor in weights.items():
+        if name.startswith(EXPERTS_PREFIX):
+            place, _, rest = name.removeprefix(EXPERTS_PREFIX).partition(".")
+            name = f"{EXPERTS_PREFIX}{ours.mixture_layers.index(theirs.mixture_layers[int(place)])}.{rest}"
+        moved[name] = tensor
+    return moved
 
 
 def require_start(run: RunDirectory, config: ModelConfig) -> None:
@@ -253,8 +286,11 @@ def require_start(run: RunDirectory, config: ModelConfig) -> None:
 
 def _require_same_model(run: RunDirectory, config: ModelConfig) -> None:
     theirs, ours = _resolved(run.model_config()), _resolved(config)
+    free = _may_differ(run.model_config(), config)
     differences = [
-        f"model.{key} {theirs[key]} there, {ours[key]} here" for key in _MUST_AGREE if theirs[key] != ours[key]
+        f"model.{key} {theirs[key]} there, {ours[key]} here"
+        for key in _MUST_AGREE
+        if theirs[key] != ours[key] and key not in free
     ]
     if differences:
         raise RunError(

@@ -1,7 +1,9 @@
 """Routing during training and validation, as a torchmetrics metric.
 
-B batch, T tokens, E experts, L layers.
+B batch, T tokens, L layers with experts, C choices of their routers.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,16 +20,16 @@ class RoutingMetrics(Metric):
     scalars: Tensor
     updates: Tensor
 
-    def __init__(self, num_layers: int, num_experts: int, top_k: int | None) -> None:
+    def __init__(self, layers: Sequence[int], num_choices: int, top_k: int | None) -> None:
         super().__init__()
-        self.top_k = top_k
-        self.add_state("share", torch.zeros(num_layers, num_experts), dist_reduce_fx="sum")
-        self.add_state("scalars", torch.zeros(3, num_layers), dist_reduce_fx="sum")
+        self.layers, self.top_k = tuple(layers), top_k
+        self.add_state("share", torch.zeros(len(self.layers), num_choices), dist_reduce_fx="sum")
+        self.add_state("scalars", torch.zeros(3, len(self.layers)), dist_reduce_fx="sum")
         self.add_state("updates", torch.tensor(0), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, router_logits: list[Tensor]) -> None:
-        """Add one micro-batch: per layer (B, T, E) logits."""
+        """Add one micro-batch: per layer (B, T, C) logits."""
         for layer, logits in enumerate(router_logits):
             self.share[layer] += router_probs(logits).flatten(0, -2).mean(dim=0)
             self.scalars[0, layer] += router_entropy(logits)
@@ -44,5 +46,8 @@ class RoutingMetrics(Metric):
         metrics = {"router/max_share": max_share.max()}
         for name, values in (("entropy", entropy), ("load_balance_loss", load_balance), ("z_loss", z)):
             metrics[f"router/{name}"] = values.mean()
-            metrics |= {f"router/{name}/layer_{layer}": value for layer, value in enumerate(values)}
-        return metrics | {f"router/max_share/layer_{layer}": value for layer, value in enumerate(max_share)}
+            metrics |= self._by_layer(name, values)
+        return metrics | self._by_layer("max_share", max_share)
+
+    def _by_layer(self, name: str, values: Tensor) -> dict[str, Tensor]:
+        return {f"router/{name}/layer_{layer}": value for layer, value in zip(self.layers, values, strict=True)}

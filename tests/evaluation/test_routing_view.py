@@ -28,7 +28,14 @@ def view(probabilities: list[list[float]], vocab_size: int = 300) -> RoutingView
     contributions = torch.rand(len(ids), *shares.shape, generator=torch.Generator().manual_seed(0)) * shares
     entropy = torch.special.entr(shares).sum(-1)
     counts = torch.full((len(ids),), 5)
-    return RoutingView(probabilities=shares, entropy=entropy, token_ids=ids, counts=counts, contributions=contributions)
+    return RoutingView(
+        layers=tuple(range(len(shares))),
+        probabilities=shares,
+        entropy=entropy,
+        token_ids=ids,
+        counts=counts,
+        contributions=contributions,
+    )
 
 
 @pytest.mark.parametrize("name", ["mole", "mole-top2", "mole-per-token"])
@@ -119,7 +126,7 @@ def test_pictures_of_any_size_and_text_can_be_drawn(tokenizer: Tokenizer, tmp_pa
         for index, figure in enumerate(
             (
                 probability_heat_map(found, 20),
-                entropy_lines(history, num_experts),
+                entropy_lines(history, found.layers, num_experts),
                 expert_tokens(found, tokenizer, 20),
             )
         ):

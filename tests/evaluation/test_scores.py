@@ -107,7 +107,7 @@ def test_controls_change_the_rows_that_are_mixed(model: Transformer) -> None:
 
 
 def test_routing_metrics_average_over_updates_and_layers() -> None:
-    metrics = RoutingMetrics(num_layers=2, num_experts=3, top_k=None)
+    metrics = RoutingMetrics(range(2), 3, top_k=None)
     certain = torch.tensor([50.0, 0, 0]).expand(1, 4, 3)
     undecided = torch.zeros(1, 4, 3)
     metrics.update([certain, undecided])

@@ -51,6 +51,33 @@ from tests.model.models import CONFIGS, DENSE, MOE, MOLE
         (MOE, {"top_k": 5}, "model.top_k: 5, but it must be in 1..num_experts (4); null activates all"),
         (MOE, {"top_k": 0}, "model.top_k: 0, but it must be in 1..num_experts (4); null activates all"),
         (DENSE, {"top_k": 1}, "model.top_k: 1, but it must be in 1..num_experts (0); null activates all"),
+        (
+            DENSE,
+            {"expert_layers": [0]},
+            "model.expert_layers: [0], but this dense model has no experts that read embeddings; set it to null",
+        ),
+        (
+            MOE,
+            {"null_expert": True},
+            "model.null_expert: True, but this moe model has no experts that read embeddings; set it to false",
+        ),
+        (
+            MOLE,
+            {"null_expert": True, "top_k": 2},
+            "model.null_expert: true, but model.top_k is 2; the null expert is one choice more among all experts, so "
+            "set model.top_k to null",
+        ),
+        (
+            MOLE,
+            {"expert_layers": [1, 0]},
+            "model.expert_layers: [1, 0], but it must be layers in 0..1, in ascending order, such as [0, 2], or auto, "
+            "or null for all of them",
+        ),
+        (
+            MOLE,
+            {"expert_layers": [1], "intermediate_size": 0},
+            "model.intermediate_size: 0 and no experts leave blocks without an FFN; set one of them",
+        ),
     ],
 )
 def test_mistakes(config: ModelConfig, change: dict[str, Any], message: str) -> None:
@@ -74,6 +101,21 @@ def test_mistakes_in_rope_scaling(values: dict[str, float], message: str) -> Non
     with pytest.raises(ConfigError) as caught:
         replace(RopeScaling(), **values)  # type: ignore[arg-type]
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "expected"), [(1, (0,)), (2, (0,)), (3, (0,)), (4, (0, 2)), (30, tuple(range(0, 20, 2)))]
+)
+def test_auto_is_every_second_of_the_first_two_thirds(num_layers: int, expected: tuple[int, ...]) -> None:
+    config = replace(MOLE, num_layers=num_layers, expert_layers=["auto"])
+    assert config.mixture_layers == expected
+    assert ModelConfig.from_dict(config.to_dict(), "") == config
+    assert {config: 1}[replace(MOLE, num_layers=num_layers, expert_layers=list(expected))] == 1
+
+
+def test_all_layers_are_null() -> None:
+    assert replace(MOLE, expert_layers=[0, 1]) == MOLE
+    assert (MOLE.mixture_layers, MOE.mixture_layers, DENSE.mixture_layers) == ((0, 1), (0, 1), ())
 
 
 def test_heads_need_not_divide_the_hidden_size_where_their_width_is_given() -> None:

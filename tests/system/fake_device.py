@@ -204,7 +204,7 @@ def in_bfloat16() -> Generator[None]:
 
 def step(config: ModelConfig) -> None:
     """Take an optimizer step of two micro-batches, with every loss and metric of a training step."""
-    model, metrics = model_on_device(config), RoutingMetrics(config.num_layers, config.num_experts, config.top_k)
+    model, metrics = model_on_device(config), RoutingMetrics(range(config.num_layers), config.num_experts, config.top_k)
     metrics.to(DEVICE)
     batch = torch.zeros(2, 2, 8, dtype=torch.int64, device=DEVICE)
     shared = StepRows(model, batch[..., :-1]) if config.expert_execution == "unique_per_step" else None

@@ -17,7 +17,9 @@ class MoleConfig(PretrainedConfig):
         head_dim: values per head.
         intermediate_size: width of the FFN that every token takes; 0 for none.
         hidden_act: `gelu` (exact, two matrices) or `swiglu` (three).
-        num_experts: routed experts per block; 0 in a dense model.
+        num_experts: routed experts in each block that has some; 0 in a dense model.
+        expert_layers: blocks that have experts; None for all.
+        null_expert: whether routers have one more choice, which adds nothing.
         expert_intermediate_size: width of each of them.
         expert_input: `embedding`, whose outputs are in the table `lut/`, or `hidden`, which are weights.
         num_experts_per_tok: experts that a token mixes; None for all of them.
@@ -47,6 +49,8 @@ class MoleConfig(PretrainedConfig):
         intermediate_size: int = 1024,
         hidden_act: str = "gelu",
         num_experts: int = 4,
+        expert_layers: list[int] | None = None,
+        null_expert: bool = False,
         expert_intermediate_size: int = 1024,
         expert_input: str = "embedding",
         num_experts_per_tok: int | None = None,
@@ -71,6 +75,8 @@ class MoleConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.hidden_act = hidden_act
         self.num_experts = num_experts
+        self.expert_layers = expert_layers
+        self.null_expert = null_expert
         self.expert_intermediate_size = expert_intermediate_size
         self.expert_input = expert_input
         self.num_experts_per_tok = num_experts_per_tok
@@ -85,6 +91,12 @@ class MoleConfig(PretrainedConfig):
         self.use_cache = use_cache
         options: dict[str, Any] = {**kwargs, "tie_word_embeddings": tie_word_embeddings}
         super().__init__(**options)
+
+    @property
+    def mixture_layers(self) -> list[int]:
+        """Blocks that have experts, in the order of the table's layers."""
+        every = list(range(self.num_hidden_layers if self.num_experts else 0))
+        return every if self.expert_layers is None else self.expert_layers
 
     @property
     def has_table(self) -> bool:

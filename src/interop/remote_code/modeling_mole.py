@@ -301,10 +301,11 @@ class MoleBlock(nn.Module):
         self.attention = MoleAttention(config, layer)
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.shared_expert = MoleFeedForward(config) if config.intermediate_size else None
-        self.router = MoleRouter(config.hidden_size, config.num_experts, bias=False) if config.num_experts else None
-        has_weights = config.num_experts > 0 and not config.has_table
-        self.hidden_experts = MoleHiddenExperts(config) if has_weights else None
-        self.top_k = config.num_experts_per_tok or config.num_experts
+        routed, self.num_experts = layer in config.mixture_layers, config.num_experts
+        choices = config.num_experts + config.null_expert
+        self.router = MoleRouter(config.hidden_size, choices, bias=False) if routed else None
+        self.hidden_experts: Any = MoleHiddenExperts(config) if routed and not config.has_table else None
+        self.top_k = config.num_experts_per_tok or choices
 
     def forward(
         self,
@@ -322,12 +323,9 @@ class MoleBlock(nn.Module):
         if self.router is None:
             return hidden_states
         chosen, experts = self.router(normed).topk(self.top_k, dim=-1)  # (B, T, K)
-        weights = chosen.softmax(dim=-1)
-        if self.hidden_experts is not None:
-            mixed = self.hidden_experts(normed, weights, experts)
-        else:
-            assert rows is not None
-            mixed = mix(*rows, weights, experts)
+        weights = chosen.softmax(dim=-1) * (experts < self.num_experts)  # a null expert, the last, adds nothing
+        experts = experts.clamp(max=self.num_experts - 1)
+        mixed = self.hidden_experts(normed, weights, experts) if rows is None else mix(*rows, weights, experts)
         return hidden_states + mixed.to(hidden_states.dtype)
 
 
@@ -385,7 +383,7 @@ class MoleForCausalLM(PreTrainedModel, GenerationMixin):
     def open_table(self, folder: str | os.PathLike[str], in_memory: bool = False) -> None:
         """Read rows from the table in a folder from now on; ValueError where it belongs to another model."""
         table, config = LookupTable(folder, in_memory), self.config
-        sizes = (config.num_hidden_layers, config.num_experts, config.hidden_size)
+        sizes = (len(config.mixture_layers), config.num_experts, config.hidden_size)
         if (table.vocab_size, *table.sizes) != (config.vocab_size, *sizes):
             raise ValueError(f"{table.folder}: its sizes are not those of config.json; copy the table of this model")
         if table.manifest["backbone"] != config.backbone:
@@ -425,8 +423,8 @@ class MoleForCausalLM(PreTrainedModel, GenerationMixin):
         """Return next-token logits (B, T, V), and the mean loss where there are labels (B, T).
 
         Arguments are those of any decoder in transformers; `cache` is what newer releases call `past_key_values`.
-        `per_layer_inputs` (B, T, L, E * D) are what the experts return for these tokens: rows of the table that were
-        read elsewhere, in place of those that would be read here.
+        `per_layer_inputs` (B, T, L, E * D) are what the experts return for these tokens, of layers that have some: rows
+        of the table that were read elsewhere, in place of those that would be read here.
         """
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -438,7 +436,7 @@ class MoleForCausalLM(PreTrainedModel, GenerationMixin):
         start = 0 if cache is None else int(cache.get_seq_length())
         if position_ids is None:
             position_ids = token_positions(attention_mask, start, tokens)
-        states: list[list[Tensor]] = []
+        states, layers = list[list[Tensor]](), self.config.mixture_layers
         for piece in pieces:
             rows = self._rows(tokens[:, piece], None if per_layer_inputs is None else per_layer_inputs[:, piece])
             embeddings = self.embedding(tokens[:, piece]) if inputs_embeds is None else inputs_embeds[:, piece]
@@ -447,7 +445,8 @@ class MoleForCausalLM(PreTrainedModel, GenerationMixin):
             entered: list[Tensor] = []
             for layer, block in enumerate(self.blocks):
                 entered += [embeddings] if output_hidden_states else []
-                embeddings = block(embeddings, rotary, mask, cache, None if rows is None else rows(layer))
+                place = layers.index(layer) if rows is not None and layer in layers else None
+                embeddings = block(embeddings, rotary, mask, cache, None if place is None else rows(place))
             states.append([*entered, self.norm(embeddings)])
         hidden_states = [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]  # L + 1 or 1 of (B, T, D)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -465,7 +464,7 @@ class MoleForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("give either input_ids or inputs_embeds")
         tokens, config = embeddings if input_ids is None else input_ids, self.config
         assert tokens is not None
-        expected = (*tokens.shape[:2], config.num_hidden_layers, config.num_experts * config.hidden_size)
+        expected = (*tokens.shape[:2], len(config.mixture_layers), config.num_experts * config.hidden_size)
         if given_rows is not None and not (config.has_table and given_rows.shape == expected):
             wanted = f"(B, T, L, E * D) = {expected}" if config.has_table else "none: this model has no table"
             raise ValueError(f"per_layer_inputs has shape {tuple(given_rows.shape)}, expected {wanted}")

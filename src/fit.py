@@ -77,6 +77,8 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
     module = build_module(config, text, signals)
     if config.init_from is not None and start is None:
         start_from_run(module.model, RunDirectory(Path(config.init_from)), corpus.tokenizer)
+    if (has_row := module.model.has_row) is not None:  # known before the first step, and the same on every rank
+        has_row.logical_or_(corpus.token_counts(config.model.vocab_size).to(has_row.device) > 0)
     run = RunCallback(create_run(config, corpus) if start is None else start.run)
     with explaining_write_failures(run.directory.path):
         if is_rank_zero():

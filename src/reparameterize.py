@@ -56,7 +56,7 @@ def describe(lut_dir: Path, manifest: Manifest) -> str:
     """Say what a table is."""
     layout, shards = manifest.layout, manifest.shards
     return (
-        f"{lut_dir}: {layout.vocab_size:,} rows of {layout.row_bytes:,} bytes in {layout.precision}, "
+        f"{lut_dir}: {layout.num_rows:,} rows of {layout.row_bytes:,} bytes in {layout.precision}, "
         f"{sum(shard.file_bytes(layout) for shard in shards):,} bytes in {len(shards)} shards"
     )
 

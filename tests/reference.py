@@ -36,7 +36,8 @@ def _sequence_logits(weights: Weights, config: ModelConfig, ids: list[int]) -> T
             added = torch.zeros_like(hidden)
             if config.intermediate_size:
                 added = added + _ffn(hidden, _Matrices(part, "shared_expert.", ".weight", transposed=True), config)
-            if config.num_experts and (config.expert_layers is None or layer in config.expert_layers):
+            routed = config.num_experts and (config.expert_layers is None or layer in config.expert_layers)
+            if routed and ("has_row" not in weights or weights["has_row"][ids[position]]):
                 added = added + _routed(weights, part, config, layer, hidden, read_by_experts[position])
             stream[position] = stream[position] + added
     head = weights["embedding.weight" if config.tie_embeddings else "head.weight"]

@@ -41,6 +41,7 @@ class StoredExperts:
 
     rows_from = "the experts of a model"
     held_row_bytes = 0
+    row_ids = None
 
     def __init__(self, layers: Sequence[HiddenExperts]) -> None:
         self._layers, self._num_experts = layers, len(layers[0].up)

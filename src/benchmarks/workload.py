@@ -111,6 +111,7 @@ class RandomRows:
 
     rows_from = "random numbers"
     held_row_bytes = 0
+    row_ids = None
 
     def __init__(self, config: ModelConfig, identity: Identity) -> None:
         self.config, self.identity = config, identity

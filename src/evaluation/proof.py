@@ -104,7 +104,7 @@ def check_identity(run: RunDirectory, lut: str) -> Check:
 def check_table(run: RunDirectory, lut: str, progress: Progress) -> Check:
     """Read every byte of the table, and count what does not match its manifest."""
     lut_dir = run.lut_path(lut)
-    rows = read_manifest(lut_dir).layout.vocab_size
+    rows = read_manifest(lut_dir).layout.num_rows
     with progress("reading every row", rows) as advance:
         problems = verify_table(lut_dir, advance)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

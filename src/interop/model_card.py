@@ -83,7 +83,7 @@ def _table(table: Manifest) -> str:
     return f"""## The table
 
 `lut/` holds what the experts return for each token id ([arXiv:2503.15798](https://arxiv.org/abs/2503.15798)): \
-{layout.vocab_size:,} rows in {layout.precision}, {layout.table_bytes:,} bytes. It stays on disk: a forward pass reads \
+{layout.num_rows:,} rows in {layout.precision}, {layout.table_bytes:,} bytes. It stays on disk: a forward pass reads \
 {layout.row_bytes:,} bytes per distinct token id and checks them. `from_pretrained(..., lut_in_memory=True)` loads it \
 instead. `forward(..., per_layer_inputs=rows)` takes rows that were read elsewhere, {shape}."""
 

@@ -135,6 +135,7 @@ PAPERS_BLOCK = (
     "rope_scaling",
     "expert_layers",
     "null_expert",
+    "expert_ids",
 )
 """Settings of the model that their code has only with the values that are defaults here."""
 CLASS_NAMES = {"dense": "DenseForCausalLM", "moe": "MoeForCausalLM", "mole": "MoleForCausalLM"}

@@ -33,6 +33,7 @@ class OfficialRows:
     checkpoint: CheckpointTensors
     rows_from: str = "imported table"
     held_row_bytes: int = 0
+    row_ids: None = None
 
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
         """Read one layer's columns of consecutive rows as (num_tokens, E, D)."""

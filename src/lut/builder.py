@@ -21,7 +21,7 @@ from torch import Tensor
 
 from src.errors import LutError, LutWriteError
 from src.lut.layout import SHARD_BYTES, Shard
-from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, OLD_ERRORS_NAME, Manifest
+from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME, OLD_ERRORS_NAME, ROW_IDS_NAME, Manifest
 from src.lut.plan import MEMORY_BYTES, PLAN_NAME, BuildPlan, plan
 from src.lut.shard_writer import (
     LOCK_NAME,
@@ -111,7 +111,7 @@ def prepare(plan: BuildPlan, *, resume: bool = True, overwrite: bool = False) ->
         require_space(plan)  # before anything is removed; files that will be replaced already count as free
         if not continues:
             clear(plan, resume=resume, overwrite=overwrite)
-        _write_counts(plan)  # now, so that any later command that finishes this build finds them
+        _write_companions(plan)  # now, so that any later command that finishes this build finds them
         write_text(plan.lut_dir / PLAN_NAME, plan.text)
 
 
@@ -174,7 +174,7 @@ def publish(plan: BuildPlan) -> Manifest:
                 raise LutError(
                     f"{plan.lut_dir}: {missing[0]} is not written yet ({len(missing)} missing); resume the build"
                 )
-            _write_counts(plan)
+            _write_companions(plan)
             write_text(plan.lut_dir / MANIFEST_NAME, plan.manifest.text)
         tidy(plan)
     return plan.manifest
@@ -242,12 +242,13 @@ def build_lut(
     return build.manifest
 
 
-def _write_counts(plan: BuildPlan) -> None:
-    if plan.token_counts is not None:
-        with atomic_path(plan.lut_dir / COUNTS_NAME) as temporary:
-            temporary.write_bytes(plan.counts_file())
-    else:
-        (plan.lut_dir / COUNTS_NAME).unlink(missing_ok=True)
+def _write_companions(plan: BuildPlan) -> None:
+    for name in (COUNTS_NAME, ROW_IDS_NAME):
+        if (content := plan.companion(name)) is not None:
+            with atomic_path(plan.lut_dir / name) as temporary:
+                temporary.write_bytes(content)
+        else:
+            (plan.lut_dir / name).unlink(missing_ok=True)
 
 
 _TRIAL_TOKENS = 256
@@ -275,7 +276,7 @@ class Estimate:
 def estimate(plan: BuildPlan) -> Estimate:
     """Compute and encode one layer of a few rows, and scale up; leaves no trace on disk."""
     layout = plan.layout
-    num_tokens = min(_TRIAL_TOKENS, layout.vocab_size)
+    num_tokens = min(_TRIAL_TOKENS, layout.num_rows)
     _trial(plan, num_tokens)  # the first run also reads weights and starts threads
     seconds = _trial(plan, num_tokens)
     return Estimate(
@@ -283,7 +284,7 @@ def estimate(plan: BuildPlan) -> Estimate:
         num_shards=len(plan.shards),
         free_bytes=free_bytes(plan.lut_dir),
         memory_bytes=plan.buffer_bytes,
-        seconds=seconds * layout.num_layers * layout.vocab_size / num_tokens,
+        seconds=seconds * layout.num_layers * layout.num_rows / num_tokens,
     )
 
 

@@ -26,7 +26,10 @@ class RowCache:
     def __init__(
         self, num_slots: int, vocab_size: int, row_bytes: int, token_counts: NDArray[np.int64] | None = None
     ) -> None:
-        """Reserve the slots, which cost memory when first filled; `token_counts` is (V,)."""
+        """Reserve the slots, which cost memory when first filled; `token_counts` is (V,).
+
+        In a sparse table ids are the numbers of its rows.
+        """
         self.num_slots = min(num_slots, vocab_size)
         counts = np.zeros(vocab_size, dtype=np.int64) if token_counts is None else token_counts
         self._bonus = (self.num_slots * np.log1p(counts)).astype(np.int64)  # (V,)

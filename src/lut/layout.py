@@ -1,14 +1,17 @@
 """Where every byte of a table is. Pure arithmetic: no tensors, no files.
 
 A table is a list of safetensors shards. Each holds `rows`, the token rows in order of id, and `checksums`, one
-CRC-32 per row. The plan depends on the vocabulary, the row size and the shard size alone, so any number of writers
-and any interruption yields the same bytes. A checksum covers a row and its token id.
+CRC-32 per row. The plan depends on the number of rows, the row size and the shard size alone, so any number of writers
+and any interruption yields the same bytes. A checksum covers a row and its number, which is its token id.
+
+A sparse table leaves ids out. Rows are then numbered in the order of the ids that have one, which are listed in a file
+of their own; nothing here knows them, and what is called a token is the row of that number.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -36,10 +39,12 @@ class TableLayout:
     precision: str
     shard_bytes: int = SHARD_BYTES
     """Rows of a shard fit in this many bytes, unless a single row is larger."""
+    sparse_rows: int | None = None
+    """How many ids have a row in a sparse table; None: all of them."""
 
     @classmethod
     def of(cls, sizes: "ModelConfig | TableLayout", precision: str, shard_bytes: int = SHARD_BYTES) -> "TableLayout":
-        """Return the layout of a model's table, or of a table in another precision."""
+        """Return the layout of a model's table, or of a table in another precision, with a row for each id."""
         return cls(
             vocab_size=sizes.vocab_size,
             num_layers=len(sizes.mixture_layers) if isinstance(sizes, ModelConfig) else sizes.num_layers,
@@ -63,10 +68,22 @@ class TableLayout:
         """Bytes of one token's row, layer after layer: what one lookup reads."""
         return self.num_layers * self.num_experts * self.vector_bytes
 
+    @property
+    def num_rows(self) -> int:
+        return self.vocab_size if self.sparse_rows is None else self.sparse_rows
+
+    def row_name(self, number: int) -> str:
+        """Return what a row is called in messages."""
+        return f"the row of token id {number}" if self.sparse_rows is None else f"row {number}"
+
     @cached_property
     def table_bytes(self) -> int:
         """Bytes of all rows, without headers and checksums."""
-        return self.vocab_size * self.row_bytes
+        return self.num_rows * self.row_bytes
+
+    def to_dict(self) -> dict[str, int | str]:
+        """Return the fields as they are written; `sparse_rows` only where there are such."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -112,10 +129,10 @@ def tokens_per_shard(layout: TableLayout) -> int:
 
 
 def plan_shards(layout: TableLayout) -> list[Shard]:
-    """Cut [0, V) into shards."""
+    """Cut all rows into shards."""
     step = tokens_per_shard(layout)
-    starts = range(0, layout.vocab_size, step)
-    return [Shard(index, first, min(step, layout.vocab_size - first)) for index, first in enumerate(starts)]
+    starts = range(0, layout.num_rows, step)
+    return [Shard(index, first, min(step, layout.num_rows - first)) for index, first in enumerate(starts)]
 
 
 def row_checksums(first_token: int, rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
@@ -129,18 +146,22 @@ def row_checksum(token_id: int, row: NDArray[np.uint8]) -> int:
     return crc32(row.data, crc32(token_id.to_bytes(8, "little")))
 
 
-def check_rows(token_ids: NDArray[np.int64], rows: NDArray[np.uint8], expected: NDArray[np.uint32], where: str) -> None:
+def check_rows(
+    token_ids: NDArray[np.int64], rows: NDArray[np.uint8], expected: NDArray[np.uint32], layout: TableLayout, where: str
+) -> None:
     """Raise LutFormatError naming the first id whose row (U, row_bytes) does not match its checksum (U,)."""
-    for problem in damaged_rows(token_ids, rows, expected):
+    for problem in damaged_rows(token_ids, rows, expected, layout):
         raise LutFormatError(f"{where}: {problem}")
 
 
-def damaged_rows(token_ids: NDArray[np.int64], rows: NDArray[np.uint8], expected: NDArray[np.uint32]) -> Iterator[str]:
+def damaged_rows(
+    token_ids: NDArray[np.int64], rows: NDArray[np.uint8], expected: NDArray[np.uint32], layout: TableLayout
+) -> Iterator[str]:
     """Yield a sentence for each id whose row (U, row_bytes) does not match its checksum (U,)."""
     for token_id, row, checksum in zip(token_ids.tolist(), rows, expected.tolist(), strict=True):
         if (found := row_checksum(token_id, row)) != checksum:
             yield (
-                f"the row of token id {token_id} is damaged: its CRC-32 is {found:08x}, expected {checksum:08x}; "
+                f"{layout.row_name(token_id)} is damaged: its CRC-32 is {found:08x}, expected {checksum:08x}; "
                 "copy the table again or rebuild it with `python -m src.reparameterize`"
             )
 

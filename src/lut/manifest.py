@@ -4,7 +4,7 @@ Its text follows from the table's sizes and a few notes, and includes a SHA-256 
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ from src.errors import LutError, LutFormatError
 from src.lut.codecs import CODECS
 from src.lut.layout import Shard, TableLayout, plan_shards, sha256, tokens_per_shard
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, SPARSE_VERSION = 1, 2
+"""Of tables with a row for each id, and of those that leave some out."""
 MANIFEST_NAME = "manifest.json"
-COUNTS_NAME = "token_counts.safetensors"
+COUNTS_NAME, ROW_IDS_NAME = "token_counts.safetensors", "row_ids.safetensors"
 OLD_ERRORS_NAME = "row_errors.json"
 """A file that tables of mole 0.1 have; nothing reads it."""
 _SIZES = ("vocab_size", "num_layers", "num_experts", "hidden_size", "shard_bytes")
 _NOTES = ("rows_from", "training_form", "backbone", "tokenizer", "token_counts_sha256")
+_SPARSE_SIZES, _SPARSE_NOTES = ("sparse_rows",), ("row_ids_sha256",)
+_REQUIRED = ("precision", "rows_from", "row_ids_sha256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ class Manifest:
     """Fingerprint of the tokenizer whose ids the rows are for; None when it was not known."""
     token_counts_sha256: str | None
     """SHA-256 of `token_counts.safetensors`, if the table came with counts."""
+    row_ids_sha256: str | None = None
+    """SHA-256 of `row_ids.safetensors`, which a sparse table has."""
 
     @property
     def shards(self) -> list[Shard]:
@@ -44,15 +49,16 @@ class Manifest:
     @property
     def file_names(self) -> list[str]:
         """All files of the table; the manifest last, without which there is none."""
-        counts = [] if self.token_counts_sha256 is None else [COUNTS_NAME]
-        return [*(shard.file_name for shard in self.shards), *counts, MANIFEST_NAME]
+        companions = {COUNTS_NAME: self.token_counts_sha256, ROW_IDS_NAME: self.row_ids_sha256}
+        present = [name for name, digest in companions.items() if digest is not None]
+        return [*(shard.file_name for shard in self.shards), *present, MANIFEST_NAME]
 
     @property
     def text(self) -> str:
         """The content of the file."""
         values = {
-            "format_version": FORMAT_VERSION,
-            **asdict(self.layout),
+            "format_version": format_version(self.layout),
+            **self.layout.to_dict(),
             "row_bytes": self.layout.row_bytes,
             "shards": [
                 {
@@ -65,8 +71,14 @@ class Manifest:
                 for shard in self.shards
             ],
             **{name: getattr(self, name) for name in _NOTES},
+            **({} if self.row_ids_sha256 is None else {"row_ids_sha256": self.row_ids_sha256}),
         }
         return json.dumps({**values, "sha256": sha256(json.dumps(values, sort_keys=True).encode())}, indent=1) + "\n"
+
+
+def format_version(layout: TableLayout) -> int:
+    """Return the version of the format that a table of this layout is written in."""
+    return FORMAT_VERSION if layout.sparse_rows is None else SPARSE_VERSION
 
 
 def read_manifest(lut_dir: Path) -> Manifest:
@@ -89,9 +101,9 @@ def read_manifest(lut_dir: Path) -> Manifest:
         raise LutFormatError(f"{path}: not valid JSON ({error}); rebuild the table") from error
     if not isinstance(document, dict):
         raise LutFormatError(f"{path}: holds a {type(document).__name__}, expected an object; rebuild the table")
-    if (version := _shown(document.get("format_version"))) != str(FORMAT_VERSION):
+    if (version := _shown(document.get("format_version"))) not in (str(FORMAT_VERSION), str(SPARSE_VERSION)):
         raise LutFormatError(
-            f"{path}: format_version {version}, but this version of mole reads {FORMAT_VERSION}; "
+            f"{path}: format_version {version}, but this version of mole reads {FORMAT_VERSION} and {SPARSE_VERSION}; "
             "use the version that wrote it, or rebuild the table"
         )
     manifest = _derive(document, path)
@@ -105,13 +117,14 @@ def read_manifest(lut_dir: Path) -> Manifest:
 
 def _derive(document: dict[str, Any], path: Path) -> Manifest | None:
     """Return the manifest that a table of these sizes and notes has; None if it has another number of shards."""
-    sizes: dict[str, Any] = {name: document.get(name) for name in _SIZES}
-    texts: dict[str, Any] = {name: document.get(name) for name in ("precision", *_NOTES)}
+    is_sparse = document["format_version"] == SPARSE_VERSION
+    sizes: dict[str, Any] = {name: document.get(name) for name in (*_SIZES, *_SPARSE_SIZES * is_sparse)}
+    texts: dict[str, Any] = {name: document.get(name) for name in ("precision", *_NOTES, *_SPARSE_NOTES * is_sparse)}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise LutFormatError(f"{path}: {name} is {_shown(value)}, expected a positive integer; rebuild the table")
     for name, value in texts.items():
-        if not isinstance(value, str) and (value is not None or name in ("precision", "rows_from")):
+        if not isinstance(value, str) and (value is not None or name in _REQUIRED):
             raise LutFormatError(f"{path}: {name} is {_shown(value)}, expected text; rebuild the table")
     if (precision := texts.pop("precision")) not in CODECS:
         raise LutFormatError(
@@ -120,7 +133,7 @@ def _derive(document: dict[str, Any], path: Path) -> Manifest | None:
         )
     layout = TableLayout(precision=precision, **sizes)
     try:
-        num_shards = -(-layout.vocab_size // tokens_per_shard(layout))
+        num_shards = -(-layout.num_rows // tokens_per_shard(layout))
     except LutError as error:  # a hidden size that the precision cannot pack
         raise LutFormatError(f"{path}: {error}") from error
     shards = document.get("shards")

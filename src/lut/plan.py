@@ -2,7 +2,7 @@
 
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from src.errors import LutError
 from src.lut.layout import SHARD_BYTES, Shard, TableLayout, plan_shards, sha256, tokens_per_shard
-from src.lut.manifest import FORMAT_VERSION, Manifest, read_manifest
+from src.lut.manifest import COUNTS_NAME, ROW_IDS_NAME, Manifest, format_version, read_manifest
 from src.lut.sources import RowSource, TableRows
 
 T = TypeVar("T")
@@ -45,19 +45,22 @@ class BuildPlan:
             training_form=self.source.identity.training_form,
             backbone=self.source.identity.backbone,
             tokenizer=self.tokenizer,
-            token_counts_sha256=None if self.token_counts is None else sha256(self.counts_file()),
+            token_counts_sha256=_digest(self.companion(COUNTS_NAME)),
+            row_ids_sha256=_digest(self.companion(ROW_IDS_NAME)),
         )
 
     @property
     def text(self) -> str:
         """The plan as JSON: two builds of the same text write the same rows, and one can finish the other's."""
+        row_ids = _digest(self.companion(ROW_IDS_NAME))
         document = {
-            "format_version": FORMAT_VERSION,
-            **asdict(self.layout),
+            "format_version": format_version(self.layout),
+            **self.layout.to_dict(),
             "chunk_tokens": self.chunk_tokens,
             "rows_from": self.source.rows_from,
             "training_form": self.source.identity.training_form,
             "backbone": self.source.identity.backbone,
+            **({} if row_ids is None else {"row_ids_sha256": row_ids}),
         }
         return json.dumps(document, indent=1) + "\n"
 
@@ -75,9 +78,16 @@ class BuildPlan:
         path = self.lut_dir / PLAN_NAME
         return path.is_file() and path.read_bytes() == self.text.encode()
 
-    def counts_file(self) -> bytes:
-        assert self.token_counts is not None
-        return save({"token_counts": self.token_counts.to(torch.int64).contiguous()})
+    def companion(self, name: str) -> bytes | None:
+        """Return the content of the file of token counts or of row ids; None if the table has no such file."""
+        values = {COUNTS_NAME: self.token_counts, ROW_IDS_NAME: self.source.row_ids}[name]
+        if values is None:
+            return None
+        return save({name.partition(".")[0]: values.to(torch.int64).contiguous()})
+
+
+def _digest(content: bytes | None) -> str | None:
+    return None if content is None else sha256(content)
 
 
 def plan(
@@ -101,6 +111,10 @@ def plan(
     if isinstance(source, TableRows) and source.lut_dir.resolve() == lut_dir.resolve():
         raise LutError(f"{lut_dir}: is the table that the rows come from; give the new one another --lut name")
     layout = TableLayout.of(source.config, dtype, shard_bytes)
+    if source.row_ids is not None:
+        if not len(source.row_ids):
+            raise LutError(f"{lut_dir}: no id has a row, as if the model had seen no text; train it first")
+        layout = replace(layout, sparse_rows=len(source.row_ids))
     if isinstance(source, TableRows):
         tokenizer = source.tokenizer if tokenizer is None else tokenizer
         token_counts = source.token_counts if token_counts is None else token_counts
@@ -142,5 +156,5 @@ def _bytes_per_token(layout: TableLayout, source: RowSource) -> int:
 def _chunk_tokens(layout: TableLayout, source: RowSource, memory_bytes: int) -> int:
     """Cut shards into as few equal chunks as the memory allows."""
     most = max(1, memory_bytes // _bytes_per_token(layout, source))
-    in_shard = min(tokens_per_shard(layout), layout.vocab_size)
+    in_shard = min(tokens_per_shard(layout), layout.num_rows)
     return -(-in_shard // -(-in_shard // most))

@@ -5,6 +5,7 @@ Knows nothing of random access, caches or threads; `LutStore` does.
 U token ids in a run.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from src.lut.layout import (
     sha256,
     tokens_per_shard,
 )
-from src.lut.manifest import COUNTS_NAME, Manifest
+from src.lut.manifest import COUNTS_NAME, ROW_IDS_NAME, Manifest
 
 
 class TableScan:
@@ -36,13 +37,13 @@ class TableScan:
     def read(self, first_token: int, num_tokens: int) -> NDArray[np.uint8]:
         """Return rows (num_tokens, row_bytes) of consecutive ids; LutFormatError names the first damaged one."""
         rows, checksums = self._read(first_token, num_tokens)
-        check_rows(np.arange(first_token, first_token + num_tokens), rows, checksums, str(self._lut_dir))
+        check_rows(np.arange(first_token, first_token + num_tokens), rows, checksums, self.layout, str(self._lut_dir))
         return rows
 
     def damaged(self, first_token: int, num_tokens: int) -> list[str]:
         """Return a sentence for each of some consecutive ids whose row does not match its checksum."""
         rows, checksums = self._read(first_token, num_tokens)
-        return list(damaged_rows(np.arange(first_token, first_token + num_tokens), rows, checksums))
+        return list(damaged_rows(np.arange(first_token, first_token + num_tokens), rows, checksums, self.layout))
 
     def _read(self, first_token: int, num_tokens: int) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
         rows = np.empty((num_tokens, self.layout.row_bytes), dtype=np.uint8)
@@ -97,16 +98,38 @@ def read_token_counts(lut_dir: Path, manifest: Manifest) -> NDArray[np.int64] | 
     """Return how often training saw each id (V,), or None for a table that came without counts."""
     if manifest.token_counts_sha256 is None:
         return None
-    path = lut_dir / COUNTS_NAME
+    vocab_size, digest = manifest.layout.vocab_size, manifest.token_counts_sha256
+    return _read_companion(lut_dir / COUNTS_NAME, digest, "token counts", vocab_size)
+
+
+def read_row_ids(lut_dir: Path, manifest: Manifest) -> NDArray[np.int64] | None:
+    """Return the ids that have a row (R,), in the order of the rows, or None for a table that has all."""
+    if manifest.row_ids_sha256 is None:
+        return None
+    path, layout = lut_dir / ROW_IDS_NAME, manifest.layout
+    row_ids = _read_companion(path, manifest.row_ids_sha256, "row ids", layout.num_rows)
+    if not (np.diff(row_ids, prepend=-1, append=layout.vocab_size) > 0).all():
+        raise LutFormatError(
+            f"{path}: its ids are not in ascending order within [0, {layout.vocab_size}); rebuild the table"
+        )
+    return row_ids
+
+
+def row_numbers(row_ids: NDArray[np.int64], token_ids: Sequence[int]) -> list[int]:
+    """Return the numbers of the rows of ids, found by search in `row_ids` (R,); R for an id that has none."""
+    numbers = np.searchsorted(row_ids, token_ids)
+    found = row_ids.take(numbers, mode="clip") == token_ids
+    return np.where(found, numbers, len(row_ids)).tolist()
+
+
+def _read_companion(path: Path, digest: str, what: str, count: int) -> NDArray[np.int64]:
     data = path.read_bytes() if path.is_file() else b""
-    if sha256(data) != manifest.token_counts_sha256:
+    if sha256(data) != digest:
         raise LutFormatError(f"{path}: missing or not what the manifest lists; copy the table again or rebuild it")
     try:
-        counts = load(data)["token_counts"].astype(np.int64)
+        values = load(data)[what.replace(" ", "_")].astype(np.int64)
     except (SafetensorError, KeyError) as error:
-        raise LutFormatError(f"{path}: holds no token counts ({error}); rebuild the table") from error
-    if counts.shape != (manifest.layout.vocab_size,):
-        raise LutFormatError(
-            f"{path}: {counts.shape} counts, expected {manifest.layout.vocab_size:,}; rebuild the table"
-        )
-    return counts
+        raise LutFormatError(f"{path}: holds no {what} ({error}); rebuild the table") from error
+    if values.shape != (count,):
+        raise LutFormatError(f"{path}: {values.shape} {what}, expected {count:,}; rebuild the table")
+    return values

@@ -132,6 +132,7 @@ def encode_chunk(plan: BuildPlan, first_token: int, num_tokens: int) -> NDArray[
     layout = plan.layout
     encoded: Tensor | None = None
     finite: list[Tensor] = []
+    first_id = first_token if plan.source.row_ids is None else int(plan.source.row_ids[first_token])
     for layer in range(layout.num_layers):
         rows = plan.source.layer_rows(layer, first_token, num_tokens)  # (U, E, D)
         if encoded is None:
@@ -140,11 +141,11 @@ def encode_chunk(plan: BuildPlan, first_token: int, num_tokens: int) -> NDArray[
         try:
             finite.append(encode_layer(layout.codec, rows, encoded[:, layer]))
         except LutError as error:
-            raise LutError(f"layer {layer}, ids from {first_token}: {error}") from error
+            raise LutError(f"layer {layer}, ids from {first_id}: {error}") from error
     assert encoded is not None
     if not all(found := torch.stack(finite).tolist()):  # the only wait for a device
         raise LutError(
-            f"layer {found.index(False)}, ids from {first_token}: a row holds NaN, infinity, or more than "
+            f"layer {found.index(False)}, ids from {first_id}: a row holds NaN, infinity, or more than "
             f"{layout.precision} can; check the weights, or choose another --dtype"
         )
     return encoded.view(num_tokens, layout.row_bytes).cpu().numpy()

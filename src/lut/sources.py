@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from src.errors import LutError
 from src.lut.layout import TableLayout
 from src.lut.manifest import MANIFEST_NAME, Manifest, read_manifest
-from src.lut.scan import TableScan, check_shard, read_token_counts
+from src.lut.scan import TableScan, check_shard, read_row_ids, read_token_counts
 from src.model import ModelConfig, Transformer
 from src.model.experts import EmbeddingExperts, LayerExperts, expert_inputs, ffn, ffn_matrices
 from src.model.products import stacked_product
@@ -25,7 +25,10 @@ from src.run_directory import EXPERTS_PREFIX, Identity, RunDirectory, identify_w
 
 
 class RowSource(Protocol):
-    """Gives expert rows. A builder requests all layers of a run of ids in order, then the next run."""
+    """Gives expert rows. A builder requests all layers of a run of rows in order, then the next run.
+
+    Rows are numbered in the order of their ids; where each id has one, a row's number is its id.
+    """
 
     @property
     def config(self) -> ModelConfig | TableLayout: ...
@@ -45,8 +48,13 @@ class RowSource(Protocol):
         """Bytes that the source keeps in memory for each id of the run requested last."""
         ...
 
+    @property
+    def row_ids(self) -> Tensor | None:
+        """The ids that have a row (R,) int64, in ascending order; None: all of them."""
+        ...
+
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
-        """Return the rows (num_tokens, E, D) float32 of consecutive ids."""
+        """Return the rows (num_tokens, E, D) float32 of consecutive numbers."""
         ...
 
 
@@ -64,6 +72,8 @@ class TableRows:
             check_shard(lut_dir, shard, manifest.layout)
         counts = read_token_counts(lut_dir, manifest)
         self.token_counts = None if counts is None else torch.from_numpy(counts)
+        row_ids = read_row_ids(lut_dir, manifest)
+        self.row_ids = None if row_ids is None else torch.from_numpy(row_ids)
         self._scan = TableScan(lut_dir, manifest.layout)
         self._run, self._rows = (0, 0), torch.empty(0, dtype=torch.uint8)
 
@@ -106,13 +116,14 @@ class ModelRows:
         self.config, self._embedding, self._experts = model.config, model.embedding.weight, model.experts
         self._dtype, self.rows_from = _compute_dtype(compute_dtype), _rows_from(model.config, compute_dtype)
         self.identity = identity or identify_weights(model.state_dict())
+        self.row_ids = None if model.has_row is None else model.has_row.nonzero().flatten().cpu()
 
     @torch.no_grad()
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
         part = self._experts[layer]
         assert isinstance(part, LayerExperts)
         experts = part.experts
-        embeddings = self._embedding[_inputs(self.config, first_token, num_tokens)]
+        embeddings = self._embedding[_inputs(self.config, self.row_ids, first_token, num_tokens)]
         inputs = _normed(embeddings, part.norm.weight, self.config.norm_eps).to(self._dtype)
         weights = (tuple(weight[index : index + 1] for weight in experts.weights) for index in range(len(experts.up)))
         return _run_experts(inputs, weights, self.config.num_experts)
@@ -135,13 +146,26 @@ class RunRows:
             raise LutError(
                 f"{self.run.experts_path}: missing, so this run holds no training form to build a table from"
             )
+        self.row_ids = None
+        if self.config.expert_ids == "seen":
+            with safe_open(self.run.backbone_path, framework="pt") as handle:
+                if "has_row" not in handle.keys():  # noqa: SIM118 (a handle is no dictionary)
+                    raise LutError(
+                        f"{self.run.backbone_path}: does not say which ids have rows, but model.expert_ids is seen; "
+                        "copy config.yaml and weights of one run"
+                    )
+                self.row_ids = handle.get_tensor("has_row").nonzero().flatten()
 
     @torch.no_grad()
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
         with safe_open(self.run.backbone_path, framework="pt") as handle:
-            wanted = _inputs(self.config, first_token, num_tokens)
+            wanted = _inputs(self.config, self.row_ids, first_token, num_tokens)
             stored = handle.get_slice("embedding.weight")
-            embeddings = (stored[wanted] if isinstance(wanted, slice) else stored[:][wanted]).to(self.device)
+            if isinstance(wanted, slice):
+                embeddings = stored[wanted].to(self.device)
+            else:
+                first, last = wanted.aminmax()
+                embeddings = stored[int(first) : int(last) + 1][wanted - first].to(self.device)
         prefix = f"{EXPERTS_PREFIX}{layer}."
         with safe_open(self.run.experts_path, framework="pt") as handle:
             norm = handle.get_tensor(f"{prefix}norm.weight").to(self.device)
@@ -193,11 +217,14 @@ def _rows_from(config: ModelConfig, compute_dtype: str) -> str:
     return f"experts in {compute_dtype}{permutation_note(config)}"
 
 
-def _inputs(config: ModelConfig, first_token: int, num_tokens: int) -> slice | Tensor:
-    """Return which embeddings (U) the experts of consecutive ids read."""
+def _inputs(config: ModelConfig, row_ids: Tensor | None, first_row: int, num_rows: int) -> slice | Tensor:
+    """Return which embeddings (U) the experts of consecutive rows read."""
+    numbers = slice(first_row, first_row + num_rows)
+    if row_ids is not None:
+        return expert_inputs(config, row_ids[numbers])
     if config.expert_permutation is None:
-        return slice(first_token, first_token + num_tokens)
-    return expert_inputs(config, torch.arange(first_token, first_token + num_tokens))
+        return numbers
+    return expert_inputs(config, torch.arange(numbers.start, numbers.stop))
 
 
 def _compute_dtype(name: str) -> torch.dtype:

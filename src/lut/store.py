@@ -22,8 +22,8 @@ from src.lut.cache import RowCache
 from src.lut.layout import ALIGNMENT, TableLayout, check_rows, row_checksum
 from src.lut.manifest import Manifest, read_manifest
 from src.lut.readers import READERS, Reader, ResidentTable
-from src.lut.readers.reader import Bytes, Finish, reset_after_fork
-from src.lut.scan import check_shard, read_checksums, read_token_counts
+from src.lut.readers.reader import Bytes, Finish, reset_after_fork, zero_row
+from src.lut.scan import check_shard, read_checksums, read_row_ids, read_token_counts, row_numbers
 
 
 @dataclass
@@ -183,6 +183,9 @@ class LutStore:
         self.lut_dir, self.manifest, self.layout = lut_dir, manifest, manifest.layout
         self._gate = Gate(f"{lut_dir}: the store is closed; open it again to read")
         self._stats, self._buffers = ReadStats(), BufferPool(self.layout.row_bytes)
+        self.row_ids = read_row_ids(lut_dir, manifest)
+        """The ids that have a row (R,), in ascending order; None: all of them."""
+        self._zero_row = None if self.row_ids is None else zero_row(self.layout).numpy()
         self._checksums = read_checksums(lut_dir, self.layout) if verify_rows else None
         self.reader: Reader | ResidentTable = READERS[reader].open(lut_dir, self.layout, torch.device(device))
         self._cache: RowCache | None = None
@@ -235,12 +238,15 @@ class LutStore:
         return replace(self._stats)
 
     def request(self, token_ids: Tensor, out: Tensor | None = None) -> RowRequest:
-        """Start reading the rows of `token_ids` (U,) int64 and return at once.
+        """Start reading the rows of `token_ids` (U,) int64 and return at once; an id without a row gets zeros.
 
         `out` is an optional contiguous (U, row_bytes) uint8 CPU buffer to read into. Raises IndexError naming an id
         outside [0, V), LutError after `close`.
         """
         ids, layout = _checked_ids(token_ids, self.layout.vocab_size), self.layout
+        if self.row_ids is not None:  # from here on an id is the number of its row, or `num_rows` where it has none
+            ids = row_numbers(self.row_ids, ids)
+            token_ids = torch.tensor(ids, dtype=torch.int64)
         with self._gate:
             self._stats.requests += 1
             self._stats.rows += len(ids)
@@ -250,13 +256,18 @@ class LutStore:
             memory = self._buffers.take(len(ids)) if out is None else out.numpy()
             rows = memory[: len(ids)]
             wanted, keep = list(zip(ids, range(len(ids)), strict=True)), None
+            if self._zero_row is not None:
+                rows[[position for number, position in wanted if number == layout.num_rows]] = self._zero_row
+                wanted = [pair for pair in wanted if pair[0] < layout.num_rows]
             if self._cache is not None:
                 id_array = np.array(ids, dtype=np.int64)
                 missing = self._cache.copy_hits(id_array, rows)
-                wanted = [wanted[position] for position in missing.tolist()]
+                if self._zero_row is not None:
+                    missing = missing[id_array[missing] < layout.num_rows]
+                self._stats.cache_hits += len(wanted) - len(missing)
+                self._stats.cache_misses += len(missing)
+                wanted = [(ids[position], position) for position in missing.tolist()]
                 keep = partial(self._cache.insert, id_array, rows, missing) if wanted else None
-                self._stats.cache_hits += len(ids) - len(wanted)
-                self._stats.cache_misses += len(wanted)
             self._stats.bytes += len(wanted) * layout.row_bytes
             finish = self.reader.start(wanted, rows, partial(self._arrived, rows))
         codes = self._buffers.lend(memory, rows) if out is None else out  # takes a while, so the reads start before
@@ -290,14 +301,17 @@ class LutStore:
         """Check a row on the thread that read it; a damaged one raises LutFormatError."""
         if self._checksums is not None and row_checksum(token_id, rows[position]) != self._checksums[token_id]:
             ids = np.array([token_id], dtype=np.int64)
-            check_rows(ids, rows[position : position + 1], self._checksums[ids], str(self.lut_dir))
+            check_rows(ids, rows[position : position + 1], self._checksums[ids], self.layout, str(self.lut_dir))
 
     def _seeded_cache(self, reader: Reader, cache_mb: float) -> RowCache | None:
         num_slots = int(cache_mb * 2**20) // self.layout.row_bytes
         if not num_slots:
             return None
-        counts = read_token_counts(self.lut_dir, self.manifest)
-        cache = RowCache(num_slots, self.layout.vocab_size, self.layout.row_bytes, counts)
+        counts, num_ids = read_token_counts(self.lut_dir, self.manifest), self.layout.num_rows
+        if self.row_ids is not None:
+            num_ids += 1  # what stands for ids without a row, and is never here
+            counts = None if counts is None else np.append(counts[self.row_ids], 0)
+        cache = RowCache(num_slots, num_ids, self.layout.row_bytes, counts)
         if counts is not None:
             frequent = np.argsort(-counts, kind="stable")[: cache.num_slots]
             frequent = frequent[counts[frequent] > 0].astype(np.int64)
@@ -311,9 +325,9 @@ class LutStore:
 
     def _verify_table(self, table: Tensor, checksums: NDArray[np.uint32]) -> None:
         step = max(1, 2**26 // self.layout.row_bytes)
-        for part, ids in zip(table.split(step), torch.arange(len(table)).split(step), strict=True):
-            rows = part.cpu().numpy()
-            check_rows(ids.numpy(), rows, checksums[ids.numpy()], str(self.lut_dir))
+        for ids in torch.arange(self.layout.num_rows).split(step):
+            rows = table[ids[0] : ids[-1] + 1].cpu().numpy()
+            check_rows(ids.numpy(), rows, checksums[ids.numpy()], self.layout, str(self.lut_dir))
 
 
 def _checked_ids(token_ids: Tensor, vocab_size: int) -> list[int]:

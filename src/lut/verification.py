@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from src.errors import LutError
 from src.lut.layout import Shard, TableLayout
 from src.lut.manifest import OLD_ERRORS_NAME, Manifest, read_manifest
-from src.lut.scan import TableScan, check_shard, read_token_counts
+from src.lut.scan import TableScan, check_shard, read_row_ids, read_token_counts, row_numbers
 from src.lut.sources import TableRows
 from src.system.console import Advance, no_advance
 
@@ -41,10 +41,11 @@ def verify_table(lut_dir: Path, progress: Advance = no_advance) -> list[str]:
 
 
 def _companion_problems(lut_dir: Path, manifest: Manifest) -> Iterator[str]:
-    try:
-        read_token_counts(lut_dir, manifest)
-    except LutError as error:
-        yield str(error)
+    for read in (read_token_counts, read_row_ids):
+        try:
+            read(lut_dir, manifest)
+        except LutError as error:
+            yield str(error)
     for path in sorted(lut_dir.iterdir()):
         if path.name not in (*manifest.file_names, OLD_ERRORS_NAME):
             yield f"{path}: is not part of this table; remove it, or find out what wrote it"
@@ -85,27 +86,31 @@ def find_neighbors(
 
     Raises:
         IndexError: the id is outside [0, V).
-        LutError: the table cannot be opened, or a row is damaged.
+        LutError: the table cannot be opened, the id has no row in it, or a row is damaged.
     """
     rows = TableRows(lut_dir)
     vocab_size, step = rows.config.vocab_size, max(1, _COMPARED_BYTES // rows.config.row_bytes)
     if not 0 <= token_id < vocab_size:
         raise IndexError(f"token id {token_id} is outside the table's vocabulary [0, {vocab_size})")
-    wanted = torch.stack([rows.layer_rows(layer, token_id, 1)[0] for layer in layers])  # (layers, E, D)
+    num_rows, number = rows.config.num_rows, token_id
+    if rows.row_ids is not None and (number := row_numbers(rows.row_ids.numpy(), [token_id])[0]) == num_rows:
+        raise LutError(f"{lut_dir}: token id {token_id} has no row in this table; name one that training saw")
+    wanted = torch.stack([rows.layer_rows(layer, number, 1)[0] for layer in layers])  # (layers, E, D)
     best = torch.full((*wanted.shape[:2], 0), 0.0)  # (layers, E, up to K)
     best_ids = best.long()
-    for first in range(0, vocab_size, step):
-        count = min(step, vocab_size - first)
+    for first in range(0, num_rows, step):
+        count = min(step, num_rows - first)
         pairs = zip((rows.layer_rows(layer, first, count) for layer in layers), wanted, strict=True)
         cosines = torch.stack([F.cosine_similarity(*pair, dim=-1).T for pair in pairs])  # (layers, E, U)
-        if first <= token_id < first + count:
-            cosines[..., token_id - first] = -torch.inf  # not a neighbor of itself
-        ids = torch.arange(first, first + count).expand(cosines.shape)
+        if first <= number < first + count:
+            cosines[..., number - first] = -torch.inf  # not a neighbor of itself
+        numbers = torch.arange(first, first + count)
+        ids = (numbers if rows.row_ids is None else rows.row_ids[numbers]).expand(cosines.shape)
         best, best_ids = torch.cat([best, cosines], -1), torch.cat([best_ids, ids], -1)
         order = best.argsort(dim=-1, descending=True, stable=True)[..., :neighbors]
         best, best_ids = best.gather(-1, order), best_ids.gather(-1, order)
         progress(count)
-    kept = min(neighbors, vocab_size - 1)
+    kept = min(neighbors, num_rows - 1)
     return Neighborhood(
         layers=tuple(layers), norms=wanted.norm(dim=-1), cosines=best[..., :kept], token_ids=best_ids[..., :kept]
     )

@@ -8,7 +8,12 @@ from src.errors import ConfigError, check_range
 
 Architecture = Literal["dense", "moe", "mole"]
 Activation = Literal["gelu", "swiglu"]
-_OF_MOLE: dict[str, object] = {"expert_permutation": None, "expert_layers": None, "null_expert": False}
+_OF_MOLE: dict[str, object] = {
+    "expert_permutation": None,
+    "expert_layers": None,
+    "null_expert": False,
+    "expert_ids": "all",
+}
 """Keys that only experts that read embeddings can have, and the value that says nothing."""
 OF_TRAINING = ("expert_execution", "gradient_checkpointing")
 """Keys of `ModelConfig` that say how to compute, not what."""
@@ -83,6 +88,9 @@ class ModelConfig:
     expert_permutation: int | None = None
     """Seed of a fixed permutation p of all ids: embedding experts of id i then read the embedding of p(i), so that rows
     are as many, but not tied to the token's own embedding (a control). null: they read that of i."""
+    expert_ids: Literal["all", "seen"] = "all"
+    """Ids for which embedding experts return something. `seen`: those of the training text; for all others they add
+    nothing, and a table has no rows. Which those are is stored with the weights."""
     top_k: int | None = None
     """Routed experts per token, softmax after the choice; null activates all of them (MoLE).
 
@@ -141,7 +149,7 @@ class ModelConfig:
             if (value := getattr(self, key)) != nothing and self.architecture != "mole":
                 raise ConfigError(
                     f"model.{key}: {value}, but this {self.architecture} model has no experts that read embeddings; "
-                    f"set it to {'null' if nothing is None else 'false'}"
+                    f"set it to {'null' if nothing is None else str(nothing).lower()}"
                 )
         if self.null_expert and self.top_k is not None:
             raise ConfigError(

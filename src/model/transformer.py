@@ -112,6 +112,8 @@ class Transformer(nn.Module):
     """
 
     experts: ExpertSource | None
+    has_row: Tensor | None
+    """(V,) bool: the ids for which experts return something, none at first; None: all of them."""
 
     def __init__(self, config: ModelConfig, *, with_experts: bool = True) -> None:
         """Create the model with initial weights; `with_experts=False` creates the backbone alone."""
@@ -124,6 +126,8 @@ class Transformer(nn.Module):
             TiedHead(self.embedding) if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
         )
         self.experts = EmbeddingExperts(config) if config.architecture == "mole" and with_experts else None
+        some = torch.zeros(config.vocab_size, dtype=torch.bool) if config.expert_ids == "seen" else None
+        self.register_buffer("has_row", some)
         self.reset_parameters()
 
     def compile_layers(self) -> None:
@@ -235,7 +239,11 @@ class Transformer(nn.Module):
             ids, inverse = token_ids.unique(return_inverse=True) if distinct is None else distinct
             inverse = inverse.to(device, non_blocking=True)
         inputs = ids if awaited else expert_inputs(self.config, ids)  # a table's rows are those of its ids
-        layer_rows = self.experts.rows(ids, self.embedding(inputs.to(device, non_blocking=True)))
+        embeddings = self.embedding(inputs.to(device, non_blocking=True))  # (U, D)
+        if self.has_row is not None and not awaited:  # experts have no biases: what they return for zeros is zero
+            without = ~self.has_row[ids.to(device, non_blocking=True)]
+            embeddings = embeddings.masked_fill(without.unsqueeze(-1), 0)
+        layer_rows = self.experts.rows(ids, embeddings)
         return ExpertRows(layer_rows, inverse, awaited=awaited, in_order=in_order)
 
     @staticmethod
@@ -272,10 +280,10 @@ def _is_trained(block: nn.Module, hidden_states: Tensor) -> bool:
 
 
 def parameter_part(name: str) -> Literal["backbone", "embedding", "experts", "routers"]:
-    """Return the part of the model that the parameter with this dotted name belongs to."""
+    """Return the part of the model that the parameter, or buffer, with this dotted name belongs to."""
     components = name.split(".")
     if "experts" in components or "hidden_experts" in components:  # of MoLE, outside the blocks; of MoE, inside them
         return "experts"
-    if "router" in components:
+    if "router" in components or name == "has_row":
         return "routers"
     return "embedding" if "embedding" in components else "backbone"

@@ -226,6 +226,7 @@ _MUST_AGREE = (
     "expert_permutation",
     "expert_layers",
     "null_expert",
+    "expert_ids",
     "activation",
     "rope_theta",
     "rope_scaling",
@@ -263,7 +264,7 @@ def start_from_run(model: Transformer, run: RunDirectory, tokenizer: Tokenizer) 
         weights = _moved_experts(trained.state_dict(), trained.config, model.config)
         for name in model.load_state_dict(weights, strict=False).missing_keys:
             if name.endswith("down") or parameter_part(name) == "routers":
-                model.get_parameter(name).zero_()
+                model.state_dict()[name].zero_()
 
 
 def _moved_experts(weights: Mapping[str, Tensor], theirs: ModelConfig, ours: ModelConfig) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ class FixedRows:
     identity = Identity(backbone="b" * 64, training_form="t" * 64)
     rows_from = "a test"
     held_row_bytes = 0
+    row_ids = None
 
     def __init__(self, rows: Tensor, before: Callable[[int], None] | None = None) -> None:
         vocab_size, num_layers, num_experts, hidden_size = rows.shape

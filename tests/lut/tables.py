@@ -20,6 +20,7 @@ class RandomRows:
     identity = Identity(backbone="b" * 64, training_form="t" * 64)
     rows_from = "random numbers"
     held_row_bytes = 0
+    row_ids = None
 
     def __init__(self, vocab_size: int, num_layers: int, num_experts: int, hidden_size: int) -> None:
         self.config = ModelConfig(

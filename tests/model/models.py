@@ -46,6 +46,8 @@ CONFIGS: dict[str, ModelConfig] = {
     "mole-null": replace(MOLE, null_expert=True),
     "mole-some-layers": replace(MOLE, num_layers=3, expert_layers=[0, 2], null_expert=True, **BLOCKS["smollm"]),
     "mole-last-layer": replace(MOLE, expert_layers=[1], expert_execution="per_token"),
+    "mole-seen": replace(MOLE, expert_ids="seen"),
+    "mole-seen-per-token": replace(MOLE, expert_ids="seen", expert_execution="per_token"),
     **{
         f"{name}-{block}": replace(config, **settings)
         for name, config in (("dense", DENSE), ("moe", MOE), ("mole", MOLE))
@@ -65,6 +67,8 @@ def build(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+    if model.has_row is not None:
+        model.has_row[::2] = True
     return model
 
 

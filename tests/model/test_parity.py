@@ -16,7 +16,7 @@ def parity(model: Transformer, ids: Tensor) -> None:
     """Compare logits, and all gradients of a random weighting of them."""
     weighting = torch.randn(*ids.shape, model.config.vocab_size, dtype=torch.float64)
     weights = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.named_parameters()}
-    expected = reference_logits(weights, model.config, ids)
+    expected = reference_logits(weights | dict(model.named_buffers()), model.config, ids)
     found = model(ids)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     (found * weighting).sum().backward()

@@ -1,7 +1,7 @@
 """What a reader is, the readers by name, and what they share: open shards, threads, resets after a fork.
 
-A reader knows files and offsets, not what the bytes of a row mean. To add one, write a class with the methods of
-`Reader` and call `register_reader`.
+A reader knows files and offsets, not what the bytes of a row mean. In a sparse table, what it takes for token ids are
+the numbers of rows. To add one, write a class with the methods of `Reader` and call `register_reader`.
 
 U token ids, V vocabulary.
 """
@@ -49,8 +49,11 @@ class ResidentTable:
     """The whole table in memory, on a device of choice; rows are selected there and the disk is not read again."""
 
     def __init__(self, lut_dir: Path, layout: TableLayout, device: torch.device) -> None:
-        """Read every shard; costs `layout.table_bytes` of memory."""
-        table = torch.empty(layout.vocab_size, layout.row_bytes, dtype=torch.uint8, device=device)
+        """Read every shard; costs `layout.table_bytes` of memory. A sparse table ends with the row of other ids."""
+        is_sparse = layout.sparse_rows is not None
+        table = torch.empty(layout.num_rows + is_sparse, layout.row_bytes, dtype=torch.uint8, device=device)
+        if is_sparse:
+            table[-1] = zero_row(layout)
         files = ShardFiles(lut_dir, layout)
         try:
             for shard in plan_shards(layout):
@@ -71,6 +74,12 @@ class ResidentTable:
 
     def close(self) -> None:
         self.table = self.table.new_empty(0, self.table.shape[1])
+
+
+def zero_row(layout: TableLayout) -> Tensor:
+    """Return what is stored (row_bytes,) uint8 for vectors of zeros: the row of an id that has none."""
+    zeros = layout.codec.encode(torch.zeros(1, 1, layout.hidden_size))  # (1, 1, vector_bytes)
+    return zeros.flatten().repeat(layout.num_layers * layout.num_experts)
 
 
 Open = Callable[[Path, TableLayout, torch.device], Reader | ResidentTable]

@@ -15,6 +15,7 @@ from src.evaluation.held_out import held_out_of_run
 from src.evaluation.routing_view import TokenWeights, measure_token_weights, windows_with
 from src.inference import load_model
 from src.lut import read_manifest
+from src.lut.scan import read_row_ids
 from src.lut.verification import Neighborhood, find_neighbors
 from src.run_directory import RunDirectory
 from src.system.console import print_note, progress_bar, text_table
@@ -114,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
     tokenizer, lut_dir = rule.tokenizer, run.lut_path(given.lut)
     with caused_by("--lut"):
-        layout = read_manifest(lut_dir).layout
+        manifest = read_manifest(lut_dir)
+        layout, row_ids = manifest.layout, read_row_ids(lut_dir, manifest)
     token_id = single_token(require_text("--token", given.token), rule)
     layers = run.model_config().mixture_layers
     if given.layer is not None and given.layer not in layers:
@@ -122,12 +124,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         which = f"0 to {last}" if layers == tuple(range(last + 1)) else ", ".join(map(str, layers))
         raise UserError(f"--layer {given.layer}: the table has layers {which}")
     places = range(layout.num_layers) if given.layer is None else [layers.index(given.layer)]
-    with progress_bar("reading the table (rows)", layout.vocab_size) as advance:
-        found = find_neighbors(lut_dir, token_id, layers=places, neighbors=given.neighbors, progress=advance)
-    weights = token_weights(run, given.lut, token_id, given.device)
-    entries = to_document(found, weights, tokenizer, layers)
+    weights, entries = token_weights(run, given.lut, token_id, given.device), list[dict[str, object]]()
+    if has_row := row_ids is None or token_id in row_ids:
+        with progress_bar("reading the table (rows)", layout.num_rows) as advance:
+            found = find_neighbors(lut_dir, token_id, layers=places, neighbors=given.neighbors, progress=advance)
+        entries = to_document(found, weights, tokenizer, layers)
     seen = f"{weights.occurrences:,} times in held-out text" if weights.occurrences else "not in held-out text"
-    print_entries(entries, f"token {token_text(token_id, tokenizer)} (id {token_id}), {seen}", Console())
+    title = f"token {token_text(token_id, tokenizer)} (id {token_id}), {seen}"
+    if has_row:
+        print_entries(entries, title, Console())
+    else:
+        print(f"{title}: has no row in this table, so the experts add nothing for it")
     if given.json is not None:
         document = {"token": given.token, "id": token_id, "occurrences": weights.occurrences, "rows": entries}
         write_json(given.json, document)

@@ -221,6 +221,8 @@ class Account:
     parameters: Parameters
     offload: list[Offload]
     """In every precision the offloaded part can be stored in; empty for Dense."""
+    expert_ids: str
+    """`seen`: a table has rows of the ids of the training text alone, so all sizes of it are at most."""
     skipped_precisions: dict[str, str]
     """Precisions that this model's table cannot have, and why."""
     micro_batch_tokens: int
@@ -290,6 +292,7 @@ def account(
         architecture=model.architecture,
         parameters=parameters,
         offload=offload,
+        expert_ids=model.expert_ids,
         skipped_precisions=skipped,
         micro_batch_tokens=tokens,
         micro_batches=micro_batches,

@@ -28,12 +28,13 @@ def print_account(account: Account, console: Console) -> None:
 def _parameters(account: Account) -> Table:
     count = account.parameters
     worst = " (worst case)" if account.architecture == "moe" else ""
+    most = " (at most)" if account.expert_ids == "seen" else ""
     rows = {
         "trained": count.trained,
         "  of them routed experts and their norms": count.experts,
         **({"frozen": count.frozen} if count.frozen else {}),
         "resident at inference, experts offloaded": count.resident,
-        f"offloaded: {_OFFLOADED[account.architecture]}": count.offloaded,
+        f"offloaded: {_OFFLOADED[account.architecture]}{most}": count.offloaded,
         f"loaded per token{worst}": count.loaded_per_token,
     }
     table = text_table("", f"{account.architecture}: parameters", "values", "in 16 bit")
@@ -43,7 +44,8 @@ def _parameters(account: Account) -> Table:
 
 
 def _offload(account: Account) -> Table:
-    table = text_table("", f"{_OFFLOADED[account.architecture]}, by precision", "size", "read per token")
+    size = "size" if account.expert_ids == "all" else "size (at most)"
+    table = text_table("", f"{_OFFLOADED[account.architecture]}, by precision", size, "read per token")
     for row in account.offload:
         table.add_row(row.precision, _bytes(row.total_bytes), _bytes(row.bytes_per_token))
     for reason in account.skipped_precisions.values():

@@ -4,7 +4,7 @@ import csv
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,9 @@ def measure(run: RunDirectory, cell: Cell, config: RunConfig, corpus: PackedCorp
     metrics = _read_metrics(run)
     entropies, speeds = metrics.column("train/router/entropy"), metrics.column("train/tokens_per_second")
     parameters = count_parameters(config.model, trains_backbone=config.optimizer.trains_backbone)
+    if config.model.expert_ids == "seen":
+        seen = int(corpus.token_counts(config.model.vocab_size).count_nonzero())
+        parameters = replace(parameters, offloaded=parameters.loaded_per_token * seen)
     tokens = int(record["trained_tokens"])
     return Row(
         arm=cell.arm.name,

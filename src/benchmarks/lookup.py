@@ -60,9 +60,9 @@ Cells = dict[tuple[str, int], Timings]
 class RawReads:
     """Bare O_DIRECT reads of whole blocks into aligned memory, several at once: the device's own limit."""
 
-    def __init__(self, lut_dir: Path, layout: TableLayout, capacity: int) -> None:
-        """Open the shards past the page cache, for at most `capacity` rows at a time."""
-        self._files = ShardFiles(lut_dir, layout, flags=os.O_DIRECT)
+    def __init__(self, lut_dir: Path, layout: TableLayout, capacity: int, piece_bytes: int = 2**20) -> None:
+        """Open the shards past the page cache, for at most `capacity` rows at a time, each read in pieces."""
+        self._files, self._piece_bytes = ShardFiles(lut_dir, layout, flags=os.O_DIRECT), piece_bytes
         self._block_bytes = (layout.row_bytes + 2 * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
         memory = mmap.mmap(-1, capacity * self._block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._rows = np.frombuffer(memory, dtype=np.uint8).reshape(capacity, self._block_bytes)
@@ -70,18 +70,23 @@ class RawReads:
         self._pool = ThreadPoolExecutor(RAW_THREADS)
 
     def __call__(self, token_ids: Tensor) -> None:
-        items = iter(list(enumerate(sorted(token_ids.tolist()))))
-        helpers = [self._pool.submit(self._take, items) for _ in range(min(RAW_THREADS, len(token_ids)) - 1)]
+        starts = range(0, self._files.row_bytes, self._piece_bytes)
+        pieces = [(*item, start) for item in enumerate(sorted(token_ids.tolist())) for start in starts]
+        items = iter(pieces)
+        helpers = [self._pool.submit(self._take, items) for _ in range(min(RAW_THREADS, len(pieces)) - 1)]
         self._take(items)
         for helper in helpers:
             helper.result()
 
-    def _take(self, items: Iterator[tuple[int, int]]) -> None:
-        for position, token_id in items:
+    def _take(self, items: Iterator[tuple[int, int, int]]) -> None:
+        for position, token_id, start in items:
             shard, offset = self._files.locate(token_id)
-            first = offset // ALIGNMENT * ALIGNMENT
-            length = -(-(offset + self._files.row_bytes - first) // ALIGNMENT) * ALIGNMENT
-            os.preadv(self._files.descriptors[shard], [self._rows[position, :length].data], first)
+            block = offset // ALIGNMENT * ALIGNMENT  # where the row's own blocks begin
+            first = (offset + start) // ALIGNMENT * ALIGNMENT
+            end = offset + min(self._files.row_bytes, start + self._piece_bytes)
+            last = -(-end // ALIGNMENT) * ALIGNMENT
+            target = self._rows[position, first - block : last - block]
+            os.preadv(self._files.descriptors[shard], [target.data], first)
 
     def close(self) -> None:
         self._pool.shutdown()

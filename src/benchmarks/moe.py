@@ -24,6 +24,7 @@ from src.benchmarks import workload
 from src.benchmarks.common import Target, Timings
 from src.benchmarks.lookup import RawReads
 from src.benchmarks.offload import (
+    PIECE_BYTES,
     ExtentReader,
     KeepFew,
     KeepRecent,
@@ -226,7 +227,7 @@ class MoeContenders:
     def _raw_reads(self) -> RawReads | None:
         """Return bare reads past the page cache; None where the system or the file system has none."""
         try:
-            raw = RawReads(self._directory, read_manifest(self._directory).layout, self.config.num_experts)
+            raw = RawReads(self._directory, read_manifest(self._directory).layout, self.config.num_experts, PIECE_BYTES)
         except (AttributeError, OSError):
             return None
         self._stack.callback(raw.close)

@@ -1,7 +1,6 @@
 """The scores of an exported model by lm-eval's own command are those that `src.evaluate` gives the run."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 import lm_eval  # pyright: ignore[reportMissingImports]
@@ -21,7 +21,6 @@ from src.config import load_run_config
 from src.evaluation.harness import HarnessModel
 from src.evaluation.held_out import held_out_of_run
 from src.evaluation.likelihood import TextModel
-from src.evaluation.results import TaskScore, read_scores
 from src.inference import load_model
 from src.interop import export_huggingface
 from src.run_directory import RunDirectory
@@ -79,13 +78,12 @@ def theirs(trained: RunResult, rows: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def ours(trained: RunResult, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TaskScore]:
-    """What `src.evaluate` says of the run itself, its table on disk."""
+def ours(trained: RunResult, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """Figures by task that `src.evaluate` writes of the run itself, its table on disk."""
     output = tmp_path_factory.mktemp("ours") / "scores.json"
     tasks = ",".join(DEFINITIONS)
     evaluate.main(["--run", str(trained.run_dir), "--tasks", tasks, "--local-data", str(rows), "--json", str(output)])
-    (scores,) = read_scores(output).values()
-    return {score.task: score for score in scores.tasks}
+    return json.loads(output.read_text())["tasks"]
 
 
 def samples(theirs: Path, task: str) -> list[dict[str, Any]]:
@@ -108,16 +106,18 @@ def test_log_likelihoods_agree(task: str, trained: RunResult, theirs: Path) -> N
             found = here.loglikelihood(requests)
             assert [value for value, _ in found] == pytest.approx([float(a[0]) for a in answers], rel=1e-5)
             assert [str(greedy) for _, greedy in found] == [str(a[1]) for a in answers]
+            if task == "sciq":  # the choice that is right is the last
+                choices = [value for value, _ in found]
+                assert (choices.index(max(choices)) == len(choices) - 1) == bool(sample["acc"])
 
 
 @pytest.mark.parametrize("task", DEFINITIONS)
-def test_answers_and_metrics_agree(task: str, theirs: Path, ours: dict[str, TaskScore]) -> None:
+def test_metrics_agree(task: str, theirs: Path, ours: dict[str, dict[str, float]]) -> None:
     (path,) = theirs.rglob("results_*.json")
     results = json.loads(path.read_text())["results"][f"{task}_here"]
-    for metric, value in ours[task].scores.items():
-        assert results[f"{metric},none"] == pytest.approx(value, rel=1e-5)
-        error = results.get(f"{metric}_stderr,none")
-        if metric in ours[task].errors and error not in (None, "N/A"):
-            assert math.isclose(error, ours[task].errors[metric], rel_tol=1e-4)
-    if task == "sciq":
-        assert [sample["acc"] for sample in samples(theirs, task)] == ours[task].values["acc"]
+    found = {key.partition(",")[0]: value for key, value in results.items() if key.endswith(",none")}
+    numbers = {metric: value for metric, value in found.items() if isinstance(value, float)}
+    assert {"sciq": "acc", "wikitext": "bits_per_byte", "lambada_openai": "perplexity"}[task] in numbers
+    for metric, value in numbers.items():
+        is_drawn = metric == "perplexity_stderr"  # from random samples of the documents
+        assert ours[task][metric] == pytest.approx(value, rel=0.5 if is_drawn else 1e-5, abs=1e-12), metric

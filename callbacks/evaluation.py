@@ -139,16 +139,17 @@ class EvaluationCallback(lightning.Callback):
     def _written(self, trainer: lightning.Trainer, model: Transformer) -> Generator[Transformer]:
         """Yield the model as this fit wrote it; the one in memory if it writes none. Rank 0 decides in which form."""
         if self.is_written:
-            with self._loaded(trainer, model.embedding.weight.device) as written:
+            with self._loaded(trainer, model.embedding.weight) as written:
                 yield written
         else:
             with evaluating(model):
                 yield model
 
-    def _loaded(self, trainer: lightning.Trainer, device: torch.device) -> InferenceModel:
+    def _loaded(self, trainer: lightning.Trainer, like: torch.Tensor) -> InferenceModel:
+        """Load the run's weights in the precision of training, which a base may not have."""
         run = self.run.directory
         form: ExpertForm = trainer.strategy.broadcast(written_form(run) if trainer.is_global_zero else "auto")
-        load = partial(load_model, run.path, experts=form, device=device)
+        load = partial(load_model, run.path, experts=form, device=like.device, dtype=like.dtype)
         return load() if trainer.is_global_zero else when_visible(load, UserError)
 
     def _log(self, trainer: lightning.Trainer, metrics: dict[str, float]) -> None:

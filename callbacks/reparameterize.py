@@ -7,7 +7,6 @@ from callbacks.failures import RunCallback
 from src.lut import build_lut
 from src.lut.sources import ModelRows, RunRows
 from src.model.sharding import is_sharded, whole_weights
-from src.run_directory import identify_weights
 from src.system.console import progress_bar
 from src.training.lightning_module import LanguageModel
 
@@ -38,7 +37,7 @@ class ReparameterizeCallback(lightning.Callback):
         has_table = model.config.architecture == "mole"
         weights, identity = whole_weights(model, keep=rank == 0), None
         if rank == 0:
-            kept = run.backbone_path.is_file() and run.holds_weights(identify_weights(weights), with_experts=has_table)
+            kept = run.backbone_path.is_file() and run.holds_weights(run.identify(weights), with_experts=has_table)
             identity = run.identity() if kept else run.write_weights(weights)
         del weights
         identity = trainer.strategy.broadcast(identity)  # sent once the weights are written

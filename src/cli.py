@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from src.errors import ConfigError, UserError, caused_by, one_line
+from src.errors import ConfigError, RunError, UserError, caused_by, one_line
 from src.run_directory import RunDirectory
 from src.system.files import expand_home, out_of_files, require_writable
 from src.system.ranks import leave
@@ -120,6 +120,16 @@ def table_name(text: str) -> str:
     return text
 
 
+def find_plug_in(path: Path | None, run: RunDirectory) -> RunDirectory | None:
+    """Return the plug-in for `run` that `--attach` names; RunError where it is none, or one for another run."""
+    if path is None:
+        return None
+    with caused_by("--attach"):
+        plug_in = RunDirectory(path).require()
+        plug_in.require_base(run.path, run.identity())
+    return plug_in
+
+
 def find_config(path: Path) -> Path:
     """Return what `--config` names; ConfigError where it is no file."""
     if not path.is_file():
@@ -127,10 +137,14 @@ def find_config(path: Path) -> Path:
     return path
 
 
-def find_run(path: Path, option: str = "--run") -> RunDirectory:
-    """Return the run directory that an option names; RunError where it is none."""
+def find_run(path: Path, option: str = "--run", base: Path | None = None) -> RunDirectory:
+    """Return the run directory that an option names, which may plug into `base`; RunError where it is none."""
     with caused_by(option):
-        return RunDirectory(path).require()
+        run = RunDirectory(path, base).require()
+    if base is not None and run.plug_in() is None:
+        raise RunError(f"--base {base}: {path} holds all of its weights and plugs into no other run; leave --base out")
+    run.base()
+    return run
 
 
 class _Parser(argparse.ArgumentParser):
@@ -168,8 +182,11 @@ def _path_text(text: str) -> str:
 
 
 def add_run_options(options: argparse.ArgumentParser) -> None:
-    """Add `--run` and `--lut`."""
+    """Add `--run`, `--base` and `--lut`."""
     options.add_argument("--run", type=Path, required=True, help="run directory, such as runs/quickstart")
+    options.add_argument(
+        "--base", type=Path, metavar="RUN", help="the run that --run plugs into (default: where it was in training)"
+    )
     options.add_argument(
         "--lut", type=table_name, default="lut", help="name of the table inside the run (default: lut)"
     )
@@ -178,6 +195,7 @@ def add_run_options(options: argparse.ArgumentParser) -> None:
 def add_form_options(options: argparse.ArgumentParser) -> None:
     """Add the options of verbs that load a model: run, table, form, reader and device."""
     add_run_options(options)
+    options.add_argument("--attach", type=Path, metavar="RUN", help="plug-in that was trained on --run, added to it")
     options.add_argument(
         "--experts",
         choices=("auto", "lut", "ffn"),

@@ -27,7 +27,7 @@ from src.errors import ConfigError, UserError, caused_by, check_range
 from src.evaluation.config import EvaluationConfig
 from src.lut.codecs import CODECS
 from src.model.config import OF_TRAINING, ModelConfig
-from src.run_directory import PATH_KEYS, PATH_OR_NAME_KEYS, SCHEMA_VERSION, TEXT_RULE, RunDirectory
+from src.run_directory import PATH_KEYS, PATH_OR_NAME_KEYS, PLUG_IN, SCHEMA_VERSION, TEXT_RULE, RunDirectory
 from src.system.files import expand_home
 from src.training.config import (
     CheckpointConfig,
@@ -226,7 +226,7 @@ def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[_Layer]:
         raise ConfigError(f"{path}: holds no `key: value` pairs at its top level; see configs/quickstart.yaml")
     about = {key.value: value for key, value in node.value if key.value in ("base", "schema_version")}
     if "schema_version" in about:
-        about |= {key.value: value for key, value in node.value if key.value == TEXT_RULE}
+        about |= {key.value: value for key, value in node.value if key.value in (TEXT_RULE, PLUG_IN)}
     node.value = [(key, value) for key, value in node.value if key.value not in about]
     values = _section(node, RunConfig, "", str(path))
     if (version := about.get("schema_version")) is not None:  # a run's own config, whose values are final

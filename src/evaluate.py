@@ -8,7 +8,7 @@ from typing import cast
 
 from rich.console import Console
 
-from src.cli import add_form_options, find_run, number, output_file, parser, run_verb
+from src.cli import add_form_options, find_plug_in, find_run, number, output_file, parser, run_verb
 from src.config import load_run_config
 from src.data.files import expand_files
 from src.data.tokenizer import fingerprint, load_tokenizer
@@ -36,14 +36,22 @@ class Candidate:
     run: RunDirectory
     experts: ExpertForm
     lut: str
+    attached: RunDirectory | None = None
+    """A plug-in that is added to `run`."""
+
+    @property
+    def owner(self) -> RunDirectory:
+        """The run that has the experts, in either form."""
+        return self.attached or self.run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and evaluate."""
     given = _parse(arguments)
-    first = Candidate(find_run(given.run), given.experts, given.lut)
+    run = find_run(given.run, base=given.base)
+    first = Candidate(run, given.experts, given.lut, find_plug_in(given.attach, run))
     with caused_by("--lut"):
-        require_table(first.run, first.experts, first.lut)
+        require_table(first.owner, first.experts, first.lut)
     if given.compare == "lut" and given.experts == "auto":  # the first is then this run's other form
         first = replace(first, experts="ffn")
     second = None if given.compare is None else _other(first, given.compare)
@@ -51,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--compare {given.compare}: that is what --experts and --lut name already; compare another")
     if second is not None:
         with caused_by("--compare"):
-            require_table(second.run, second.experts, second.lut)
+            require_table(second.owner, second.experts, second.lut)
     config = load_run_config(first.run)
     asked, (text, note) = _evaluation_config(config.evaluation, given), held_out_of_run(first.run, config.data)
     console = Console()
@@ -138,14 +146,14 @@ def _corpus(option: str) -> EvaluationCorpus:
 def _other(first: Candidate, other: str) -> Candidate:
     """Resolve `--compare`: a form of the same run, a table of it, or another run with the same tokenizer."""
     if other in ("lut", "ffn"):
-        return Candidate(first.run, cast(ExpertForm, other), first.lut)
-    if (first.run.lut_path(other) / MANIFEST_NAME).is_file():
-        return Candidate(first.run, "lut", other)
+        return replace(first, experts=cast(ExpertForm, other))
+    if (first.owner.lut_path(other) / MANIFEST_NAME).is_file():
+        return replace(first, experts="lut", lut=other)
     run = RunDirectory(Path(other))
     if not run.path.is_dir():
-        tables = sorted(path.parent.name for path in first.run.path.glob(f"*/{MANIFEST_NAME}"))
+        tables = sorted(path.parent.name for path in first.owner.path.glob(f"*/{MANIFEST_NAME}"))
         raise ConfigError(
-            f"--compare {other}: neither a run directory nor a table of {first.run.path}; "
+            f"--compare {other}: neither a run directory nor a table of {first.owner.path}; "
             f"it has {', '.join(tables) or 'no table'}; lut and ffn name the forms"
         )
     find_run(run.path, "--compare")
@@ -160,11 +168,13 @@ def _other(first: Candidate, other: str) -> Candidate:
 
 def _evaluate(candidate: Candidate, suite: Suite, batch_size: int, given: Namespace) -> tuple[str, Evaluation]:
     """Score one model, and name it."""
-    path, lut = candidate.run.path, candidate.lut
+    run, lut, plug_in = candidate.run, candidate.lut, candidate.attached
+    name = run.path.name if plug_in is None else f"{run.path.name} + {plug_in.path.name}"
     suite = replace(suite, text=suite.text.as_trained(load_run_config(candidate.run).data))
-    with load_model(path, experts=candidate.experts, lut=lut, device=given.device, reader=given.reader) as model:
+    form, device, reader = candidate.experts, given.device, given.reader
+    with load_model(run, experts=form, lut=lut, device=device, reader=reader, attach=plug_in) as model:
         form = f"lookup form, {lut}" if isinstance(model.experts, DiskExperts) else "training form"
-        return f"{path.name} ({form})", evaluate_model(model, suite, batch_size=batch_size, progress=progress_bar)
+        return f"{name} ({form})", evaluate_model(model, suite, batch_size=batch_size, progress=progress_bar)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from src.errors import TrainingError
 from src.evaluation.held_out import HeldOut, held_out
 from src.evaluation.report import Report
 from src.evaluation.suite import Suite, prepare_suite
-from src.run_directory import RunDirectory
+from src.run_directory import PlugIn, RunDirectory
 from src.system.console import print_note, progress_report, stderr_console
 from src.system.files import naming, require_writable, write_text
 from src.system.hardware import processor_name, require_devices, resolved_accelerator
@@ -50,7 +50,7 @@ from src.system.ranks import ReportedFailureError, is_rank_zero
 from src.system.signals import STOP_SIGNALS, Preempted, StopSignals
 from src.training.checkpoints import explaining_write_failures
 from src.training.lightning_module import LanguageModel
-from src.training.resume import Resumption, require_start, start_from_run, starting_rule
+from src.training.resume import Resumption, plugs_into, require_start, start_from_run, starting_rule
 from src.training.strategy import ShardedStrategy, StreamingCheckpointIO, cluster_environment
 from src.training.tracking import build_loggers, close_loggers, code_version, package_version, wandb_mode
 
@@ -74,15 +74,16 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
     suite = prepare_suite(text, config.evaluation)
     for note in suite.notes:
         print_note(note)
-    module = build_module(config, text, signals)
-    if config.init_from is not None and start is None:
+    plug_in = _plug_in(config, start)
+    module = build_module(config, text, signals, is_plug_in=plug_in is not None)
+    if config.init_from is not None and (start is None or plug_in is not None):  # no checkpoint holds a base
         start_from_run(module.model, RunDirectory(Path(config.init_from)), corpus.tokenizer)
     if (has_row := module.model.has_row) is not None:  # known before the first step, and the same on every rank
         has_row.logical_or_(corpus.token_counts(config.model.vocab_size).to(has_row.device) > 0)
     run = RunCallback(create_run(config, corpus) if start is None else start.run)
     with explaining_write_failures(run.directory.path):
         if is_rank_zero():
-            run.directory.write_config(config.to_dict(), corpus.rule.record())
+            run.directory.write_config(config.to_dict(), corpus.rule.record(), plug_in)
             run.directory.update_record(environment())
             text.write(run.directory)
         loggers = build_loggers(config.wandb, config.to_dict(), run.directory, 0 if start is None else start.step)
@@ -129,16 +130,24 @@ def _signal_of_fork(error: BaseException) -> int:
     return signum if signum in STOP_SIGNALS else 0
 
 
+def _plug_in(config: RunConfig, start: Resumption | None) -> PlugIn | None:
+    if start is not None:
+        return start.run.plug_in()
+    return None if config.init_from is None else plugs_into(RunDirectory(Path(config.init_from)), config.optimizer)
+
+
 def _require_inputs(config: RunConfig, start: Resumption | None) -> None:
     """Name what is missing of all that is used only after the corpus was prepared."""
     require_devices(config.trainer.accelerator, config.trainer.devices)
+    if start is not None:
+        start.run.base()
     if config.init_from is not None and start is None:
         require_start(RunDirectory(Path(config.init_from)), config.model)
     for corpus in config.evaluation.corpora:
         expand_files(corpus.files, "evaluation.corpora")
 
 
-def build_module(config: RunConfig, text: HeldOut, signals: StopSignals) -> LanguageModel:
+def build_module(config: RunConfig, text: HeldOut, signals: StopSignals, *, is_plug_in: bool = False) -> LanguageModel:
     """Create the model with its objective and optimizer."""
     module = LanguageModel(
         config.model,
@@ -147,6 +156,7 @@ def build_module(config: RunConfig, text: HeldOut, signals: StopSignals) -> Lang
         text.byte_lengths,
         document_separator=text.document_separator,
         without_weights=config.trainer.strategy == "fsdp2" and not is_rank_zero(),
+        is_plug_in=is_plug_in,
     )
     module.signals = signals
     if config.trainer.compile:

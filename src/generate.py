@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from src.cli import add_form_options, find_run, input_file, number, parser, require_text, run_verb
+from src.cli import add_form_options, find_plug_in, find_run, input_file, number, parser, require_text, run_verb
 from src.data.text_rule import TextRule
 from src.data.tokenizer import load_run_rule, num_ids
 from src.errors import MAX_FLOAT32, UserError, caused_by
@@ -94,14 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end the text
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; `require_text` then refuses the line
-    run = find_run(given.run)
+    run = find_run(given.run, base=given.base)
+    plug_in = find_plug_in(given.attach, run)
     with caused_by("--lut"):
-        require_table(run, given.experts, given.lut)
+        require_table(plug_in or run, given.experts, given.lut)
     rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
     sampling = _sampling(given.temperature, given.top_k, given.top_p, given.seed, num_ids(rule.tokenizer))
     prompt = None if given.interactive else _prompt(given.prompt, given.prompt_file)
     with load_model(
-        run.path,
+        run,
+        attach=plug_in,
         experts=given.experts,
         lut=given.lut,
         device=given.device,

@@ -54,7 +54,7 @@ def token_weights(run: RunDirectory, lut: str, token_id: int, device: str = "cpu
     print_note(note)
     inputs = windows_with(text.windows, token_id, MAX_WINDOWS)
     with (
-        load_model(run.path, experts="lut", lut=lut, device=device) as model,
+        load_model(run, experts="lut", lut=lut, device=device) as model,
         progress_bar("routing text (windows)", len(inputs)) as advance,
     ):
         return measure_token_weights(model, inputs, token_id, progress=advance, mask=text.mask)
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--neighbors", type=number(int, 1), default=5, help="nearest tokens to show (default: 5)")
     options.add_argument("--json", type=output_file, metavar="FILE", help="also write every figure as JSON")
     given = options.parse_args(arguments)
-    run = find_run(given.run)
+    run = find_run(given.run, base=given.base)
     rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
     tokenizer, lut_dir = rule.tokenizer, run.lut_path(given.lut)
     with caused_by("--lut"):

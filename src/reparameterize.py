@@ -22,7 +22,7 @@ from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME
 from src.lut.plan import MEMORY_BYTES, plan, recorded_precision
 from src.lut.scan import read_token_counts
 from src.lut.sources import COMPUTE_DTYPES, open_source
-from src.run_directory import RunDirectory, identify_weights
+from src.run_directory import RunDirectory
 from src.system.console import progress_bar, stderr_console
 from src.system.files import expand_home, require_writable
 from src.training.checkpoints import linked, read_weights
@@ -44,7 +44,7 @@ def adopt_checkpoint(run: RunDirectory, checkpoint: str, *, overwrite: bool) -> 
     except (OSError, EOFError, KeyError, RuntimeError, UnpicklingError) as error:
         raise RunError(f"{path}: not a readable checkpoint ({error}); name another, or copy it again") from error
     if run.backbone_path.is_file() and not overwrite:
-        if identify_weights(weights) != run.identity():
+        if run.identify(weights) != run.identity():
             raise RunError(
                 f"{run.backbone_path}: holds other weights than {path.name}; --overwrite replaces them and their tables"
             )
@@ -87,7 +87,7 @@ def _token_counts(run: RunDirectory) -> Tensor | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and build."""
     given = _options(arguments)
-    run, console = find_run(given.run), stderr_console()
+    run, console = find_run(given.run, base=given.base), stderr_console()
     if given.dtype is not None:
         with caused_by("--dtype"):
             CODECS[given.dtype].vector_bytes(run.model_config().hidden_size)

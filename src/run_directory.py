@@ -4,6 +4,9 @@
 SHA-256 over names, dtypes, shapes and bytes, so that a table can say which weights it was built from. `report.json` is
 the run's record: facts from its start (corpus, code, W&B id), and scores once it is done. Knows nothing of training: an
 imported or copied directory is a run too.
+
+A plug-in is a run that left the weights of another one, its base, as they are. It holds routers and experts, or a
+table, and config.yaml names the base. Its identities are those of all weights, the base's included.
 """
 
 import hashlib
@@ -11,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,14 @@ from torch import Tensor
 
 from src.errors import RunError
 from src.model.config import ModelConfig
+from src.model.transformer import parameter_part
 from src.system.files import atomic_path, expand_home, write_json, write_text
 
 SCHEMA_VERSION = 1
 TEXT_RULE = "text_rule"
 """Key of config.yaml for how the run encodes text; like the version, it is no setting."""
+PLUG_IN = "plug_in"
+"""Key of config.yaml for the base that a run plugs into; no setting either."""
 EXPERTS_PREFIX = "experts."
 PATH_KEYS = {"output_dir", "cache_dir", "files", "path", "init_from", "local_data"}
 """Keys of a config, in any section, whose values are paths on this machine."""
@@ -44,10 +50,22 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class PlugIn:
+    """The base of a run that holds routers and experts alone."""
+
+    base: str
+    """Where its run directory was."""
+    backbone: str
+    """Identity of its weights."""
+
+
+@dataclass(frozen=True)
 class RunDirectory:
     """The paths of a run and what can be read from them; creating one touches nothing on disk."""
 
     path: Path
+    base_path: Path | None = None
+    """The run that this one plugs into, where that is not the path in config.yaml."""
 
     @property
     def config_path(self) -> Path:
@@ -154,16 +172,71 @@ class RunDirectory:
             )
         return record
 
-    def write_config(self, values: Mapping[str, object], text_rule: Mapping[str, Any] | None = None) -> None:
+    def plug_in(self) -> PlugIn | None:
+        """Return what the run plugs into; None for a run that holds all of its weights."""
+        record = self.config_values().get(PLUG_IN)
+        if record is None:
+            return None
+        try:
+            return PlugIn(**record)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise RunError(
+                f"{self.config_path}: {PLUG_IN} is {record!r}, expected base and backbone; copy the run again"
+            ) from error
+
+    def base(self) -> "RunDirectory | None":
+        """Return the run whose weights this one plugs into; None for a run that holds all of its weights.
+
+        RunError where it is not found, or has other weights.
+        """
+        if (plug_in := self.plug_in()) is None:
+            return None
+        base = RunDirectory(self.base_path or Path(plug_in.base))
+        if not base.backbone_path.is_file():
+            raise RunError(
+                f"{self.path}: plugs into the run {plug_in.base}, but {base.path} holds no weights; put that run "
+                "there, or say where it is with --base (in Python: base=)"
+            )
+        self.require_base(base.path, base.identity())
+        return base
+
+    def require_base(self, path: Path, identity: Identity) -> None:
+        """Raise RunError if this run does not plug into the model of that identity, which `path` holds."""
+        plug_in = self.plug_in()
+        if plug_in is None:
+            raise RunError(f"{self.path}: holds all of its weights, so it is no plug-in; load it by itself")
+        if plug_in.backbone != identity.backbone:
+            raise RunError(
+                f"{self.path}: plugs into the run {plug_in.base} (backbone {plug_in.backbone[:12]}), but {path} has "
+                f"other weights (backbone {identity.backbone[:12]}); take the run that it was trained on"
+            )
+
+    def write_config(
+        self,
+        values: Mapping[str, object],
+        text_rule: Mapping[str, Any] | None = None,
+        plug_in: PlugIn | None = None,
+    ) -> None:
         """Write config.yaml from plain values, with absolute paths: a verb may run in another directory."""
-        rule = {} if text_rule is None else {TEXT_RULE: dict(text_rule)}
-        document = {"schema_version": SCHEMA_VERSION, **rule, **absolute_paths(values)}
+        records = {} if text_rule is None else {TEXT_RULE: dict(text_rule)}
+        records |= {} if plug_in is None else {PLUG_IN: asdict(plug_in)}
+        document = {"schema_version": SCHEMA_VERSION, **records, **absolute_paths(values)}
         write_text(self.config_path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
+    def backbone_weights(self) -> dict[str, Tensor]:
+        """Read all weights but embedding experts and their norms, those of a base included."""
+        base = self.base()
+        return {**({} if base is None else base.backbone_weights()), **read_tensors(self.backbone_path)}
+
+    def identify(self, weights: Mapping[str, Tensor]) -> Identity:
+        """Compute the identity of a training form's state dict; of a plug-in's, only routers and experts count."""
+        base = self.base()
+        return identify_weights(weights if base is None else {**base.backbone_weights(), **added_weights(weights)})
+
     def write_weights(self, weights: Mapping[str, Tensor]) -> Identity:
-        """Write a training form's state dict as backbone and experts, each whole or not at all."""
-        backbone, experts = _split(weights)
-        identity = identify(backbone, experts)
+        """Write a training form's state dict as backbone and experts, each whole or not at all; no base's weights."""
+        identity = self.identify(weights)
+        backbone, experts = _split(weights if self.plug_in() is None else added_weights(weights))
         if experts:
             write_tensors(self.experts_path, experts, {"format": "pt", "training_form": identity.training_form})
         self.write_backbone(backbone, identity)
@@ -213,6 +286,11 @@ def _is_path(value: str) -> bool:
 def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config's values with paths that mean the same in every working directory."""
     return map_paths(values, lambda path: os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111 - patterns
+
+
+def added_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a plug-in adds to its base: routers, experts and their norms."""
+    return {name: tensor for name, tensor in weights.items() if parameter_part(name) in ("routers", "experts")}
 
 
 def identify_weights(weights: Mapping[str, Tensor]) -> Identity:

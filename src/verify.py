@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--plot", type=output_file, metavar="FILE", help="also draw bytes per token against loss into a PNG"
     )
     given = options.parse_args(arguments)
-    run = find_run(given.run)
+    run = find_run(given.run, base=given.base)
     with caused_by("--lut"):
         read_manifest(run.lut_path(given.lut))
     text, note = held_out_of_run(run, load_run_config(run).data)

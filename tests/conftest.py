@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from src.config import RunConfig, load_config
+from src.run_directory import RunDirectory
 from src.train import RunResult, train
 
 torch.set_num_threads(1)  # small matrices: threads cost more than they bring, and far more beside a busy neighbour
@@ -90,3 +91,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small_overrides: Sequence[
         small_overrides, tmp_path_factory.mktemp("runs"), "trainer.precision=32-true", "trainer.max_steps=120"
     )
     return train(config)
+
+
+PLUG_IN = (
+    *("model.num_experts=2", "model.expert_layers=auto", "model.null_expert=true", "model.expert_intermediate_size=64"),
+    *("optimizer.backbone_multipliers.learning_rate=0", "optimizer.learning_rate=1e-2", "trainer.max_steps=12"),
+    *("trainer.val_check_interval=6", "trainer.max_time=null", "optimizer.schedule=constant"),
+)
+"""Overrides of the shrunk quick start that train experts added to a run, and nothing else."""
+
+
+@pytest.fixture(scope="session")
+def dense_run(small_overrides: Sequence[str], tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A small Dense, trained for a moment; treat its directory as read-only."""
+    more = ("model.num_experts=0", "trainer.max_steps=20", "name=base", "evaluation.at_fit_end=false")
+    return RunDirectory(train(small_config(small_overrides, tmp_path_factory.mktemp("base"), *more)).run_dir)
+
+
+@pytest.fixture(scope="session")
+def plug_in_run(
+    dense_run: RunDirectory, small_overrides: Sequence[str], tmp_path_factory: pytest.TempPathFactory
+) -> RunResult:
+    """A plug-in for `dense_run`; treat its directory as read-only."""
+    more = (f"init_from={dense_run.path}", *PLUG_IN, "name=plug-in", "lut.dtype=float32")
+    return train(small_config(small_overrides, tmp_path_factory.mktemp("plug-in"), *more))

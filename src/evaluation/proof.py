@@ -64,9 +64,11 @@ def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress, dev
     if not sound.holds:
         return
     yield check_identity(run, lut)
-    load = partial(load_model, run.path, device=device, dtype=torch.float32)
+    load = partial(load_model, run, device=device, dtype=torch.float32)
     reference = load(experts="ffn") if run.experts_path.is_file() else None
     with load(experts="lut", lut=lut, reader="memmap") as lookup:
+        if run.plug_in() is not None:
+            yield from check_base(run, lut, lookup, text)
         if reference is None:
             yield _absent("training form against table", "the run holds no training form")
         for reader in READERS:
@@ -84,7 +86,7 @@ def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress, dev
 def check_identity(run: RunDirectory, lut: str) -> Check:
     """Compare the hashes of the weights with those in their files' metadata and in the manifest."""
     manifest, claimed = read_manifest(run.lut_path(lut)), run.identity()
-    backbone = read_tensors(run.backbone_path)
+    backbone = run.backbone_weights()
     experts = read_tensors(run.experts_path) if run.experts_path.is_file() else None
     found = identify(backbone, experts) if experts is not None else None
     hashed = hash_weights(backbone.items())
@@ -98,6 +100,39 @@ def check_identity(run: RunDirectory, lut: str) -> Check:
         expected=f"manifest {((manifest.training_form if found else manifest.backbone) or 'none')[:12]}",
         holds=holds,
         values={"backbone": hashed, "training_form": found.training_form if found else None},
+    )
+
+
+@torch.no_grad()
+def check_base(run: RunDirectory, lut: str, lookup: InferenceModel, text: HeldOut) -> Iterator[Check]:
+    """Compare the weights of a plug-in's base in use with those of its file, and what the model is without it."""
+    base = run.base()
+    assert base is not None
+    stored, used = read_tensors(base.backbone_path), dict(lookup.state_dict())
+    same = [name for name, weight in stored.items() if torch.equal(used[name], weight.to(used[name]))]
+    yield Check(
+        name="weights of the base in use",
+        found=f"{len(same)} of {len(stored)} tensors are those of {base.backbone_path}",
+        expected="all, value for value",
+        holds=len(same) == len(stored),
+        values={"same": len(same), "tensors": len(stored), "base": str(base.path)},
+    )
+    windows, device = _compared(text), lookup.embedding.weight.device
+    with load_model(base, device=device, dtype=torch.float32) as model:
+        expected = model(windows[:1])
+        model.attach(run, experts="lut", lut=lut)
+        attached = model(windows[:1])
+        model.detach()
+        found = model(windows[:1])
+    yield Check(
+        name="detached again",
+        found=f"max |diff| {(found - expected).abs().max():.1e} to the base alone",
+        expected=f"0 (attached: {(attached - expected).abs().max():.1e})",
+        holds=torch.equal(found, expected),
+        values={
+            "detached": float((found - expected).abs().max()),
+            "attached": float((attached - expected).abs().max()),
+        },
     )
 
 
@@ -125,7 +160,7 @@ def check_reader(
     precision = read_manifest(run.lut_path(lut)).layout.precision
     with (
         load_model(
-            run.path,
+            run,
             experts="lut",
             lut=lut,
             device=reference.embedding.weight.device,

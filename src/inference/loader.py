@@ -1,6 +1,6 @@
 """Loads a run for inference, in either form. The lookup form never reads an expert weight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from src.errors import LutMismatchError, RunError
@@ -18,14 +19,61 @@ from src.lut.sources import permutation_note, recorded_permutation, require_look
 from src.model import ModelConfig, Transformer
 from src.model.experts import EmbeddingExperts
 from src.model.products import pack_weights
-from src.model.transformer import Block
-from src.run_directory import EXPERTS_PREFIX, RunDirectory, read_metadata
+from src.model.router import Router
+from src.model.transformer import Block, layer_router
+from src.run_directory import EXPERTS_PREFIX, RunDirectory, read_metadata, read_tensors
 
 ExpertForm = Literal["auto", "lut", "ffn"]
 
 
 class InferenceModel(Transformer):
-    """A `Transformer` in eval mode that closes its table, if it has one, when it is closed."""
+    """A `Transformer` in eval mode that closes its table, if it has one, when it is closed.
+
+    A plug-in can be attached to the model that it was trained on, and detached again: routers and experts, in either
+    form, come and go, and all other weights stay in memory once.
+    """
+
+    run: RunDirectory
+    _alone: ModelConfig | None = None
+    """The config without a plug-in, while one is attached."""
+
+    def attach(
+        self,
+        run_dir: Path | str | RunDirectory,
+        *,
+        experts: ExpertForm = "auto",
+        lut: str = "lut",
+        reader: str = "auto",
+        cache_mb: float = 0,
+    ) -> None:
+        """Add routers and experts of a plug-in to this model, which is its base; in place of one that is attached.
+
+        Arguments and errors as in `load_model`; RunError also where the plug-in was trained on another model. The model
+        must not be computing meanwhile.
+        """
+        plug_in, weight = as_run(run_dir).require(), self.embedding.weight
+        plug_in.require_base(self.run.path, self.run.identity())
+        config = _inference_config(plug_in)
+        weights = read_tensors(plug_in.backbone_path)
+        routers = _routers(weights, config, plug_in.backbone_path)
+        source = _expert_source(plug_in, config, experts, lut, reader, cache_mb, weight.device)
+        if isinstance(source, EmbeddingExperts):
+            source.to(device=weight.device, dtype=weight.dtype)
+        self.detach()
+        self._alone, self.config, self.experts = self.config, config, source
+        self.has_row = weights["has_row"].to(weight.device) if "has_row" in weights else None
+        for layer, router in routers.items():
+            cast(Block, self.blocks[layer]).router = router.to(weight.device)
+        _widen_routers(self).eval().requires_grad_(False)
+
+    def detach(self) -> None:
+        """Take out what is attached, and close its table; the model is its base again, bit for bit."""
+        if self._alone is None:
+            return
+        self.close()
+        self.config, self.experts, self.has_row, self._alone = self._alone, None, None, None
+        for block in self.blocks:
+            cast(Block, block).router = None
 
     def close(self) -> None:
         if isinstance(self.experts, DiskExperts):
@@ -39,7 +87,7 @@ class InferenceModel(Transformer):
 
 
 def load_model(
-    run_dir: Path | str,
+    run_dir: Path | str | RunDirectory,
     *,
     experts: ExpertForm = "auto",
     lut: str = "lut",
@@ -47,6 +95,8 @@ def load_model(
     dtype: torch.dtype | None = None,
     reader: str = "auto",
     cache_mb: float = 0,
+    base: Path | str | None = None,
+    attach: Path | str | RunDirectory | None = None,
 ) -> InferenceModel:
     """Load a run directory.
 
@@ -58,26 +108,55 @@ def load_model(
         dtype: what it computes in; None keeps what was saved. Routers decide in at least float32.
         reader: how the table is read (see `LutStore.open`); `memory` keeps it on `device`.
         cache_mb: MiB of rows kept in memory.
+        base: the run that a plug-in was trained on, where that is not the path in its config.yaml.
+        attach: a plug-in for `run_dir`, of which `experts`, `lut`, `reader` and `cache_mb` then speak.
 
     Raises:
         RunError: the run is incomplete, or its files do not belong together.
         LutError: there is no table of that name, it is damaged, or it belongs to another model.
     """
-    run = RunDirectory(Path(run_dir)).require()
-    config = replace(run.model_config(), expert_execution="unique", gradient_checkpointing=False)
-    use_lut = (written_form(run, lut) if experts == "auto" else experts) == "lut"
-    if use_lut:
-        require_lookup_form(config)
+    run = as_run(run_dir, base).require()
+    if attach is not None or run.plug_in() is not None:
+        whole, plug_in = (run, as_run(attach)) if attach is not None else (run.base(), run)
+        assert whole is not None
+        model = load_model(whole, device=device, dtype=dtype)
+        model.attach(plug_in, experts=experts, lut=lut, reader=reader, cache_mb=cache_mb)
+        return model
+    config = _inference_config(run)
     run.identity()  # refuses a missing or foreign file by name
     with torch.device("meta"), _Undrawn():
         model = InferenceModel(config, with_experts=False)
+    model.run = run
     _load(model, run.backbone_path)
-    if use_lut:
-        model.experts = DiskExperts(_open_store(run, lut, reader, cache_mb, device))
-    elif config.architecture == "mole":
-        model.experts = _experts(run, config)
+    model.experts = _expert_source(run, config, experts, lut, reader, cache_mb, device)
     pack_weights(model, device, dtype)
     return _widen_routers(model.to(device=device, dtype=dtype)).eval().requires_grad_(False)
+
+
+def as_run(run_dir: Path | str | RunDirectory, base: Path | str | None = None) -> RunDirectory:
+    """Return the run directory at a path; it plugs into `base`, where that is given."""
+    if isinstance(run_dir, RunDirectory):
+        return run_dir
+    return RunDirectory(Path(run_dir), None if base is None else Path(base))
+
+
+def _inference_config(run: RunDirectory) -> ModelConfig:
+    return replace(run.model_config(), expert_execution="unique", gradient_checkpointing=False)
+
+
+def _expert_source(
+    run: RunDirectory,
+    config: ModelConfig,
+    experts: ExpertForm,
+    lut: str,
+    reader: str,
+    cache_mb: float,
+    device: torch.device | str,
+) -> DiskExperts | EmbeddingExperts | None:
+    if (written_form(run, lut) if experts == "auto" else experts) == "lut":
+        require_lookup_form(config)
+        return DiskExperts(_open_store(run, lut, reader, cache_mb, device))
+    return _experts(run, config) if config.architecture == "mole" else None
 
 
 class _Undrawn(TorchFunctionMode):
@@ -107,6 +186,19 @@ def _widen_routers(model: InferenceModel) -> InferenceModel:
         if (router := cast(Block, block).router) is not None:
             router.to(torch.promote_types(router.weight.dtype, torch.float32))
     return model
+
+
+def _routers(weights: Mapping[str, Tensor], config: ModelConfig, path: Path) -> dict[int, Router]:
+    """Return the routers of a plug-in by layer, with weights that were read from `path`."""
+    routers = dict[int, Router]()
+    for layer in config.mixture_layers:
+        with torch.device("meta"):
+            routers[layer] = layer_router(config)
+        try:
+            routers[layer].load_state_dict({"weight": weights[f"blocks.{layer}.router.weight"]}, assign=True)
+        except (KeyError, RuntimeError) as error:
+            raise RunError(f"{path}: does not fit the model of config.yaml: {error}") from error
+    return routers
 
 
 def _experts(run: RunDirectory, config: ModelConfig) -> EmbeddingExperts:

@@ -14,28 +14,32 @@ from torch import Tensor
 
 from src.data.text_rule import TextRule
 from src.data.tokenizer import fingerprint, load_run_rule, load_tokenizer
+from src.errors import CheckpointError, LutMismatchError
 from src.inference import load_model
+from src.inference.loader import as_run
 from src.interop.blocks import BlockFamily
 from src.interop.families import Family, register_family
 from src.interop.huggingface import BLOCK_FAMILIES, KEPT, import_huggingface
-from src.interop.model_card import model_card
+from src.interop.model_card import model_card, plug_in_card
 from src.interop.official import require_new
 from src.interop.reader import read_json
 from src.interop.remote_folder import (
     TABLE,
     as_json,
-    copy_weights,
+    copy_table,
     generation_values,
+    plug_in_config,
     readable_table,
     remote_texts,
     special_ids,
     tokenizer_texts,
 )
 from src.model import ModelConfig
-from src.run_directory import RunDirectory, read_tensors
+from src.run_directory import RunDirectory, read_tensors, write_tensors
 from src.system.console import Progress, no_progress
-from src.system.files import atomic_directory, atomic_path, write_text
+from src.system.files import atomic_directory, atomic_path, copy_file, write_text
 
+WEIGHTS = "model.safetensors"
 OF_TOKENIZERS = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "additional_chat")
 """How the names of a tokenizer's files begin."""
 REPLACED = ("rope_parameters", "rope_scaling", "rope_theta", "torch_dtype")
@@ -43,22 +47,27 @@ REPLACED = ("rope_parameters", "rope_scaling", "rope_theta", "torch_dtype")
 
 
 def export_huggingface(
-    run_dir: Path | str, checkpoint_dir: Path | str, *, lut: str = TABLE, progress: Progress = no_progress
+    run_dir: Path | str | RunDirectory,
+    checkpoint_dir: Path | str,
+    *,
+    lut: str = TABLE,
+    progress: Progress = no_progress,
 ) -> None:
     """Write a run as a new folder for `AutoModelForCausalLM.from_pretrained`.
 
-    A MoLE is written in its lookup form, with the table named `lut`: as hard links, where the disk has them.
+    A MoLE is written in its lookup form, with the table named `lut`: as hard links, where the disk has them. A plug-in
+    is written together with its base.
 
     Raises:
         CheckpointError: `checkpoint_dir` exists, or the exported code does not know the table's precision.
         RunError: the run is incomplete.
         LutError: there is no such table, it is damaged, or it belongs to another model.
     """
-    run, target = RunDirectory(Path(run_dir)).require(), Path(checkpoint_dir)
+    run, target = as_run(run_dir).require(), Path(checkpoint_dir)
     require_new(target)
     config, rule = run.model_config(), None
     table = readable_table(run, lut) if config.architecture == "mole" else None
-    with load_model(run.path, experts="lut" if table else "ffn", lut=lut) as model:  # refuses what does not fit
+    with load_model(run, experts="lut" if table else "ffn", lut=lut) as model:  # refuses what does not fit
         dtype, parameters = model.embedding.weight.dtype, sum(weight.numel() for weight in model.parameters())
     if run.tokenizer_path.is_file():
         rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
@@ -70,17 +79,57 @@ def export_huggingface(
         texts |= remote_texts(config, dtype, table, rule)
     else:
         texts["config.json"] = _config_text(run, family, config, dtype, rule)
-    rows = [] if table is None else [run.lut_path(lut) / name for name in table.file_names]
+    rows, base = [] if table is None else [run.lut_path(lut) / name for name in table.file_names], run.base()
     size = sum(path.stat().st_size for path in (run.backbone_path, *rows))
     with atomic_directory(target) as directory, progress("writing the folder (bytes)", size) as advance:
         for name, text in texts.items():
             write_text(directory / name, text)
-        _return_kept(run, rule, directory)
+        _return_kept(base or run, rule, directory)
         if family is None:
-            copy_weights(run.backbone_path, rows, directory, advance)
+            copy_table(rows, directory, advance)
+            if base is None:  # no link: saving a model changes its file in place
+                copy_file(run.backbone_path, directory / WEIGHTS, advance)
+            else:
+                write_tensors(directory / WEIGHTS, run.backbone_weights(), {"format": "pt"})
         else:
-            _write_renamed(read_tensors(run.backbone_path), family, config, directory / "model.safetensors")
+            _write_renamed(read_tensors(run.backbone_path), family, config, directory / WEIGHTS)
             advance(size)
+
+
+def export_plug_in(
+    run_dir: Path | str | RunDirectory,
+    checkpoint_dir: Path | str,
+    *,
+    lut: str = TABLE,
+    progress: Progress = no_progress,
+) -> None:
+    """Write a plug-in as a new folder without its base, which `convert --from hf` makes a plug-in again.
+
+    Raises:
+        CheckpointError: `checkpoint_dir` exists, or the run is no plug-in.
+        LutError: there is no such table, or it belongs to another model.
+    """
+    run, target = as_run(run_dir).require(), Path(checkpoint_dir)
+    require_new(target)
+    if (plug_in := run.plug_in()) is None:
+        raise CheckpointError(f"{run.path}: holds all of its weights, so it is no plug-in; leave --plug-in-only out")
+    table = readable_table(run, lut)
+    if table.backbone != run.identity().backbone:
+        raise LutMismatchError(f"{run.lut_path(lut)}: belongs to other weights than {run.backbone_path}; rebuild it")
+    config = run.model_config()
+    texts = {"README.md": plug_in_card(target.name, plug_in, table)}
+    rule = None
+    if run.tokenizer_path.is_file():
+        rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
+        texts |= tokenizer_texts(config, rule)
+    texts["config.json"] = plug_in_config(config, plug_in, table, rule)
+    rows = [run.lut_path(lut) / name for name in table.file_names]
+    size = sum(path.stat().st_size for path in (run.backbone_path, *rows))
+    with atomic_directory(target) as directory, progress("writing the folder (bytes)", size) as advance:
+        for name, text in texts.items():
+            write_text(directory / name, text)
+        copy_file(run.backbone_path, directory / WEIGHTS, advance)
+        copy_table(rows, directory, advance)
 
 
 def _family(run: RunDirectory, config: ModelConfig) -> BlockFamily | None:
@@ -141,5 +190,6 @@ register_family(
         help="folders of transformers: Llama, Mistral, Qwen2, Qwen3 and SmolLM, which is a Llama; any run, as one",
         import_checkpoint=import_huggingface,
         export_checkpoint=export_huggingface,
+        export_plug_in=export_plug_in,
     )
 )

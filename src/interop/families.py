@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from src.system.console import Progress
 
@@ -16,9 +16,12 @@ class ImportCheckpoint(Protocol):
 
 
 class ExportCheckpoint(Protocol):
-    """Writes a run as a new checkpoint directory; `lut` names the table of a run without a training form."""
+    """Writes a run as a new checkpoint directory; `lut` names the table of a run without a training form.
 
-    def __call__(self, run_dir: Path, checkpoint_dir: Path, *, lut: str, progress: Progress) -> None: ...
+    `run_dir` is a `RunDirectory` where the base of a plug-in was named, which `load_model` takes as well.
+    """
+
+    def __call__(self, run_dir: Any, checkpoint_dir: Path, *, lut: str, progress: Progress) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,8 @@ class Family:
     import_checkpoint: ImportCheckpoint
     export_checkpoint: ExportCheckpoint | None = None
     """None where runs cannot be written as such checkpoints."""
+    export_plug_in: ExportCheckpoint | None = None
+    """Writes a plug-in without its base; None where that cannot be written."""
 
 
 FAMILIES: dict[str, Family] = {}

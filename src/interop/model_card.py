@@ -4,10 +4,12 @@ It is made from a run's record and states nothing that the record lacks.
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from src.lut.manifest import Manifest
 from src.model import ModelConfig
+from src.run_directory import PlugIn
 
 KINDS = {"dense": "Dense model", "moe": "mixture of experts", "mole": "Mixture of Lookup Experts"}
 FIGURES = {"loss": "nats per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
@@ -38,6 +40,29 @@ def model_card(
         _scores(record, "lookup_form" if has_scores_of_table else "training_form"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def plug_in_card(name: str, plug_in: PlugIn, table: Manifest) -> str:
+    """Return the card of a folder that holds a plug-in alone."""
+    base = Path(plug_in.base).name
+    return f"""---
+library_name: mole
+base_model: {base}
+tags: [mole]
+---
+
+# {name}
+
+Routers and a table of expert rows for the model {base}, whose weights (backbone {plug_in.backbone[:12]}) they leave as
+they are and do not hold. To use it with a run of that model:
+
+```bash
+python -m src.convert --from hf --input {name} --output runs/{name}
+python -m src.generate --run runs/{base} --attach runs/{name} --prompt "The"
+```
+
+{_table(table)}
+"""
 
 
 def _head(name: str, config: ModelConfig, parameters: int, remote_code: bool) -> str:

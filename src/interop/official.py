@@ -18,6 +18,7 @@ from src.data.tokenizer import fingerprint, load_run_rule, load_tokenizer, vocab
 from src.errors import CheckpointError, DataError
 from src.inference import InferenceModel, load_model
 from src.inference.disk_experts import DiskExperts
+from src.inference.loader import as_run
 from src.interop.families import Family, register_family
 from src.interop.names import (
     TABLE_NAME,
@@ -78,7 +79,11 @@ def import_official(
 
 
 def export_official(
-    run_dir: Path | str, checkpoint_dir: Path | str, *, lut: str = "lut", progress: Progress = no_progress
+    run_dir: Path | str | RunDirectory,
+    checkpoint_dir: Path | str,
+    *,
+    lut: str = "lut",
+    progress: Progress = no_progress,
 ) -> None:
     """Write a run as a new Hugging Face directory that the authors' code loads.
 
@@ -89,12 +94,12 @@ def export_official(
         RunError: the run is incomplete.
         LutError: the table is damaged or belongs to another model.
     """
-    run, target = RunDirectory(Path(run_dir)).require(), Path(checkpoint_dir)
+    run, target = as_run(run_dir).require(), Path(checkpoint_dir)
     require_new(target)
     require_expressible(run.model_config())
     with_table = _is_table_only(run, lut)
     with (
-        load_model(run.path, experts="lut" if with_table else "ffn", lut=lut) as model,
+        load_model(run, experts="lut" if with_table else "ffn", lut=lut) as model,
         atomic_directory(target) as directory,
     ):
         _write_weights(model, directory, progress)

@@ -6,12 +6,13 @@ Nothing here imports transformers.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, processors
+from torch import Tensor
 
 from src.data.text_rule import TextRule, recorded_rule, template
 from src.data.tokenizer import load_tokenizer, num_ids, require_room
@@ -22,9 +23,9 @@ from src.interop.reader import CheckpointTensors, read_json
 from src.lut.manifest import Manifest, read_manifest
 from src.lut.scan import check_shard
 from src.model import ModelConfig, Transformer
-from src.run_directory import RunDirectory, hash_weights, identify
+from src.run_directory import PLUG_IN, PlugIn, RunDirectory, added_weights, hash_weights, identify
 from src.system.console import Advance, Progress, no_progress
-from src.system.files import atomic_directory, copy_file, link_or_copy, write_text
+from src.system.files import atomic_directory, link_or_copy, write_text
 
 MODEL_TYPE, TABLE = "mole", "lut"
 CODE = Path(__file__).parent / "remote_code"
@@ -69,11 +70,14 @@ def import_exported(
     require_new(target)
     values, where = read_json(source / "config.json"), str(source / "config.json")
     config, checkpoint = _model_config(values, where), CheckpointTensors(source)
+    plug_in = _plug_in(values, where)
     with torch.device("meta"):
-        expected = Transformer(config, with_experts=False).state_dict()
+        expected: Mapping[str, Tensor] = Transformer(config, with_experts=False).state_dict()
+    expected = expected if plug_in is None else added_weights(expected)
     require_shapes(checkpoint.shapes, {name: tuple(weight.shape) for name, weight in expected.items()}, source)
     weights = {name: checkpoint.tensor(name) for name in expected}
-    table = _table_of(source / TABLE, hash_weights(weights.items())) if config.architecture == "mole" else None
+    backbone = hash_weights(weights.items()) if plug_in is None else str(values.get("backbone"))
+    table = _table_of(source / TABLE, backbone) if config.architecture == "mole" else None
     rule = _imported_rule(values, source, tokenizer)
     rows = [] if table is None else [source / TABLE / name for name in table.file_names]
     with (
@@ -81,15 +85,27 @@ def import_exported(
         progress("reading the folder (bytes)", sum(path.stat().st_size for path in rows)) as advance,
     ):
         run = RunDirectory(directory)
-        run.write_config(run_config_values(config, target, rule), None if rule is None else rule.record())
+        run.write_config(run_config_values(config, target, rule), None if rule is None else rule.record(), plug_in)
         if rule is not None:
             require_room(rule.tokenizer, config.vocab_size)
             write_text(run.tokenizer_path, rule.tokenizer.to_str(pretty=True))
-        identity = identify(weights, {})
+        identity = replace(identify(weights, {}), backbone=backbone)
         if table is not None and table.training_form is not None:  # the experts are in the table alone
             identity = replace(identity, training_form=table.training_form)
         run.write_backbone(weights, identity)
-        _link(rows, run.lut_path(), advance)
+        copy_table(rows, run.path, advance)
+
+
+def _plug_in(values: Mapping[str, object], where: str) -> PlugIn | None:
+    record = values.get(PLUG_IN)
+    if record is None:
+        return None
+    try:
+        return PlugIn(**record)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise CheckpointError(
+            f"{where}: {PLUG_IN} is {record!r}, expected base and backbone; export it again"
+        ) from error
 
 
 def _model_config(values: Mapping[str, object], where: str) -> ModelConfig:
@@ -148,16 +164,11 @@ def readable_table(run: RunDirectory, lut: str) -> Manifest:
     return table
 
 
-def copy_weights(backbone: Path, rows: Sequence[Path], directory: Path, advance: Advance) -> None:
-    """Put a run's backbone and the files of its table into a folder."""
-    copy_file(backbone, directory / "model.safetensors", advance)  # no link: saving a model changes its file in place
-    _link(rows, directory / TABLE, advance)
-
-
-def _link(files: Sequence[Path], folder: Path, advance: Advance) -> None:
+def copy_table(files: Sequence[Path], directory: Path, advance: Advance) -> None:
+    """Put the files of a table, if there are any, into a folder inside a run's or an export's directory."""
     for path in files:
-        folder.mkdir(exist_ok=True)
-        link_or_copy(path, folder / path.name, advance)
+        (directory / TABLE).mkdir(exist_ok=True)
+        link_or_copy(path, directory / TABLE / path.name, advance)
 
 
 def remote_texts(
@@ -188,6 +199,14 @@ def _config_values(
         "text_rule": None if rule is None else _recorded(rule),
         **special_ids(rule),
     }
+
+
+def plug_in_config(config: ModelConfig, plug_in: PlugIn, table: Manifest, rule: TextRule | None) -> str:
+    """Return config.json of a plug-in without its base: it names the base, and no code, as none could load it alone."""
+    values = _config_values(config, torch.float32, table, rule)
+    left_out = ("architectures", "auto_map", "dtype")
+    record = {**asdict(plug_in), "base": Path(plug_in.base).name}
+    return as_json({PLUG_IN: record, **{key: value for key, value in values.items() if key not in left_out}})
 
 
 def _recorded(rule: TextRule) -> dict[str, Any]:

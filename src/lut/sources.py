@@ -142,6 +142,7 @@ class RunRows:
         self.config, self.identity = self.run.model_config(), self.run.identity()
         self._dtype, self.rows_from = _compute_dtype(self.compute_dtype), _rows_from(self.config, self.compute_dtype)
         require_lookup_form(self.config)
+        self._embedding_path = (self.run.base() or self.run).backbone_path
         if not self.run.experts_path.is_file():
             raise LutError(
                 f"{self.run.experts_path}: missing, so this run holds no training form to build a table from"
@@ -158,7 +159,7 @@ class RunRows:
 
     @torch.no_grad()
     def layer_rows(self, layer: int, first_token: int, num_tokens: int) -> Tensor:
-        with safe_open(self.run.backbone_path, framework="pt") as handle:
+        with safe_open(self._embedding_path, framework="pt") as handle:
             wanted = _inputs(self.config, self.row_ids, first_token, num_tokens)
             stored = handle.get_slice("embedding.weight")
             if isinstance(wanted, slice):

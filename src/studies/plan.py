@@ -16,7 +16,7 @@ from src.studies.cells import Cell, Choice, reported_cells, search_cells
 from src.studies.definition import Study, arm_config
 from src.studies.rows import find, read_rows
 from src.system.console import text_table
-from src.training.optimization import build_optimizer
+from src.training.optimization import build_optimizer, freeze
 
 _STORED_COPIES = 4
 """Of each float32 weight on disk after a run: itself, and in the checkpoint with AdamW's two moments."""
@@ -43,12 +43,13 @@ def cost_of(config: RunConfig) -> Cost:
     micro_batches, size = data.micro_batches_per_step(1), data.micro_batch_windows(1)
     ids = micro_batches * estimated_unique_ids(size * data.sequence_length, model.vocab_size)
     shape = (micro_batches, size, data.sequence_length)
-    parameters = count_parameters(model)
+    trains_backbone = config.optimizer.trains_backbone
+    parameters = count_parameters(model, trains_backbone=trains_backbone)
     tables = {part.precision: part.total_bytes for part in offloaded_bytes(model, parameters)[0]}
     table = tables.get(config.lut.dtype, 0) if model.architecture == "mole" else 0
     return Cost(
         tokens=steps * data.global_batch_size * data.sequence_length,
-        flops=steps * step_flops(model, shape, ids),
+        flops=steps * step_flops(model, shape, ids, trains_backbone=trains_backbone),
         disk_bytes=_STORED_COPIES * 4 * parameters.trained + table,
     )
 
@@ -57,6 +58,7 @@ def measure_step(config: RunConfig) -> float:
     """Return the seconds of one optimizer step on the CPU, on random ids, after one that warms up."""
     data, precision = config.data, config.trainer.resolved_precision
     model = Transformer(config.model).to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    freeze(model.named_parameters(), config.optimizer)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     size = data.micro_batch_windows(1), data.sequence_length + 1
     ranks = torch.rand(size, generator=torch.Generator().manual_seed(0)) * torch.log(

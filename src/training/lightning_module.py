@@ -63,12 +63,13 @@ class LanguageModel(lightning.LightningModule):
         *,
         document_separator: int | None = None,
         without_weights: bool = False,
+        is_plug_in: bool = False,
     ) -> None:
         """Create model and metrics.
 
         `byte_lengths` (V,) int64 are the numbers of UTF-8 bytes of each id's text; `document_separator` is the id that
         ends a document, if attention must not cross documents. `without_weights` leaves the model on `meta`, for a rank
-        that receives its parts of a sharded model from rank 0.
+        that receives its parts of a sharded model from rank 0. The state of a plug-in is that of routers and experts.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -79,6 +80,9 @@ class LanguageModel(lightning.LightningModule):
         with torch.device("meta") if without_weights else nullcontext():
             self.model = Transformer(model)
         freeze(self.model.named_parameters(), optimizer)
+        if is_plug_in:  # as hooks, which copies of the module for averaging keep
+            self.register_state_dict_post_hook(_leave_out_base)
+            self.register_load_state_dict_pre_hook(_take_base)
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
         self.routing = RoutingMetrics(model.mixture_layers, model.router_choices, model.top_k)
         self.validation_loss, self.validation_bytes = _exact_mean(), _exact_mean()
@@ -247,6 +251,23 @@ class LanguageModel(lightning.LightningModule):
         """Under DDP, exchange gradients only with the last micro-batch."""
         no_sync = getattr(self.trainer.strategy.model, "no_sync", None)
         return nullcontext() if last or no_sync is None else no_sync()
+
+
+def _base_names(module: nn.Module, prefix: str) -> list[str]:
+    assert isinstance(module, LanguageModel)
+    return [f"{prefix}model.{name}" for name, weight in module.model.named_parameters() if not weight.requires_grad]
+
+
+def _leave_out_base(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+    """Leave the frozen weights out of a state: they are in another run."""
+    for name in _base_names(module, prefix):
+        del state[name]
+
+
+def _take_base(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Add the frozen weights to a state without them, as they are in the module."""
+    for name in _base_names(module, prefix):
+        state[name] = module.get_parameter(name.removeprefix(prefix))
 
 
 def _exact_mean() -> MeanMetric:

@@ -27,8 +27,9 @@ from src.inference import load_model
 from src.lut import read_manifest
 from src.model import ModelConfig, Transformer
 from src.model.transformer import parameter_part
-from src.run_directory import EXPERTS_PREFIX, RunDirectory, identify_weights
+from src.run_directory import EXPERTS_PREFIX, PlugIn, RunDirectory
 from src.training.checkpoints import CheckpointFiles, linked, read_callback_state, read_weights
+from src.training.config import OptimizerConfig
 
 _FIXED = {
     "name": "names the run's directory",
@@ -180,7 +181,7 @@ def _missing_results(run: RunDirectory, wanted: Wanted, newest: Path) -> tuple[s
     if wanted.table is not None:
         best = linked(run.checkpoints_path / "best.ckpt")
         final = best if wanted.final_weights == "best" and best.exists() else newest
-        identity = identify_weights(read_weights(final))
+        identity = run.identify(read_weights(final))
         if not run.holds_weights(identity, with_experts=has_table):
             missing.append("weights")
         if has_table and not holds_table(run.lut_path(), identity.training_form, wanted.table):
@@ -276,6 +277,15 @@ def _moved_experts(weights: Mapping[str, Tensor], theirs: ModelConfig, ours: Mod
             name = f"{EXPERTS_PREFIX}{ours.mixture_layers.index(theirs.mixture_layers[int(place)])}.{rest}"
         moved[name] = tensor
     return moved
+
+
+def plugs_into(run: RunDirectory, optimizer: OptimizerConfig) -> PlugIn | None:
+    """Return the base of a run that starts from `run`; None where it will hold all of its weights."""
+    if optimizer.trains_backbone:
+        return None
+    if run.model_config().architecture == "dense":
+        return PlugIn(base=str(run.path.absolute()), backbone=run.identity().backbone)
+    return run.plug_in()
 
 
 def require_start(run: RunDirectory, config: ModelConfig) -> None:

@@ -12,6 +12,7 @@ from src import train
 from src.config import load_config, load_run_config
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import ConfigError, RunError
+from src.inference import load_model
 from src.interop import import_huggingface
 from src.interop.qwen3 import QWEN3
 from src.model import ModelConfig
@@ -118,3 +119,23 @@ def test_a_config_without_a_model_needs_a_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("schema_version: 9\n")
     with pytest.raises(RunError, match=r"^init_from: .*config.yaml: schema_version 9, but this version reads 1"):
         load_config(CONTINUE, [f"init_from={tmp_path}"])
+
+
+def test_the_ready_plug_in_of_an_imported_model(imported: RunDirectory, small: list[str], tmp_path: Path) -> None:
+    steps = ["trainer.max_steps=4", "trainer.val_check_interval=4", "lut.dtype=float32"]
+    train.main(["--config", str(CONFIGS / "plugin" / "plugin.yaml"), f"init_from={imported.path}", *small, *steps])
+    run, ids = RunDirectory(tmp_path / "plugin"), torch.arange(24).unsqueeze(0)
+    model, optimizer = run.model_config(), load_run_config(run).optimizer
+    assert (model.num_experts, model.null_expert, model.mixture_layers) == (2, True, (0,))
+    assert (model.expert_intermediate_size, optimizer.learning_rate, optimizer.weight_decay) == (32, 1e-3, 0)
+    assert run.plug_in() is not None
+    with load_model(imported.path) as base:
+        alone = base(ids)
+        base.attach(run)
+        assert alone.dtype == torch.bfloat16
+        attached = base(ids)
+        assert not torch.equal(attached, alone)
+        base.detach()
+        assert torch.equal(base(ids), alone)
+    with load_model(run, experts="ffn") as computed:
+        torch.testing.assert_close(computed(ids), attached, rtol=0, atol=0.05)

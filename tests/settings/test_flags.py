@@ -42,6 +42,8 @@ TRAINED = "TRAINED"
 
 FORM = {
     "--run": NOTHING,
+    "--base": NOTHING,
+    "--attach": NOTHING,
     "--lut": NOTHING,
     "--experts": choice("auto lut ffn"),
     "--reader": READER,
@@ -110,12 +112,13 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
     ),
     "verify": (
         f"--run {TRAINED}",
-        {"--run": NOTHING, "--lut": NOTHING, "--device": DEVICE, "--json": PATH, "--plot": PATH},
+        {"--run": NOTHING, "--base": NOTHING, "--lut": NOTHING, "--device": DEVICE, "--json": PATH, "--plot": PATH},
     ),
     "reparameterize": (
         f"--run {TRAINED} --lut other --dry-run",
         {
             "--run": NOTHING,
+            "--base": NOTHING,
             "--lut": NAME,
             "--checkpoint": choice("last best", "config.yaml"),
             "--from-lut": choice("lut"),
@@ -131,6 +134,7 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
         f"--run {TRAINED} --token e",
         {
             "--run": NOTHING,
+            "--base": NOTHING,
             "--lut": NOTHING,
             "--device": DEVICE,
             "--token": choice("0 1 e"),
@@ -153,7 +157,14 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
     ),
     "export": (
         f"--run {TRAINED} --to hf --output out",
-        {"--run": NOTHING, "--lut": NOTHING, "--to": choice("official hf"), "--output": PATH},
+        {
+            "--run": NOTHING,
+            "--base": NOTHING,
+            "--lut": NOTHING,
+            "--to": choice("official hf"),
+            "--output": PATH,
+            "--plug-in-only": SWITCH,
+        },
     ),
     "benchmarks.build": (
         "",

@@ -17,12 +17,13 @@ from src.inference import generate, load_model
 from src.model import ModelConfig, Transformer
 from src.model.loss import next_token_loss
 from src.model.transformer import Block, parameter_part
-from src.run_directory import RunDirectory
+from src.run_directory import PlugIn, RunDirectory, added_weights
 from src.train import RunResult, resumed_config, train
+from src.training.checkpoints import read_weights
 from src.training.config import Multipliers, OptimizerConfig
 from src.training.optimization import build_optimizer, freeze
 from src.training.resume import start_from_run
-from tests.conftest import small_config
+from tests.conftest import PLUG_IN, small_config
 from tests.model.models import CONFIGS, DENSE, MOLE, build, token_ids
 
 ADDED = {"num_experts": 2, "expert_intermediate_size": 6, "null_expert": True}
@@ -144,49 +145,67 @@ def test_a_small_rate_trains_the_backbone_too() -> None:
     }
 
 
-@pytest.fixture(scope="module")
-def base(small_overrides: Sequence[str], tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    config = small_config(
-        small_overrides, tmp_path_factory.mktemp("base"), "model.num_experts=0", "trainer.max_steps=20", "name=base"
-    )
-    return RunDirectory(train(config).run_dir)
-
-
-ADD = (
-    *("model.num_experts=2", "model.expert_layers=auto", "model.null_expert=true", "model.expert_intermediate_size=64"),
-    *("optimizer.backbone_multipliers.learning_rate=0", "optimizer.learning_rate=1e-2", "trainer.max_steps=12"),
-    *("trainer.val_check_interval=6", "trainer.max_time=null", "optimizer.schedule=constant"),
-)
-
-
-@pytest.fixture(scope="module")
-def added(base: RunDirectory, small_overrides: Sequence[str], tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    return train(small_config(small_overrides, tmp_path_factory.mktemp("added"), f"init_from={base.path}", *ADD))
-
-
-def test_training_changes_experts_and_routers_alone(base: RunDirectory, added: RunResult) -> None:
-    with load_model(base.path) as before, load_model(added.run_dir, experts="ffn") as after:
+def test_training_changes_experts_and_routers_alone(dense_run: RunDirectory, plug_in_run: RunResult) -> None:
+    with load_model(dense_run.path) as before, load_model(plug_in_run.run_dir, experts="ffn") as after:
         assert (after.config.mixture_layers, after.config.router_choices) == ((0,), 3)
         theirs, ours = before.state_dict(), after.state_dict()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
     assert {parameter_part(name) for name in ours.keys() - theirs.keys()} == {"experts", "routers"}
-    report = added.report
+    report = plug_in_run.report
     assert report is not None and report.initial is not None and report.lookup_form is not None
     assert report.training_form.loss < report.initial.loss - 0.01
     assert report.difference == pytest.approx(0, abs=1e-5)
     assert report.table is not None and report.table.bytes_per_token == 1 * 2 * 64 * 4
 
 
-def test_resuming_gives_the_same_weights(added: RunResult, small_overrides: Sequence[str], tmp_path: Path) -> None:
-    run = RunDirectory(added.run_dir)
+def test_nothing_of_the_base_is_stored(dense_run: RunDirectory, plug_in_run: RunResult) -> None:
+    run = RunDirectory(plug_in_run.run_dir)
+    assert load_file(run.backbone_path).keys() == {"blocks.0.router.weight"}
+    weights = read_weights(run.checkpoints_path / "last.ckpt")
+    assert (
+        weights.keys() == added_weights(weights).keys() == {*load_file(run.backbone_path), *load_file(run.experts_path)}
+    )
+    assert run.identity() == run.identify(weights)
+    assert run.plug_in() == PlugIn(str(dense_run.path), dense_run.identity().backbone)
+    assert run.config_values()["init_from"] == str(dense_run.path)
+
+
+def test_resuming_gives_the_same_weights(
+    plug_in_run: RunResult, small_overrides: Sequence[str], tmp_path: Path
+) -> None:
+    run = RunDirectory(plug_in_run.run_dir)
     values = run.config_values()
-    config = small_config(small_overrides, tmp_path, f"init_from={values['init_from']}", *ADD, "trainer.max_steps=6")
+    config = small_config(
+        small_overrides, tmp_path, f"init_from={values['init_from']}", *PLUG_IN, "trainer.max_steps=6"
+    )
     resumed = RunDirectory(train(config).run_dir)
     train(resumed_config(resumed, None, ["trainer.max_steps=12"]), resumed)
     for path in ("experts.safetensors", "backbone.safetensors"):
         found, expected = load_file(resumed.path / path), load_file(run.path / path)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in found), path
+
+
+def test_a_plug_in_is_trained_on_as_one_or_becomes_a_whole_model(
+    dense_run: RunDirectory, plug_in_run: RunResult, small_overrides: Sequence[str], tmp_path: Path
+) -> None:
+    more = (f"init_from={plug_in_run.run_dir}", *PLUG_IN, "trainer.max_steps=2", "evaluation.at_fit_end=false")
+    again = RunDirectory(train(small_config(small_overrides, tmp_path, *more, "name=again")).run_dir)
+    assert again.plug_in() == PlugIn(str(dense_run.path), dense_run.identity().backbone)
+    everything = "optimizer.backbone_multipliers.learning_rate=0.1"
+    whole = RunDirectory(train(small_config(small_overrides, tmp_path, *more, everything, "name=whole")).run_dir)
+    assert whole.plug_in() is None
+    before, after = load_file(dense_run.backbone_path), load_file(whole.backbone_path)
+    assert not torch.equal(before["head.weight"], after["head.weight"])
+
+
+def test_averaged_weights_of_a_plug_in(dense_run: RunDirectory, small_overrides: Sequence[str], tmp_path: Path) -> None:
+    more = (*PLUG_IN, "evaluation.at_fit_end=false", "checkpoint.ema_decay=0.5", "checkpoint.final_weights=best")
+    config = small_config(small_overrides, tmp_path, f"init_from={dense_run.path}", *more, "trainer.max_steps=4")
+    run = RunDirectory(train(config).run_dir)
+    train(resumed_config(run, None, ["trainer.max_steps=6"]), run)
+    weights = read_weights(run.checkpoints_path / "last.ckpt")
+    assert weights.keys() == added_weights(weights).keys()
 
 
 def test_what_cannot_be_frozen_is_refused(small_overrides: Sequence[str], tmp_path: Path) -> None:
@@ -197,6 +216,6 @@ def test_what_cannot_be_frozen_is_refused(small_overrides: Sequence[str], tmp_pa
         small_config(small_overrides, tmp_path, frozen, "trainer.strategy=fsdp2")
 
 
-def test_the_tokenizer_is_taken_over(base: RunDirectory, added: RunResult) -> None:
-    theirs, ours = (load_tokenizer(path / "tokenizer.json").to_str() for path in (base.path, added.run_dir))
+def test_the_tokenizer_is_taken_over(dense_run: RunDirectory, plug_in_run: RunResult) -> None:
+    theirs, ours = (load_tokenizer(path / "tokenizer.json").to_str() for path in (dense_run.path, plug_in_run.run_dir))
     assert theirs == ours

@@ -357,6 +357,7 @@ class MoleForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["MoleBlock"]  # noqa: RUF012 - as transformers declares it
     _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
     _supports_sdpa = True
 
     def __init__(self, config: MoleConfig) -> None:
@@ -445,8 +446,8 @@ class MoleForCausalLM(PreTrainedModel, GenerationMixin):
             entered: list[Tensor] = []
             for layer, block in enumerate(self.blocks):
                 entered += [embeddings] if output_hidden_states else []
-                place = layers.index(layer) if rows is not None and layer in layers else None
-                embeddings = block(embeddings, rotary, mask, cache, None if place is None else rows(place))
+                of_layer = None if rows is None or layer not in layers else rows(layers.index(layer))
+                embeddings = block(embeddings, rotary, mask, cache, of_layer)
             states.append([*entered, self.norm(embeddings)])
         hidden_states = [torch.cat(parts, dim=1) for parts in zip(*states, strict=True)]  # L + 1 or 1 of (B, T, D)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

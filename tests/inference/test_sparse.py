@@ -26,12 +26,15 @@ SEEN = torch.arange(0, 97, 3)
 UNSEEN = torch.tensor([token_id for token_id in range(97) if token_id % 3])
 
 
-@pytest.fixture(scope="module", params=["plain", "block"])
+@pytest.fixture(scope="module", params=["plain", "block", "plug-in"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A random run of the paper's block, and one with grouped, gated and tied weights and permuted embeddings."""
+    """A random run of the paper's block; one with grouped, gated and tied weights and permuted embeddings; one with
+    experts as they are added to a trained model."""
     config = SPARSE
     if request.param == "block":
         config = replace(config, num_kv_heads=2, activation="swiglu", tie_embeddings=True, expert_permutation=3)
+    if request.param == "plug-in":
+        config = replace(config, expert_layers=["auto"], null_expert=True)
     return RunDirectory(write_run(tmp_path_factory.mktemp("sparse") / "run", config=config))
 
 
@@ -44,11 +47,11 @@ def texts() -> Iterator[Tensor]:
 
 def without_experts(run: RunDirectory) -> Transformer:
     """Return the Dense model of a run's other weights."""
-    model = Transformer(
-        replace(
-            run.model_config(), num_experts=0, expert_intermediate_size=0, expert_ids="all", expert_permutation=None
-        )
+    none = {"num_experts": 0, "expert_intermediate_size": 0, "expert_permutation": None, "expert_layers": None}
+    config = ModelConfig.from_dict(
+        {**run.model_config().to_dict(), **none, "null_expert": False, "expert_ids": "all"}, "here"
     )
+    model = Transformer(config)
     weights = read_tensors(run.backbone_path)
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
     return model.eval()

@@ -56,6 +56,8 @@ class InferenceModel(Transformer):
         config = _inference_config(plug_in)
         weights = read_tensors(plug_in.backbone_path)
         routers = _routers(weights, config, plug_in.backbone_path)
+        if ("has_row" in weights) != (config.expert_ids == "seen"):
+            raise RunError(f"{plug_in.backbone_path}: has_row does not fit model.expert_ids of config.yaml")
         source = _expert_source(plug_in, config, experts, lut, reader, cache_mb, weight.device)
         if isinstance(source, EmbeddingExperts):
             source.to(device=weight.device, dtype=weight.dtype)

@@ -20,6 +20,8 @@ from src.lut.readers import READERS
 from src.model import ModelConfig, Transformer
 from src.run_directory import RunDirectory, read_tensors
 from tests.inference.runs import CONFIG, write_run
+from tests.inference.test_plug_in import write_plug_in
+from tests.training.test_added_experts import write_base
 
 SPARSE = replace(CONFIG, expert_ids="seen")
 SEEN = torch.arange(0, 97, 3)
@@ -128,3 +130,9 @@ def test_a_config_that_says_otherwise_than_the_weights_is_refused(
     for form in ("lut", "ffn"):
         with pytest.raises(RunError, match=r"does not fit the model of config\.yaml: .*has_row"):
             load_model(run.path, experts=form)
+    base = write_base(tmp_path / "base", replace(CONFIG, num_experts=0, expert_intermediate_size=0))
+    plug_in = write_plug_in(tmp_path / "plug-in", base, written)
+    record = plug_in.plug_in()
+    plug_in.write_config({"model": stated.to_dict()}, plug_in=record)
+    with load_model(base.path) as model, pytest.raises(RunError, match=r"has_row does not fit model\.expert_ids"):
+        model.attach(plug_in.path, experts="ffn")

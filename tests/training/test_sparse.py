@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from src import inspect_lut, reparameterize, train, verify
 from src.data.tokenizer import load_tokenizer
 from src.errors import RunError
+from src.inference import load_model
 from src.lut import LutStore, read_manifest
 from src.lut.verification import verify_table
 from src.model import Transformer
 from src.run_directory import RunDirectory
 from src.training.checkpoints import CheckpointFiles
 from src.training.resume import start_from_run
-from tests.conftest import CONFIGS, small_config
+from tests.conftest import CONFIGS, PLUG_IN, STDLIB, small_config
 from tests.distributed.processes import run_ranks
 from tests.training.test_resume import resume
 
@@ -139,6 +140,27 @@ def test_a_run_that_starts_from_another_adds_the_ids_of_its_own_text(
     other = Transformer(replace(run.model_config(), expert_ids="all"))
     with pytest.raises(RunError, match=r"model\.expert_ids seen there, all here"):
         start_from_run(other, run, load_tokenizer(run.tokenizer_path))
+
+
+def test_a_sparse_plug_in_adds_nothing_to_its_base_for_ids_of_other_text(
+    dense_run: RunDirectory, small_overrides: Sequence[str], tmp_path: Path
+) -> None:
+    kept = [override for override in small_overrides if not override.startswith("data.files")]
+    more = (*PLUG_IN, f"init_from={dense_run.path}", f"data.tokenizer.path={dense_run.tokenizer_path}")
+    more = (*more, "model.expert_ids=seen", f"data.files=[{STDLIB}/json/decoder.py]", "data.validation_windows=8")
+    run = RunDirectory(train.train(small_config(kept, tmp_path, *more)).run_dir)
+    others = sorted(set(range(512)) - row_ids(run))
+    unknown, mixed = torch.tensor([others[:64]]), torch.tensor([[*sorted(row_ids(run))[:32], *others[:32]]])
+    assert row_ids(run) == seen(run) and run.plug_in() is not None
+    verify.main(["--run", str(run.path)])
+    with load_model(dense_run.path) as model, torch.inference_mode():
+        expected, alone = model(unknown), model(mixed)
+        for form in ("lut", "ffn"):
+            model.attach(run.path, experts=form)
+            assert torch.equal(model(unknown), expected)
+            assert (model(mixed) - alone).abs().max() > 1e-3
+            model.detach()
+            assert torch.equal(model(mixed), alone)
 
 
 STATED = (

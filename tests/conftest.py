@@ -104,7 +104,13 @@ PLUG_IN = (
 @pytest.fixture(scope="session")
 def dense_run(small_overrides: Sequence[str], tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A small Dense, trained for a moment; treat its directory as read-only."""
-    more = ("model.num_experts=0", "trainer.max_steps=20", "name=base", "evaluation.at_fit_end=false")
+    more = (
+        "model.num_experts=0",
+        "trainer.max_steps=20",
+        "name=base",
+        "evaluation.at_fit_end=false",
+        "evaluation.dashboard=false",
+    )
     return RunDirectory(train(small_config(small_overrides, tmp_path_factory.mktemp("base"), *more)).run_dir)
 
 

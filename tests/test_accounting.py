@@ -25,6 +25,8 @@ from src.lut.codecs import CODECS
 from src.model import ModelConfig, Transformer
 from src.model.config import Activation
 from src.model.sharding import shard_model
+from src.training.config import Multipliers, OptimizerConfig
+from src.training.optimization import freeze
 
 PAPER = Path("configs/paper")
 GIB, KIB = 2**30, 2**10
@@ -47,8 +49,15 @@ def model_of(name: str) -> ModelConfig:
     return load_config(PAPER / f"{name}.yaml").model
 
 
-def account_of(model: ModelConfig, unique_ids: int | None = None) -> Account:
-    return account(model, sequence_length=8, micro_batch_size=2, precision="32-true", unique_ids=unique_ids)
+def account_of(model: ModelConfig, unique_ids: int | None = None, *, trains_backbone: bool = True) -> Account:
+    return account(
+        model,
+        sequence_length=8,
+        micro_batch_size=2,
+        precision="32-true",
+        unique_ids=unique_ids,
+        trains_backbone=trains_backbone,
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,13 +207,25 @@ def test_checkpointing_costs_at_most_one_more_forward(model: ModelConfig) -> Non
     assert _training_step(model)[0] < counted <= expected < 1.08 * counted
 
 
-def _training_step(config: ModelConfig) -> tuple[float, float]:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("layers", [[0, 2], [1], [3]], ids=str)
+def test_a_frozen_backbone_costs_what_is_still_computed(layers: list[int | str], checkpointing: bool) -> None:
+    shape = {"num_layers": 4, "expert_layers": layers, "null_expert": True, "gradient_checkpointing": checkpointing}
+    counted, expected = _training_step(replace(TINY_MOLE, **shape), trains_backbone=False)  # type: ignore[arg-type]
+    assert counted <= expected < (1.15 if checkpointing else 1.03) * counted
+
+
+def _training_step(config: ModelConfig, *, trains_backbone: bool = True) -> tuple[float, float]:
     """Return the products that a step makes by torch's counter, and by the account."""
     token_ids = torch.arange(16).view(2, 8) % 11
     transformer = Transformer(config)
+    freeze(
+        transformer.named_parameters(),
+        OptimizerConfig(backbone_multipliers=Multipliers(learning_rate=float(trains_backbone))),
+    )
     with FlopCounterMode(display=False) as counter:
         transformer(token_ids).sum().backward()
-    costs = account_of(config, unique_ids=11)
+    costs = account_of(config, unique_ids=11, trains_backbone=trains_backbone)
     return _counted(counter), token_ids.numel() * _matrix_products(costs.training_unique or costs.training_per_token)
 
 
@@ -266,6 +287,19 @@ def test_training_memory_is_what_adamw_allocates(precision: str, size: int) -> N
     )
     assert memory.optimizer_states == sum(state.nbytes for state in states)
     assert memory.total == 4 * memory.weights
+
+
+def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
+    config = replace(TINY_MOLE, expert_layers=[1], null_expert=True)
+    whole, frozen = account_of(config), account_of(config, trains_backbone=False)
+    experts, routers = 3 * 2 * 16 * 20 + 16, 4 * 16
+    assert (frozen.parameters.trained, frozen.parameters.experts) == (experts + routers, experts)
+    assert frozen.parameters.trained + frozen.parameters.frozen == whole.parameters.trained
+    assert frozen.parameters.resident == whole.parameters.resident
+    (memory,), alone = frozen.memory, whole.memory[0]  # none of FSDP2, which refuses it
+    assert memory.weights == alone.weights
+    assert (memory.gradients, memory.optimizer_states) == (4 * (experts + routers), 8 * (experts + routers))
+    assert whole.parameters.loaded_per_token == 1 * 3 * 16
 
 
 @pytest.mark.parametrize(("copies", "devices"), [(1, 4), (1, 5), (3, 4)])

@@ -92,10 +92,11 @@ def training_flops(forward: Flops, model: ModelConfig, *, trains_backbone: bool 
     scaled = {item.name: passes * getattr(forward, item.name) for item in fields(forward)}
     scaled["vocabulary_head"] = 3 * forward.vocabulary_head
     if not trains_backbone:
-        crossed = 1 - (model.mixture_layers[0] + 1) / model.num_layers  # share of layers
+        first, layers = model.mixture_layers[0], model.num_layers
+        repeated, crossed = (passes - 3) * (layers - first) / layers, (layers - first - 1) / layers
         for name in ("attention_projections", "always_on_ffn"):
-            scaled[name] = (1 + (passes - 2) * crossed) * getattr(forward, name)
-        scaled["attention_scores"] = (1 + (passes - 1) * crossed) * forward.attention_scores
+            scaled[name] = (1 + repeated + crossed) * getattr(forward, name)
+        scaled["attention_scores"] = (1 + repeated + 2 * crossed) * forward.attention_scores
         scaled["vocabulary_head"] = 2 * forward.vocabulary_head
     return Flops(**scaled)
 

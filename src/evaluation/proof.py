@@ -75,7 +75,7 @@ def prove(run: RunDirectory, text: HeldOut, *, lut: str, progress: Progress, dev
             yield check_reader(run, text, lut, reader, reference or lookup, progress)
         if reference is not None:
             yield check_greedy(reference, lookup, text)
-        yield from check_losses(reference, lookup, text, progress)
+        yield from check_losses(reference, lookup, text, progress, is_plug_in=run.plug_in() is not None)
         exact = reference or (lookup if _table_precision(lookup) == "float32" else None)
         if exact is None:
             yield _absent("other precisions", "there are no float32 rows to compare with")
@@ -199,9 +199,12 @@ def check_greedy(reference: InferenceModel, lookup: InferenceModel, text: HeldOu
 
 
 def check_losses(
-    reference: InferenceModel | None, lookup: InferenceModel, text: HeldOut, progress: Progress
+    reference: InferenceModel | None, lookup: InferenceModel, text: HeldOut, progress: Progress, *, is_plug_in: bool
 ) -> Iterator[Check]:
-    """Compare the table's held-out loss with the training form's, and with that of rows made wrong on purpose."""
+    """Compare the table's held-out loss with the training form's, and with that of rows made wrong on purpose.
+
+    Of a plug-in, most may be learned by routers and what rows have in common, so its rows may be worth little.
+    """
 
     def loss(name: str, model: InferenceModel, rows_of: RowsOf | None = None) -> float:
         with progress(f"scoring: {name}", len(text.windows)) as advance:
@@ -225,8 +228,8 @@ def check_losses(
         yield Check(
             name=f"control: {name}",
             found=f"loss {control:.4f} ({control - table:+.3f} nats)",
-            expected="worse: the table matters",
-            holds=control > table,
+            expected="no limit: how much a plug-in learned" if is_plug_in else "worse: the table matters",
+            holds=None if is_plug_in else control > table,
             values={"loss": control, "rise": control - table},
         )
 

@@ -29,7 +29,9 @@ from src.model import ModelConfig
 from src.run_directory import RunDirectory
 from src.train import RunResult
 from tests.conftest import STDLIB
+from tests.inference.test_plug_in import write_plug_in
 from tests.model.models import CONFIGS, MOLE, build, token_ids
+from tests.training.test_added_experts import BASES, with_experts
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -39,6 +41,7 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 WIDE = replace(MOLE, hidden_size=128, num_heads=4, init_std=0.05)  # which NF3 can pack
 PROMPTS = 32
+EXPORTED = [name for name, config in CONFIGS.items() if config.expert_ids == "all"]
 
 
 def write_run(path: Path, config: ModelConfig, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> Path:
@@ -79,9 +82,11 @@ def flip(path: Path, place: int) -> None:
 def runs(trained: RunResult, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs of every architecture and block, and of every precision; and a trained one."""
     place = tmp_path_factory.mktemp("runs")
-    runs = {name: write_run(place / name, config) for name, config in CONFIGS.items()}
+    runs = {name: write_run(place / name, CONFIGS[name]) for name in EXPORTED}
     runs |= {dtype: write_run(place / dtype, WIDE, dtype) for dtype in PRECISIONS}
     runs["shards"] = write_run(place / "shards", MOLE, shard_bytes=3 * 240)
+    base = RunDirectory(write_run(place / "base", BASES["tied"]))
+    runs["plug-in"] = write_plug_in(place / "plug-in", base, with_experts(BASES["tied"])).path
     return {**runs, "trained": trained.run_dir}
 
 
@@ -138,7 +143,7 @@ def found(work: Path) -> Found:
     return find
 
 
-FOLDERS = [*CONFIGS, *PRECISIONS, "shards", "trained"]
+FOLDERS = [*EXPORTED, *PRECISIONS, "shards", "plug-in", "trained"]
 
 
 @pytest.mark.parametrize("name", FOLDERS)

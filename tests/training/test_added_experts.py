@@ -175,9 +175,8 @@ def test_resuming_gives_the_same_weights(
 ) -> None:
     run = RunDirectory(plug_in_run.run_dir)
     values = run.config_values()
-    config = small_config(
-        small_overrides, tmp_path, f"init_from={values['init_from']}", *PLUG_IN, "trainer.max_steps=6"
-    )
+    more = ("trainer.max_steps=6", "evaluation.at_fit_end=false", "evaluation.dashboard=false")
+    config = small_config(small_overrides, tmp_path, f"init_from={values['init_from']}", *PLUG_IN, *more)
     resumed = RunDirectory(train(config).run_dir)
     train(resumed_config(resumed, None, ["trainer.max_steps=12"]), resumed)
     for path in ("experts.safetensors", "backbone.safetensors"):
@@ -186,6 +185,7 @@ def test_resuming_gives_the_same_weights(
         assert all(torch.equal(found[name], expected[name]) for name in found), path
 
 
+@pytest.mark.slow
 def test_a_plug_in_is_trained_on_as_one_or_becomes_a_whole_model(
     dense_run: RunDirectory, plug_in_run: RunResult, small_overrides: Sequence[str], tmp_path: Path
 ) -> None:
@@ -199,6 +199,7 @@ def test_a_plug_in_is_trained_on_as_one_or_becomes_a_whole_model(
     assert not torch.equal(before["head.weight"], after["head.weight"])
 
 
+@pytest.mark.slow
 def test_averaged_weights_of_a_plug_in(dense_run: RunDirectory, small_overrides: Sequence[str], tmp_path: Path) -> None:
     more = (*PLUG_IN, "evaluation.at_fit_end=false", "checkpoint.ema_decay=0.5", "checkpoint.final_weights=best")
     config = small_config(small_overrides, tmp_path, f"init_from={dense_run.path}", *more, "trainer.max_steps=4")

@@ -149,13 +149,8 @@ def _imported_rule(values: Mapping[str, object], source: Path, given: Path | Non
 
 
 def readable_table(run: RunDirectory, lut: str) -> Manifest:
-    """Return the manifest of a table; CheckpointError where the code does not know its precision or format."""
+    """Return the manifest of a table; CheckpointError where the code does not know its precision."""
     table = read_manifest(run.lut_path(lut))
-    if table.layout.sparse_rows is not None:
-        raise CheckpointError(
-            f"{run.lut_path(lut)}: has no rows for some ids (model.expert_ids is seen), which the exported code does "
-            "not read; keep it as a run"
-        )
     if table.layout.precision not in PRECISIONS:
         raise CheckpointError(
             f"{run.lut_path(lut)}: holds rows in {table.layout.precision}, but the exported code reads "

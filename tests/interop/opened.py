@@ -275,7 +275,7 @@ def find_errors() -> dict[str, str]:
         "id": error_of(model, torch.tensor([[3, model.config.vocab_size]])),
         "negative": error_of(model, -batch().input_ids),
     }
-    for kind in ("flipped", "header", "manifest", "absent", "short", "foreign"):
+    for kind in ("flipped", "header", "manifest", "absent", "short", "foreign", "row ids"):
         folder = WORK / "damaged" / kind
         found[kind] = error_of(lambda folder=folder: load(folder)(torch.tensor([[1, 2, 3]])))
     config = AutoConfig.from_pretrained(str(FOLDER), trust_remote_code=True)

@@ -69,6 +69,9 @@ def damage(folder: Path, copy: Path) -> dict[str, Path]:
     (places["short"] / rows).write_bytes((folder / rows).read_bytes()[:-1])
     config = places["foreign"] / "config.json"
     config.write_text(config.read_text().replace('"backbone": "', '"backbone": "0'))
+    places["row ids"] = copy / "row ids"
+    shutil.copytree(folder.with_name("mole-seen"), places["row ids"])
+    flip(places["row ids"] / "lut" / "row_ids.safetensors", -8)
     return places
 
 
@@ -202,7 +205,7 @@ def test_pipeline(found: Found) -> None:
 
 def test_a_saved_copy_has_everything(found: Found) -> None:
     saved = found("saved")
-    code = ["configuration_mole.py", "modeling_mole.py"]
+    code = ["configuration_mole.py", "lookup_table.py", "modeling_mole.py"]
     settings = ["config.json", "generation_config.json", "model.safetensors.index.json"]
     assert set(saved["files"]) >= {*code, *settings, "lut", "tokenizer.json", "tokenizer_config.json"}
     assert saved["table"] == ["manifest.json", "rows-00000.safetensors", "token_counts.safetensors"]
@@ -250,6 +253,7 @@ ERRORS = {
     "flipped": "the row of token id 2 is damaged; copy the table again",
     "header": "rows-00000.safetensors: its header is damaged; copy the table again",
     "manifest": "manifest.json: damaged or edited; copy the table again",
+    "row ids": "row_ids.safetensors: missing or damaged; copy the table again",
     "absent": "manifest.json: missing, so there is no table; copy the folder lut/",
     "short": "rows-00000.safetensors: missing or not of ",
     "foreign": "belongs to other weights than config.json says; copy this model's table",
@@ -273,7 +277,7 @@ def test_texts_become_the_ids_of_the_run(runs: dict[str, Path], found: Found) ->
 
 
 def test_normal_floats_are_those_of_the_codecs() -> None:
-    source = (ROOT / "src/interop/remote_code/modeling_mole.py").read_text(encoding="utf-8")
+    source = (ROOT / "src/interop/remote_code/lookup_table.py").read_text(encoding="utf-8")
     (value,) = [
         node.value
         for node in ast.parse(source).body

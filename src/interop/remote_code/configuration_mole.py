@@ -22,6 +22,7 @@ class MoleConfig(PretrainedConfig):
         null_expert: whether routers have one more choice, which adds nothing.
         expert_intermediate_size: width of each of them.
         expert_input: `embedding`, whose outputs are in the table `lut/`, or `hidden`, which are weights.
+        expert_ids: `all`, or `seen`, where the table lacks ids for which the experts add nothing.
         num_experts_per_tok: experts that a token mixes; None for all of them.
         max_position_embeddings: longest sequence that was trained.
         rope_theta: base of the rotary embedding.
@@ -53,6 +54,7 @@ class MoleConfig(PretrainedConfig):
         null_expert: bool = False,
         expert_intermediate_size: int = 1024,
         expert_input: str = "embedding",
+        expert_ids: str = "all",
         num_experts_per_tok: int | None = None,
         max_position_embeddings: int = 2048,
         rope_theta: float = 10000.0,
@@ -79,6 +81,7 @@ class MoleConfig(PretrainedConfig):
         self.null_expert = null_expert
         self.expert_intermediate_size = expert_intermediate_size
         self.expert_input = expert_input
+        self.expert_ids = expert_ids
         self.num_experts_per_tok = num_experts_per_tok
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta

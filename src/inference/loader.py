@@ -21,7 +21,7 @@ from src.model.experts import EmbeddingExperts
 from src.model.products import pack_weights
 from src.model.router import Router
 from src.model.transformer import Block, layer_router
-from src.run_directory import EXPERTS_PREFIX, RunDirectory, read_metadata, read_tensors
+from src.run_directory import EXPERTS_PREFIX, Identity, RunDirectory, read_metadata, read_tensors
 
 ExpertForm = Literal["auto", "lut", "ffn"]
 
@@ -34,6 +34,8 @@ class InferenceModel(Transformer):
     """
 
     run: RunDirectory
+    identity: Identity
+    """Of the weights as they were loaded."""
     _alone: ModelConfig | None = None
     """The config without a plug-in, while one is attached."""
 
@@ -52,7 +54,7 @@ class InferenceModel(Transformer):
         must not be computing meanwhile.
         """
         plug_in, weight = as_run(run_dir).require(), self.embedding.weight
-        plug_in.require_base(self.run.path, self.run.identity())
+        plug_in.require_base(self.run.path, self.identity)
         config = _inference_config(plug_in)
         weights = read_tensors(plug_in.backbone_path)
         routers = _routers(weights, config, plug_in.backbone_path)
@@ -124,11 +126,10 @@ def load_model(
         model = load_model(whole, device=device, dtype=dtype)
         model.attach(plug_in, experts=experts, lut=lut, reader=reader, cache_mb=cache_mb)
         return model
-    config = _inference_config(run)
-    run.identity()  # refuses a missing or foreign file by name
+    config, identity = _inference_config(run), run.identity()  # which refuses a missing or foreign file by name
     with torch.device("meta"), _Undrawn():
         model = InferenceModel(config, with_experts=False)
-    model.run = run
+    model.run, model.identity = run, identity
     _load(model, run.backbone_path)
     model.experts = _expert_source(run, config, experts, lut, reader, cache_mb, device)
     pack_weights(model, device, dtype)

@@ -103,8 +103,8 @@ def changed(name: str, reference: str) -> dict[str, object]:
 
 
 def load(path: Path, tmp_path: Path) -> RunConfig:
-    """Load a config; one that states no model gets that of a run."""
-    if "\nmodel:" in path.read_text() or "\nbase:" in f"\n{path.read_text()}":
+    """Load a config; one that says so starts from a run, which has a model."""
+    if "`init_from=RUN`" not in path.read_text():
         return load_config(path)
     RunDirectory(tmp_path).write_config({"model": load_config(CONFIGS / "quickstart.yaml").model.to_dict()})
     return load_config(path, [f"init_from={tmp_path}"])

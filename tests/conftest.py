@@ -44,7 +44,7 @@ SMALL = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--attacks", type=int, default=2, metavar="N", help="random moments of each test that has some")
+    parser.addoption("--attacks", type=int, default=1, metavar="N", help="random moments of each test that has some")
 
 
 @pytest.fixture(scope="session")

@@ -222,6 +222,7 @@ def test_a_shrunk_config_trains_two_steps(name: str, tmp_path: Path, cache_dir: 
     assert_trains_two_steps(PAPER / f"{name}.yaml", [*corpus, f"data.cache_dir={cache_dir}", f"output_dir={tmp_path}"])
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PAPER_CONFIGS, ids=lambda path: str(path.relative_to(PAPER)))
 def test_every_shrunk_config_trains_two_steps_on_the_embedded_corpus(

@@ -127,6 +127,7 @@ def test_mistakes_in_sources_get_one_clear_line() -> None:
             load_config(quickstart, [override])
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_ten_broken_lines_of_a_million_are_reported_exactly(tmp_path: Path) -> None:
     broken = [0, 7, 99_999, 100_000, 123_456, 500_000, 500_001, 777_777, 900_000, 999_999]

@@ -114,6 +114,7 @@ def command(config: DataConfig, cache_dir: Path, source: SourceConfig) -> list[s
     return [sys.executable, "-m", "src.prepare_data", "--config", str(CONFIGS / "quickstart.yaml"), *overrides]
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(
     config: DataConfig, whole: PackedCorpus, source: SourceConfig, tmp_path: Path, attacks: int

@@ -328,6 +328,7 @@ def test_every_name_of_lm_eval_is_accepted() -> None:
         find_task("sciqq")
 
 
+@pytest.mark.release
 def test_an_interrupt_ends_scoring_with_one_line(trained: RunResult, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.run_dir, run)

@@ -16,7 +16,7 @@ def on_cuda(*values: object, devices: int = 1) -> object:
 
 def on_cpu(*values: object, slow: bool = False) -> object:
     """Return parameters of the same test without a GPU."""
-    return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
+    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.release] if slow else [])
 
 
 def devices(*, slow: bool = False) -> pytest.MarkDecorator:

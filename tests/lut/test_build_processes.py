@@ -49,6 +49,7 @@ def finish(lut_dir: Path) -> dict[str, bytes]:
     return contents(lut_dir)
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_killed_at_random_moments_a_build_ends_with_the_same_bytes(tmp_path: Path, attacks: int) -> None:
     begun = time.monotonic()

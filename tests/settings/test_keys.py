@@ -250,6 +250,7 @@ def test_a_key_refuses_in_one_line_before_any_work(key: str, run_in_process: Run
         require_refused(run_in_process(train.main, *CONFIG, "--dry-run", override), key, override)
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("key", KEYS)
@@ -272,6 +273,7 @@ def test_a_key_keeps_an_accepted_value(key: str, run_in_process: RunVerb) -> Non
     assert value_at(keeps(run_in_process, f"{key}={value}"), *key.split(".")) == expected
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("key", KEYS)
@@ -283,6 +285,7 @@ def test_a_key_keeps_every_accepted_value(key: str, run_in_process: RunVerb) -> 
             assert (found.code, found.errors) == (0, []), (value, found)
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("key", ELEMENTS)
@@ -365,6 +368,7 @@ BY_CORPUS = ("data.files", "data.tokenizer.path", "data.tokenizer.separator", "d
 """Keys of which an accepted value may name or want what a small corpus does not have."""
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key in KEYS if key.startswith("data.") and key != "data.tokenizer.hub"])
 def test_a_corpus_is_prepared_with_every_accepted_value(

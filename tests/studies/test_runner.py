@@ -175,6 +175,7 @@ def test_a_study_runs_what_is_missing_and_names_what_failed(finished: Finished) 
     assert (code, without_seconds(place.rows())) == (0, without_seconds(rows[1:])), "the same loss to every digit"
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_a_killed_study_ends_with_the_same_results(place: Place, finished: Finished, attacks: int) -> None:
     moments = random.Random(0)
@@ -188,6 +189,7 @@ def test_a_killed_study_ends_with_the_same_results(place: Place, finished: Finis
     assert without_seconds(place.rows()) == without_seconds(finished.rows)
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_an_interrupted_study_ends_its_cells_with_checkpoints(place: Place) -> None:
     process = place.start("--arms", "mole", "trainer.max_steps=2000")

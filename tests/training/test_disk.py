@@ -121,6 +121,7 @@ def writes(tmp_path_factory: pytest.TempPathFactory, small_overrides: Sequence[s
     return int(folder.with_suffix(".count").read_text())
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
 def test_at_random_writes_a_disk_fails_and_resuming_completes_the_run(

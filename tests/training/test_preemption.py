@@ -282,6 +282,7 @@ def slowed(original: Callable[..., Any], seconds: float, mark: Path) -> Callable
     return slow
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_at_random_moments_a_signal_ends_the_run_and_resuming_completes_it(
     tmp_path: Path, small_overrides: Sequence[str], attacks: int

@@ -58,6 +58,7 @@ def test_a_resumed_run_keeps_what_validations_measured_and_counts_on(
     assert steps(part, "train/gradient_norm") == [2, 5, 8, 11]
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_repeats_what_it_lost(
     tmp_path: Path, small_overrides: Sequence[str], attacks: int

@@ -204,8 +204,8 @@ def in_bfloat16() -> Generator[None]:
 
 def step(config: ModelConfig) -> None:
     """Take an optimizer step of two micro-batches, with every loss and metric of a training step."""
-    model, metrics = model_on_device(config), RoutingMetrics(range(config.num_layers), config.num_experts, config.top_k)
-    metrics.to(DEVICE)
+    model = model_on_device(config)
+    metrics = RoutingMetrics(config.mixture_layers, config.router_choices, config.top_k).to(DEVICE)
     batch = torch.zeros(2, 2, 8, dtype=torch.int64, device=DEVICE)
     shared = StepRows(model, batch[..., :-1]) if config.expert_execution == "unique_per_step" else None
     for index, windows in enumerate(batch):
@@ -264,7 +264,11 @@ def build(config: ModelConfig) -> None:
     """Compute and encode rows of a model on the device, and of the weights of a run."""
     stored = Stored(dict(Transformer(config).state_dict()))
     run: Any = SimpleNamespace(
-        model_config=lambda: config, identity=lambda: None, experts_path=Path(__file__), backbone_path=Path(__file__)
+        model_config=lambda: config,
+        identity=lambda: None,
+        base=lambda: None,
+        experts_path=Path(__file__),
+        backbone_path=Path(__file__),
     )
     with patch.object(sources, "safe_open", Mock(return_value=stored)):
         for source in (ModelRows(model_on_device(config), identity=Identity("", "")), RunRows(run, device=DEVICE)):

@@ -9,7 +9,6 @@ B batch, T tokens.
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +38,15 @@ from src.system.console import progress_bar
 HERE, THERE = "this project", "transformers"
 
 
+def find_tokenizer(folder: Path) -> Path:
+    """Return the tokenizer of a folder that transformers opens."""
+    if not (path := folder / "tokenizer.json").is_file():
+        raise UserError(f"--folder: {path} is missing; give a folder that transformers opens")
+    return path
+
+
 def load_folder(folder: Path) -> Any:
     """Return a folder's model as transformers loads it by default, in the type of its weights."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--folder: {folder} has no config.json; give a folder that transformers opens")
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
@@ -82,11 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--rounds", type=COUNT, default=33, help="steps, in turn (default: 33)")
     add_text_options(options)
     given, console, steps = options.parse_args(arguments), Console(), dict[str, Timings]()
-    with ExitStack() as stack:
-        here = stack.enter_context(load_model(find_run(given.run).path))
+    run, tokenizer = find_run(given.run), find_tokenizer(given.folder)
+    text = load_text_ids(given.corpus, given.tokenizer or tokenizer, run.model_config().vocab_size)
+    with load_model(run) as here:
         there = load_folder(given.folder)
-        tokenizer = given.tokenizer or given.folder / "tokenizer.json"
-        text = load_text_ids(given.corpus, tokenizer, here.config.vocab_size)
         for batch in given.batches:
             streams = text.streams(batch, PROMPT_TOKENS + given.rounds + 2)
             parts = streams[:, :PROMPT_TOKENS], streams[:, PROMPT_TOKENS:]

@@ -42,7 +42,7 @@ def test_it_prints_and_writes_every_figure(
     assert {step["waits"] for step in record["training"]} == {None}  # which are CUDA's
     assert list(record["decoding"]) == ["1", "3"]
     for figures in record["decoding"].values():
-        assert set(figures["seconds"]) == {*FORMS, "its matmuls alone"}
+        assert set(figures["seconds"]) == {*FORMS, "plain matmuls alone"}
         assert list(figures["waits"]) == FORMS
     assert record["left_out"] == {}
     assert {"processor", "torch"} <= set(record["machine"])

@@ -34,5 +34,5 @@ def test_it_prints_and_writes_every_step(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_folder_that_transformers_does_not_open_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing has no config\.json"):
-        imported.load_folder(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"nothing/tokenizer\.json is missing"):
+        imported.find_tokenizer(tmp_path / "nothing")

@@ -203,7 +203,7 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
         },
     ),
     "benchmarks.imported": (
-        "--folder x --run x",
+        f"--folder {TRAINED} --run {TRAINED}",
         {**BENCHMARK_TEXT, "--folder": NOTHING, "--run": NOTHING, "--batches": COUNT, "--rounds": COUNT},
     ),
     "benchmarks.figure": (

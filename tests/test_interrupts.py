@@ -62,7 +62,7 @@ VERBS: dict[str, tuple[Main, tuple[str, ...], str]] = {
     "export": (
         export.main,
         ("--run", "RUN", "--to", "hf", "--output", "OUT"),
-        "src.interop.export.write_tensors",
+        "src.interop.export.copy_table",
     ),
     "generate": (generate.main, ("--run", "RUN", "--prompt", "import"), "src.generate.pieces"),
     "interactive": (generate.main, ("--run", "RUN", "--interactive"), "src.generate.interact"),

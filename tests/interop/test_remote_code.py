@@ -41,7 +41,6 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 WIDE = replace(MOLE, hidden_size=128, num_heads=4, init_std=0.05)  # which NF3 can pack
 PROMPTS = 32
-EXPORTED = [name for name, config in CONFIGS.items() if config.expert_ids == "all"]
 
 
 def write_run(path: Path, config: ModelConfig, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> Path:
@@ -85,7 +84,7 @@ def flip(path: Path, place: int) -> None:
 def runs(trained: RunResult, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs of every architecture and block, and of every precision; and a trained one."""
     place = tmp_path_factory.mktemp("runs")
-    runs = {name: write_run(place / name, CONFIGS[name]) for name in EXPORTED}
+    runs = {name: write_run(place / name, config) for name, config in CONFIGS.items()}
     runs |= {dtype: write_run(place / dtype, WIDE, dtype) for dtype in PRECISIONS}
     runs["shards"] = write_run(place / "shards", MOLE, shard_bytes=3 * 240)
     base = RunDirectory(write_run(place / "base", BASES["tied"]))
@@ -146,7 +145,7 @@ def found(work: Path) -> Found:
     return find
 
 
-FOLDERS = [*EXPORTED, *PRECISIONS, "shards", "plug-in", "trained"]
+FOLDERS = [*CONFIGS, *PRECISIONS, "shards", "plug-in", "trained"]
 
 
 @pytest.mark.parametrize("name", FOLDERS)

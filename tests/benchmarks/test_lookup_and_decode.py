@@ -57,6 +57,7 @@ def test_a_target_says_whether_it_holds() -> None:
     assert Target("cost", 1.3, 1.2).line() == "MISSED  cost: 1.3 <= 1.2"
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.parametrize(("main", "more"), [(lookup.main, ()), (decode.main, ("--batches", "1", "2"))])
 def test_a_small_run_prints_and_writes_every_figure(

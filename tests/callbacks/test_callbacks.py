@@ -182,6 +182,7 @@ def test_two_ranks_build_the_table_of_one(tmp_path: Path, trained: RunResult) ->
     module = _Idle(config.model, config.objective, config.optimizer, torch.ones(512, dtype=torch.int64))
     module.model.load_state_dict({**load_file(run.backbone_path), **load_file(run.experts_path)})
     manifest = read_manifest(run.lut_path())
+    RunDirectory(tmp_path).write_config(run.config_values())
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=2,

@@ -32,6 +32,7 @@ MODELS = {name: ARCHITECTURES[name] for name in ("moe", "mole")} | {
     "dense-tied": (*ARCHITECTURES["dense"], *BLOCK),
     "mole-tied": BLOCK,
 }
+TRIED = [pytest.param(name, marks=[pytest.mark.release] if "tied" in name else []) for name in MODELS]
 SHARDED = (*TWO, "trainer.strategy=fsdp2")
 ONE, UNWATCHED = "data.micro_batch_size=2", "trainer.limit_val_batches=0"
 
@@ -54,7 +55,7 @@ def keep_first_weights(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture", TRIED)
 def test_ranks_start_from_the_weights_of_one_process_which_only_the_first_builds(
     architecture: str, tmp_path: Path, small_overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +97,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_float64")
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture", TRIED)
 def test_losses_of_two_ranks_are_those_of_one_process_in_float64_also_when_resumed(
     architecture: str, tmp_path: Path, small_overrides: Sequence[str]
 ) -> None:

@@ -207,6 +207,7 @@ def test_examples_are_the_same_in_each_scoring(folder: Path, texts: TextModel) -
     assert len(set(prompts[0])) == 4
 
 
+@pytest.mark.release
 def test_both_forms_are_compared_on_every_kind(
     trained: RunResult, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

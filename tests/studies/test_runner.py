@@ -147,6 +147,7 @@ def test_a_cell_is_accounted_with_the_micro_batches_and_the_table_that_it_will_h
     assert cost().disk_bytes - cost("lut.dtype=bfloat16").disk_bytes == 32 * 2**20  # half of the quick start's table
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_a_study_runs_what_is_missing_and_names_what_failed(finished: Finished) -> None:
     place, rows, errors = finished.place, finished.rows, finished.errors

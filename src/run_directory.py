@@ -174,15 +174,7 @@ class RunDirectory:
 
     def plug_in(self) -> PlugIn | None:
         """Return what the run plugs into; None for a run that holds all of its weights."""
-        record = self.config_values().get(PLUG_IN)
-        if record is None:
-            return None
-        try:
-            return PlugIn(**record)  # type: ignore[arg-type]
-        except TypeError as error:
-            raise RunError(
-                f"{self.config_path}: {PLUG_IN} is {record!r}, expected base and backbone; copy the run again"
-            ) from error
+        return read_plug_in(self.config_values(), str(self.config_path))
 
     def base(self) -> "RunDirectory | None":
         """Return the run whose weights this one plugs into; None for a run that holds all of its weights.
@@ -286,6 +278,17 @@ def _is_path(value: str) -> bool:
 def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config's values with paths that mean the same in every working directory."""
     return map_paths(values, lambda path: os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111 - patterns
+
+
+def read_plug_in(values: Mapping[str, Any], where: str) -> PlugIn | None:
+    """Return what a config says that it plugs into; None for one with all of its weights, RunError if unreadable."""
+    record = values.get(PLUG_IN)
+    if record is None:
+        return None
+    try:
+        return PlugIn(**record)
+    except TypeError as error:
+        raise RunError(f"{where}: {PLUG_IN} is {record!r}, expected base and backbone; copy the run again") from error
 
 
 def added_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 The paper's Figure 3 (arXiv:2503.15798) with loads from a real disk instead of bytes over 16 GB/s: Dense, MoE in memory
 and offloaded, MoLE in memory and on a cold disk, by batch size. Weights and tables are random, as in
-`src.benchmarks.decode`, whose contenders these are. Every shape is a part of the JSON that `--shape` makes anew.
+`src.benchmarks.decode`, whose contenders these are. `--shape` measures a shape again, and the JSON keeps the others.
 """
 
 import json

@@ -65,12 +65,10 @@ def export_huggingface(
     """
     run, target = as_run(run_dir).require(), Path(checkpoint_dir)
     require_new(target)
-    config, rule = run.model_config(), None
+    config, rule = run.model_config(), _rule(run)
     table = readable_table(run, lut) if config.architecture == "mole" else None
     with load_model(run, experts="lut" if table else "ffn", lut=lut) as model:  # refuses what does not fit
         dtype, parameters = model.embedding.weight.dtype, sum(weight.numel() for weight in model.parameters())
-    if run.tokenizer_path.is_file():
-        rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
     family = _family(run, config)
     card = model_card(target.name, config, parameters, run.record(), table, lut, remote_code=family is None)
     texts = {"README.md": card, "generation_config.json": as_json(generation_values(config, rule))}
@@ -116,12 +114,9 @@ def export_plug_in(
     table = readable_table(run, lut)
     if table.backbone != run.identity().backbone:
         raise LutMismatchError(f"{run.lut_path(lut)}: belongs to other weights than {run.backbone_path}; rebuild it")
-    config = run.model_config()
+    config, rule = run.model_config(), _rule(run)
     texts = {"README.md": plug_in_card(target.name, plug_in, table)}
-    rule = None
-    if run.tokenizer_path.is_file():
-        rule = load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
-        texts |= tokenizer_texts(config, rule)
+    texts |= {} if rule is None else tokenizer_texts(config, rule)
     texts["config.json"] = plug_in_config(config, plug_in, table, rule)
     rows = [run.lut_path(lut) / name for name in table.file_names]
     size = sum(path.stat().st_size for path in (run.backbone_path, *rows))
@@ -130,6 +125,12 @@ def export_plug_in(
             write_text(directory / name, text)
         copy_file(run.backbone_path, directory / WEIGHTS, advance)
         copy_table(rows, directory, advance)
+
+
+def _rule(run: RunDirectory) -> TextRule | None:
+    if not run.tokenizer_path.is_file():
+        return None
+    return load_run_rule(run.tokenizer_path, run.recorded_tokenizers(), run.text_rule())
 
 
 def _family(run: RunDirectory, config: ModelConfig) -> BlockFamily | None:

@@ -23,7 +23,7 @@ from src.interop.reader import CheckpointTensors, read_json
 from src.lut.manifest import Manifest, read_manifest
 from src.lut.scan import check_shard
 from src.model import ModelConfig, Transformer
-from src.run_directory import PLUG_IN, PlugIn, RunDirectory, added_weights, hash_weights, identify
+from src.run_directory import PLUG_IN, PlugIn, RunDirectory, added_weights, hash_weights, identify, read_plug_in
 from src.system.console import Advance, Progress, no_progress
 from src.system.files import atomic_directory, link_or_copy, write_text
 
@@ -70,7 +70,7 @@ def import_exported(
     require_new(target)
     values, where = read_json(source / "config.json"), str(source / "config.json")
     config, checkpoint = _model_config(values, where), CheckpointTensors(source)
-    plug_in = _plug_in(values, where)
+    plug_in = read_plug_in(values, where)
     with torch.device("meta"):
         expected: Mapping[str, Tensor] = Transformer(config, with_experts=False).state_dict()
     expected = expected if plug_in is None else added_weights(expected)
@@ -94,18 +94,6 @@ def import_exported(
             identity = replace(identity, training_form=table.training_form)
         run.write_backbone(weights, identity)
         copy_table(rows, run.path, advance)
-
-
-def _plug_in(values: Mapping[str, object], where: str) -> PlugIn | None:
-    record = values.get(PLUG_IN)
-    if record is None:
-        return None
-    try:
-        return PlugIn(**record)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise CheckpointError(
-            f"{where}: {PLUG_IN} is {record!r}, expected base and backbone; export it again"
-        ) from error
 
 
 def _model_config(values: Mapping[str, object], where: str) -> ModelConfig:

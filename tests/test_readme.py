@@ -252,7 +252,11 @@ def test_the_readmes_commands_run_in_their_order(run: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.release] if page == BENCHMARKS else []) for page in PAGES[1:]],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_the_commands_of_the_other_pages_run(page: Path, run: Run, trained: RunResult) -> None:
     shutil.copytree(trained.run_dir, "runs/quickstart")
     for words in ON_PAGES[page]:
@@ -261,6 +265,7 @@ def test_the_commands_of_the_other_pages_run(page: Path, run: Run, trained: RunR
         exec(compile(program, str(page), "exec"), {})
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_the_examples_of_every_help_run(run: Run, trained: RunResult, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(trained.run_dir, "runs/quickstart")
@@ -269,6 +274,7 @@ def test_the_examples_of_every_help_run(run: Run, trained: RunResult, capsys: py
             run(words)
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_the_first_command_runs_with_few_steps(tmp_path: Path) -> None:
     _, *arguments = shlex.split(SACRED[0].split(" && ")[-1])

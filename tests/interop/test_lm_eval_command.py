@@ -28,7 +28,7 @@ from src.system.console import no_progress
 from src.train import RunResult
 from tests.evaluation.harness_rows import sciq, wikitext, write
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("lm-eval command")]  # which runs once
 
 DEFINITIONS = {
     "sciq": "sciq/sciq.yaml",

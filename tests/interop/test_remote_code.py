@@ -35,7 +35,7 @@ from tests.training.test_added_experts import BASES, with_experts
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("remote code")]  # one process opens all folders
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import CONFIGS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fake device")]  # one process makes what all of them read
 
 
 @pytest.fixture(scope="module")

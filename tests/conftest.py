@@ -58,8 +58,11 @@ def open_files_limited(spare: int) -> Generator[None]:
     """Let this process open `spare` more files, no more."""
     resource = pytest.importorskip("resource", reason="limits of open files can be set on Unix only")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    os.close(free := os.dup(1))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free + spare, before[1]))
+    # The next ones that would be opened: not always one after another, since earlier tests may hold some between.
+    free = [os.dup(1) for _ in range(spare + 1)]
+    for descriptor in free:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], before[1]))
     try:
         yield
     finally:

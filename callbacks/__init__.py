@@ -4,6 +4,7 @@ from callbacks.checkpoints import AveragedWeights, BestWeightsCallback, Checkpoi
 from callbacks.dashboard import DashboardCallback
 from callbacks.evaluation import EvaluationCallback
 from callbacks.failures import NonFiniteCallback, RankFailureCallback, RunCallback
+from callbacks.lora import LoraCallback
 from callbacks.progress import StepProgressBar, ThroughputCallback, TimeLimit
 from callbacks.reparameterize import ReparameterizeCallback
 
@@ -13,6 +14,7 @@ __all__ = [
     "CheckpointCallback",
     "DashboardCallback",
     "EvaluationCallback",
+    "LoraCallback",
     "NonFiniteCallback",
     "RandomStateCallback",
     "RankFailureCallback",

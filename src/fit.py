@@ -55,8 +55,12 @@ from src.training.strategy import ShardedStrategy, StreamingCheckpointIO, cluste
 from src.training.tracking import build_loggers, close_loggers, code_version, package_version, wandb_mode
 
 
-def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tuple[Path, Report | None]:
+def fit(
+    config: RunConfig, start: Resumption | None, signals: StopSignals, more: Sequence[lightning.Callback] = ()
+) -> tuple[Path, Report | None]:
     """Train and write everything, from the beginning or from `start`; return the run's path and what was measured.
+
+    `more` callbacks run before those that act on steps and results.
 
     Raises as `src.train.train` does.
     """
@@ -89,7 +93,8 @@ def fit(config: RunConfig, start: Resumption | None, signals: StopSignals) -> tu
         loggers = build_loggers(config.wandb, config.to_dict(), run.directory, 0 if start is None else start.step)
     failure = RankFailureCallback(run, signals)
     left = config if start is None or start.missing is None else _only_missing(config, start.missing)
-    callbacks = [run, failure, *progress_callbacks(left, run), *result_callbacks(left, run, corpus, suite, signals)]
+    results = result_callbacks(left, run, corpus, suite, signals)
+    callbacks = [run, failure, *more, *progress_callbacks(left, run), *results]
     failed = True
     try:
         with explaining_write_failures(run.directory.path):

@@ -12,7 +12,7 @@ from rich.console import Console
 from src.cli import number, parser, run_verb
 from src.errors import caused_by
 from src.studies.cells import Choice, require_known, runs_root
-from src.studies.definition import Study, load_study
+from src.studies.definition import PLACES, Study, load_study
 from src.studies.figures import draw_figures
 from src.studies.page import page_text
 from src.studies.plan import print_plan
@@ -42,18 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="override a config key in all cells; corpus=DIR names a folder",
+        help="override a config key in all cells; corpus=DIR and base=RUN name a folder of text, a run to start from",
     )
     given = options.parse_args(arguments)
     with caused_by("--study", given.study):
         study = load_study(given.study)
-    corpus = [text.partition("=")[2] for text in given.overrides if text.startswith("corpus=")]
-    choice = Choice(
-        arms=given.arms,
-        seeds=given.seeds,
-        overrides=[text for text in given.overrides if not text.startswith("corpus=")],
-        corpus=str(Path(corpus[-1]).expanduser().absolute()) if corpus else None,
-    )
+    pairs = [(text, *text.split("=", 1)) for text in given.overrides if "=" in text]
+    places = {name: str(Path(path).expanduser().absolute()) for _, name, path in pairs if name in PLACES}
+    overrides = [text for text in given.overrides if text.partition("=")[0] not in places]
+    choice = Choice(arms=given.arms, seeds=given.seeds, overrides=overrides, places=places)
     require_known(study, choice)
     if study.search is not None and any(text.startswith(f"{study.search.key}=") for text in choice.overrides):
         study = replace(study, search=None)

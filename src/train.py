@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -24,6 +25,9 @@ from src.system.signals import Preempted, StopSignals, exit_code, leave_on_stop_
 from src.training.config import require_ranks
 from src.training.resume import Resumption, Wanted, compare_configs
 
+if TYPE_CHECKING:  # it takes seconds to import; `--help` does without
+    from lightning import Callback
+
 DEFAULT_CONFIG = "configs/quickstart.yaml"
 
 
@@ -36,13 +40,14 @@ class RunResult:
     """None when `evaluation.at_fit_end` is off, or the run that was resumed had a report already."""
 
 
-def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
+def train(config: RunConfig, resume: RunDirectory | None = None, callbacks: Sequence["Callback"] = ()) -> RunResult:
     """Train as `config` says, and return the run directory and the report.
 
     Args:
         config: decides the run.
         resume: continue this run from its newest checkpoint, or do what is missing after its last step; `config` is
             then what `resumed_config` returned.
+        callbacks: run before the project's own that act on steps and results.
 
     Raises:
         UserError: the config, corpus or tokenizer cannot be used, or training cannot continue.
@@ -60,12 +65,12 @@ def train(config: RunConfig, resume: RunDirectory | None = None) -> RunResult:
         if not start.missing:
             return RunResult(start.run.path, None)
     _check_batch(config)
-    from src.fit import fit  # with Lightning, which takes seconds to import; `--help` does without
+    from src.fit import fit  # with Lightning
 
     signals = StopSignals()
     signals.listen()
     try:
-        return RunResult(*fit(config, start, signals))
+        return RunResult(*fit(config, start, signals, callbacks))
     finally:
         signals.restore()
 
@@ -135,8 +140,8 @@ def dry_run(config: RunConfig, unique_ids: int | None = None, json_path: Path | 
         write_text(json_path, json.dumps(costs.to_dict(), indent=1) + "\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and train."""
+def main(arguments: Sequence[str] | None = None, callbacks: Sequence["Callback"] = ()) -> None:
+    """Parse the command line and train, with `callbacks` of a caller."""
     options = parser("train", (__doc__ or ""), "python -m src.train trainer.max_steps=100 name=try")
     options.add_argument(
         "--config", type=Path, help=f"YAML config (default: {DEFAULT_CONFIG}; with --resume the run's own)"
@@ -170,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if resolved_accelerator(config.trainer.accelerator) == "cpu":
         keep_freed_memory()  # on a GPU's host it would keep what building the model took
     _quieten_lightning()
-    _train_as_process(config, resume)
+    _train_as_process(config, resume, callbacks)
 
 
 def _quieten_lightning() -> None:
@@ -184,10 +189,10 @@ def _quieten_lightning() -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # of rows, which are only read
 
 
-def _train_as_process(config: RunConfig, resume: RunDirectory | None) -> None:
+def _train_as_process(config: RunConfig, resume: RunDirectory | None, callbacks: Sequence["Callback"]) -> None:
     """Train, and end this process as its rank should."""
     try:
-        train(config, resume)
+        train(config, resume, callbacks)
     except Preempted as stop:
         _tell(str(stop))
         leave(exit_code(stop.signum))  # everything is closed, and taking down the interpreter takes seconds

@@ -23,6 +23,8 @@ def reference_logits(weights: Weights, config: ModelConfig, token_ids: Tensor) -
 def _sequence_logits(weights: Weights, config: ModelConfig, ids: list[int]) -> Tensor:
     embeddings = [weights["embedding.weight"][token_id] for token_id in ids]
     read_by_experts = embeddings
+    if config.shared_expert_row:
+        read_by_experts = [weights["embedding.weight"][0]] * len(ids)
     if config.expert_permutation is not None:
         generator = torch.Generator().manual_seed(config.expert_permutation)
         permutation = torch.randperm(config.vocab_size, generator=generator)

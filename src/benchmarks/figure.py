@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 
 from src.accounting.account import count_parameters
@@ -169,9 +170,11 @@ def _draw_shape(
     moe_experts = moe_config(model_config(shape)).num_experts
     panel.set_title(f"{size.upper()}: MoLE-{experts}E, MoE-{moe_experts}E", fontsize=10)
     panel.set_yscale("log")
+    for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        axis(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else ""))
     panel.set_xlabel("batch size", fontsize=9)
     panel.grid(axis="y", which="both", color="#d0d7de", linewidth=0.5)
-    panel.tick_params(labelsize=8)
+    panel.tick_params(which="both", labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(
         title="parameters in memory", loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False, fontsize=8

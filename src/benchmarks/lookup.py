@@ -5,7 +5,6 @@ round asks each contender for the same rows: the measured reader and `memmap`, w
 map, and bare O_DIRECT reads by 16 threads on the same files, which is the device's own limit.
 """
 
-import mmap
 import os
 import statistics
 import time
@@ -15,7 +14,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -64,9 +62,7 @@ class RawReads:
         """Open the shards past the page cache, for at most `capacity` rows at a time, each read in pieces."""
         self._files, self._piece_bytes = ShardFiles(lut_dir, layout, flags=os.O_DIRECT), piece_bytes
         self._block_bytes = (layout.row_bytes + 2 * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
-        memory = mmap.mmap(-1, capacity * self._block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._rows = np.frombuffer(memory, dtype=np.uint8).reshape(capacity, self._block_bytes)
-        self._rows.fill(1)
+        self._rows = workload.huge_pages(capacity * self._block_bytes).reshape(capacity, self._block_bytes)
         self._pool = ThreadPoolExecutor(RAW_THREADS)
 
     def __call__(self, token_ids: Tensor) -> None:

@@ -35,12 +35,13 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is resident now
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     work()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """Return a field of this process's status that is in kB, such as VmHWM, in bytes; Linux only."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return 1024 * int(line.split()[1])
 
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     token_ids = torch.from_numpy(np.load(ids))
     with load_model(run) as model:
         start = time.perf_counter()
-        with sampled_peak(lambda: _status_bytes("RssAnon"), _SAMPLE_SECONDS) as peak:  # the kernel records no such peak
+        with sampled_peak(lambda: status_bytes("RssAnon"), _SAMPLE_SECONDS) as peak:  # the kernel records no such peak
             generate(model, token_ids, max_new_tokens=_STEPS)
         print(peak[0], time.perf_counter() - start)
 

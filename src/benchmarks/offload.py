@@ -7,7 +7,6 @@ the result is that of the model in memory. What stays in memory between layers i
 L layers, E experts of a layer, D hidden, F width of an expert, N rows, K experts of a row.
 """
 
-import mmap
 import os
 import random
 import threading
@@ -20,10 +19,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from src.benchmarks.workload import huge_pages
 from src.errors import LutError, UserError
 from src.lut import build_lut, read_manifest
 from src.lut.layout import ALIGNMENT, TableLayout
@@ -34,6 +33,8 @@ from src.system.console import progress_bar
 
 PIECE_BYTES, THREADS = 2**20, 16
 """An extent is read in pieces by several threads, so that also one alone keeps the disk busy."""
+FEW_ROWS = 4
+"""Up to so many rows of all experts are computed after all reads: on few cores, the readers' threads need them more."""
 
 
 class StoredExperts:
@@ -194,9 +195,7 @@ class OffloadedExperts:
         self._reader, self._policy, self._num_experts = reader, policy, len(layers[0].up)
         size, dtype = reader.layout.row_bytes, layers[0].up.dtype
         slots = policy.most_kept(len(layers)) + self._num_experts  # a layer at work may use all of its experts
-        memory = mmap.mmap(-1, slots * size)  # starts on a page
-        rows = np.frombuffer(memory, dtype=np.uint8).reshape(slots, size)
-        rows.fill(0)  # so that no read waits for a page
+        rows = huge_pages(slots * size).reshape(slots, size)
         self.memory_bytes = rows.nbytes
         shapes = [weight.shape[1:] for weight in layers[0].weights]
         self._targets = [row.data for row in rows]
@@ -209,28 +208,37 @@ class OffloadedExperts:
         """Do what `run_groups_in_turn` does, with the experts of `layer` that are here or on disk."""
         sizes: list[int] = counts.tolist()
         tokens, used = grouped.split(sizes), [expert for expert, size in enumerate(sizes) if size]
-        outputs: dict[int, Tensor] = {}
-        arrivals: SimpleQueue[tuple[int, float]] = SimpleQueue()
         first = layer * self._num_experts
-        here = [expert for expert in used if first + expert in self._slots]
         missing = [first + expert for expert in used if first + expert not in self._slots]
+        if not missing:
+            outputs = {expert: ffn(tokens[expert], *self._weights[self._slots[first + expert]]) for expert in used}
+        else:
+            outputs = self._run_and_read(first, tokens, used, missing, wait=len(grouped) <= FEW_ROWS)
+        for gone_layer, expert in self._policy.leaving(layer, used):
+            self._free.append(self._slots.pop(gone_layer * self._num_experts + expert))
+        return torch.cat([outputs[expert] for expert in used])
+
+    def _run_and_read(
+        self, first: int, tokens: Sequence[Tensor], used: Sequence[int], missing: Sequence[int], *, wait: bool
+    ) -> dict[int, Tensor]:
+        """Read the extents `missing`, and run the experts `used` of a layer: as they arrive, or with `wait` then."""
+        arrivals: SimpleQueue[tuple[int, float]] = SimpleQueue()
+        here = [expert for expert in used if first + expert in self._slots]
         self._slots |= {extent: self._free.pop() for extent in missing}
         started, arrived = time.perf_counter(), 0.0
         finish = self._reader.start(
             {extent: self._targets[self._slots[extent]] for extent in missing},
             lambda extent: arrivals.put((extent, time.perf_counter())),
         )
-        for expert in here:
-            outputs[expert] = ffn(tokens[expert], *self._weights[self._slots[first + expert]])
+        if wait:
+            finish()
+        outputs = {expert: ffn(tokens[expert], *self._weights[self._slots[first + expert]]) for expert in here}
         for _ in missing:
             extent, arrived = arrivals.get()
             outputs[extent - first] = ffn(tokens[extent - first], *self._weights[self._slots[extent]])
         finish()
-        if missing:
-            self.loads.append(Load(missing, arrived - started))
-        for gone_layer, expert in self._policy.leaving(layer, used):
-            self._free.append(self._slots.pop(gone_layer * self._num_experts + expert))
-        return torch.cat([outputs[expert] for expert in used])
+        self.loads.append(Load(missing, arrived - started))
+        return outputs
 
     def load_everything(self) -> None:
         """Read all experts, for a policy that keeps them."""

@@ -146,13 +146,13 @@ class Band:
         return f"{self.least:,}" if self.least == self.most else f"{self.least:,}-{self.most:,}"
 
 
-def loss_by_frequency(losses: Tensor, windows: Tensor, token_counts: Tensor) -> list[Band]:
-    """Split `losses` (N, T) by how often each predicted id occurs in the training text: never, 1-9, 10-99, ...
+def loss_by_frequency(losses: Tensor, token_ids: Tensor, token_counts: Tensor) -> list[Band]:
+    """Split `losses` (N, T) by how often `token_ids` (N, T) occur in the training text: never, 1-9, 10-99, ... times.
 
     Rare ids are where a model that looks rows up may differ from others. `token_counts` is (V,) int64; bands without
     tokens are left out.
     """
-    counts = token_counts[windows[:, 1:]]  # (N, T)
+    counts = token_counts[token_ids]  # (N, T)
     bands: list[Band] = []
     least, most = 0, 0
     while least <= int(counts.max()):

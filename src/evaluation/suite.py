@@ -105,7 +105,7 @@ def _score_text(
         corpus=name,
         score=summarize(losses, windows, text.byte_lengths),
         window_losses=losses.double().mean(dim=1).tolist(),
-        bands=loss_by_frequency(losses, windows, text.token_counts),
+        bands=loss_by_frequency(losses, windows[:, 1:], text.token_counts),
         fingerprint=fingerprint_documents(windows.tolist()),
     )
 

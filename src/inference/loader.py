@@ -15,7 +15,7 @@ from src.errors import LutMismatchError, RunError
 from src.inference.disk_experts import DiskExperts
 from src.lut import LutStore
 from src.lut.manifest import MANIFEST_NAME, read_manifest
-from src.lut.sources import permutation_note, recorded_permutation, require_lookup_form
+from src.lut.sources import inputs_note, recorded_inputs, require_lookup_form
 from src.model import ModelConfig, Transformer
 from src.model.experts import EmbeddingExperts
 from src.model.products import pack_weights
@@ -228,11 +228,12 @@ def _open_store(run: RunDirectory, lut: str, reader: str, cache_mb: float, devic
             f"{run.lut_path(lut)}: was built for backbone {store.manifest.backbone}, but this run's is {expected}; "
             "rebuild the table with `python -m src.reparameterize`, or copy the run it belongs to"
         )
-    if permutation_note(run.model_config()) != recorded_permutation(store.manifest.rows_from):
+    if inputs_note(config := run.model_config()) != recorded_inputs(store.manifest.rows_from):
         store.close()
         raise LutMismatchError(
             f"{run.lut_path(lut)}: its rows are from {store.manifest.rows_from}, but this run's config has "
-            f"model.expert_permutation {run.model_config().expert_permutation}; rebuild the table"
+            f"model.expert_permutation {config.expert_permutation} and model.shared_expert_row "
+            f"{config.shared_expert_row}; rebuild the table"
         )
     return store
 

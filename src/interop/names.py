@@ -136,6 +136,8 @@ PAPERS_BLOCK = (
     "expert_layers",
     "null_expert",
     "expert_ids",
+    "expert_permutation",
+    "shared_expert_row",
 )
 """Settings of the model that their code has only with the values that are defaults here."""
 CLASS_NAMES = {"dense": "DenseForCausalLM", "moe": "MoeForCausalLM", "mole": "MoleForCausalLM"}
@@ -264,10 +266,6 @@ def require_expressible(config: ModelConfig) -> None:
         reason = f"model.expert_intermediate_size is {routed}, but theirs equals model.intermediate_size ({shared})"
     elif config.architecture == "mole" and config.top_k is not None:
         reason = f"model.top_k is {config.top_k}, but their MoLE mixes all experts"
-    elif config.expert_permutation is not None:
-        reason = (
-            f"model.expert_permutation is {config.expert_permutation}, but their experts read the id's own embedding"
-        )
     if reason is not None:
         raise CheckpointError(f"the authors' code cannot express this model: {reason}; keep it as a run")
 

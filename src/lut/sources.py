@@ -200,22 +200,26 @@ def turn_tokens(intermediate_size: int, dtype: torch.dtype) -> int:
     return max(1, ACTIVATION_BYTES // (intermediate_size * dtype.itemsize))
 
 
-_PERMUTED = ", which read embeddings permuted with seed "
+_READ = ", which read "
 
 
-def permutation_note(config: ModelConfig) -> str:
-    """Return how a table's `rows_from` says that experts read permuted embeddings; empty where they do not."""
-    return "" if config.expert_permutation is None else f"{_PERMUTED}{config.expert_permutation}"
+def inputs_note(config: ModelConfig) -> str:
+    """Return how a table's `rows_from` says that experts read embeddings of other ids; empty where they do not."""
+    if config.shared_expert_row:
+        return f"{_READ}one embedding for all ids"
+    return (
+        "" if config.expert_permutation is None else f"{_READ}embeddings permuted with seed {config.expert_permutation}"
+    )
 
 
-def recorded_permutation(rows_from: str) -> str:
-    """Return the `permutation_note` at the end of `rows_from`; empty where it has none."""
-    _, note, seed = rows_from.partition(_PERMUTED)
-    return note + seed
+def recorded_inputs(rows_from: str) -> str:
+    """Return the `inputs_note` at the end of `rows_from`; empty where it has none."""
+    _, start, note = rows_from.partition(_READ)
+    return start + note
 
 
 def _rows_from(config: ModelConfig, compute_dtype: str) -> str:
-    return f"experts in {compute_dtype}{permutation_note(config)}"
+    return f"experts in {compute_dtype}{inputs_note(config)}"
 
 
 def _inputs(config: ModelConfig, row_ids: Tensor | None, first_row: int, num_rows: int) -> slice | Tensor:
@@ -223,7 +227,7 @@ def _inputs(config: ModelConfig, row_ids: Tensor | None, first_row: int, num_row
     numbers = slice(first_row, first_row + num_rows)
     if row_ids is not None:
         return expert_inputs(config, row_ids[numbers])
-    if config.expert_permutation is None:
+    if config.reads_own_embedding:
         return numbers
     return expert_inputs(config, torch.arange(numbers.start, numbers.stop))
 

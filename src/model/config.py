@@ -10,6 +10,7 @@ Architecture = Literal["dense", "moe", "mole"]
 Activation = Literal["gelu", "swiglu"]
 _OF_MOLE: dict[str, object] = {
     "expert_permutation": None,
+    "shared_expert_row": False,
     "expert_layers": None,
     "null_expert": False,
     "expert_ids": "all",
@@ -88,6 +89,9 @@ class ModelConfig:
     expert_permutation: int | None = None
     """Seed of a fixed permutation p of all ids: embedding experts of id i then read the embedding of p(i), so that rows
     are as many, but not tied to the token's own embedding (a control). null: they read that of i."""
+    shared_expert_row: bool = False
+    """Embedding experts of all ids read the embedding of id 0, so that all share one row (a control: what routers do
+    without rows of their own)."""
     expert_ids: Literal["all", "seen"] = "all"
     """Ids for which embedding experts return something. `seen`: those of the training text; for all others they add
     nothing, and a table has no rows. Which those are is stored with the weights."""
@@ -151,6 +155,11 @@ class ModelConfig:
                     f"model.{key}: {value}, but this {self.architecture} model has no experts that read embeddings; "
                     f"set it to {'null' if nothing is None else str(nothing).lower()}"
                 )
+        if self.shared_expert_row and self.expert_permutation is not None:
+            raise ConfigError(
+                f"model.shared_expert_row: true, but model.expert_permutation is {self.expert_permutation}; a shared "
+                "row has nothing to permute, so set one of them only"
+            )
         if self.null_expert and self.top_k is not None:
             raise ConfigError(
                 f"model.null_expert: true, but model.top_k is {self.top_k}; the null expert is one choice more among "
@@ -194,6 +203,11 @@ class ModelConfig:
         if not self.num_experts:
             return "dense"
         return "mole" if self.expert_input == "embedding" else "moe"
+
+    @property
+    def reads_own_embedding(self) -> bool:
+        """Whether the embedding experts of an id read the embedding of that id, as in MoLE; False in controls."""
+        return self.expert_permutation is None and not self.shared_expert_row
 
     @property
     def mixture_layers(self) -> tuple[int, ...]:

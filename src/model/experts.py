@@ -128,7 +128,9 @@ def _permutation(vocab_size: int, seed: int) -> Tensor:
 
 
 def expert_inputs(config: ModelConfig, token_ids: Tensor) -> Tensor:
-    """Return the ids whose embeddings the experts of `token_ids` (U,) int64 read: themselves, or a permutation's."""
+    """Return the ids whose embeddings the experts of `token_ids` (U,) int64 read: themselves, except in controls."""
+    if config.shared_expert_row:
+        return torch.zeros_like(token_ids)
     if config.expert_permutation is None:
         return token_ids
     return _permutation(config.vocab_size, config.expert_permutation).to(token_ids.device)[token_ids]

@@ -4,14 +4,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from src.config import RunConfig
 from src.errors import ConfigError
 from src.run_directory import RunDirectory, map_paths
-from src.studies.definition import Arm, Search, Study, arm_config, with_corpus
+from src.studies.definition import Arm, Search, Study, arm_config, with_places
 from src.studies.rows import Row, find
 
 DIGITS = 12
@@ -52,7 +52,8 @@ class Choice:
     arms: Sequence[str] | None = None
     seeds: Sequence[int] | None = None
     overrides: Sequence[str] = ()
-    corpus: str | None = None
+    places: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What stands for `${corpus}` and `${base}`."""
 
 
 def reported_cells(study: Study, choice: Choice) -> list[Cell]:
@@ -77,16 +78,30 @@ def search_cells(study: Study, families: set[str | None]) -> list[Cell]:
     if search is None or search.study != study.path.resolve():
         return []
     wanted = [study.arms[arm] for family, arm in search.families.items() if family in families]
-    return [Cell(arm, search.seed, value) for arm in wanted for value in search.values]
+    return [Cell(arm, search.seed, value) for arm in wanted for value in search.values[str(arm.family)]]
 
 
 def best_value(search: Search, family: str, rows: Sequence[Row]) -> str | None:
     """Return the value with the lowest held-out loss; None while one has no result."""
-    found = {value: find(rows, search.families[family], search.seed, value) for value in search.values}
+    tried = search.values[family]
+    found = {value: find(rows, search.families[family], search.seed, value) for value in tried}
     losses = {value: row.held_out_loss for value, row in found.items() if row is not None}
-    if len(losses) < len(search.values) or not any(map(math.isfinite, losses.values())):
+    if len(losses) < len(tried) or not any(map(math.isfinite, losses.values())):
         return None
     return min(losses, key=lambda value: losses[value] if math.isfinite(losses[value]) else math.inf)
+
+
+def pretraining_cells(study: Study, choice: Choice, cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells that train what these start from."""
+    if study.pretraining is None or "base" in choice.places:
+        return []
+    return [Cell(study.pretraining, seed) for seed in sorted({cell.seed for cell in cells})]
+
+
+def places_of(study: Study, choice: Choice, seed: int, root: Path) -> Mapping[str, str]:
+    """Return what stands for `${corpus}` and `${base}` in the cells of a seed."""
+    base = {} if study.pretraining is None else {"base": str(root / Cell(study.pretraining, seed).name)}
+    return {**base, **choice.places}
 
 
 def cell_overrides(study: Study, cell: Cell, choice: Choice, best: str | None, root: Path) -> list[str]:
@@ -97,7 +112,7 @@ def cell_overrides(study: Study, cell: Cell, choice: Choice, best: str | None, r
     value = cell.value or best
     searched = [f"{study.search.key}={value}"] if study.search is not None and value is not None else []
     return [
-        *with_corpus(cell.arm.overrides, choice.corpus),
+        *with_places(cell.arm.overrides, places_of(study, choice, cell.seed, root)),
         *searched,
         *choice.overrides,
         f"seed={cell.seed}",
@@ -109,17 +124,24 @@ def cell_overrides(study: Study, cell: Cell, choice: Choice, best: str | None, r
 
 def runs_root(study: Study, choice: Choice) -> Path:
     """Return the folder of the cells' run directories."""
-    first = next(iter(study.arms.values()))
-    return Path(arm_config(first, choice.corpus, choice.overrides).output_dir) / "studies" / study.name
+    first = study.pretraining or next(iter(study.arms.values()))
+    return Path(arm_config(first, choice.places, choice.overrides).output_dir) / "studies" / study.name
 
 
-def config_digest(config: RunConfig) -> str:
+def config_digest(config: RunConfig, arm: Arm | None = None) -> str:
     """Return a fingerprint of what decides a run's numbers: every value that is not its default, but names and paths.
 
-    A default that a later version adds therefore leaves it as it is.
+    A default that a later version adds therefore leaves it as it is. `arm` adds what no config says.
     """
     values = map_paths(_nested(dict(_decisive(config))), lambda _: "")
-    text = json.dumps({**values, "precision": config.trainer.resolved_precision}, sort_keys=True)
+    if config.init_from is not None:  # the tokenizer is that run's, which may be gone by now
+        values.get("data", {}).pop("tokenizer", None)
+    values["precision"] = config.trainer.resolved_precision
+    if arm is not None and arm.lora_rank is not None:
+        values["lora_rank"] = arm.lora_rank
+    if arm is not None and not arm.is_trained:
+        values["trained"] = False
+    text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
 
 

@@ -17,12 +17,17 @@ from src.errors import ConfigError
 from src.system.files import expand_home
 
 Expectation = Literal["better", "worse", "no difference"]
-CORPUS = "${corpus}"
-"""What a definition has in place of the folder that `corpus=DIR` names on the command line."""
+PLACES = {
+    "corpus": "reads a folder of text; name it with corpus=DIR",
+    "base": "starts from a run; name it with base=RUN",
+}
+"""What a definition leaves open as `${corpus}` and `${base}`, and what a study says that needs it."""
+PRETRAINING = "pretraining"
 _KEYS = (
-    *("title", "question", "config", "overrides", "seeds", "baseline", "smallest_difference"),
-    *("search", "arms", "further_arms", "hypotheses", "notes"),
+    *("title", "question", "config", "overrides", "seeds", "baseline", "smallest_difference", "share_of"),
+    *("search", PRETRAINING, "arms", "further_arms", "hypotheses", "notes"),
 )
+_ARM_KEYS = ("label", "like", "config", "overrides", "family", "seeds", "trained", "lora_rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,10 @@ class Arm:
     """Which search gives it its value; None where the study has no search."""
     is_required: bool
     """Whether its cells come before those of further arms."""
+    is_trained: bool = True
+    """False: the run that it starts from is measured as it is."""
+    lora_rank: int | None = None
+    """Train low-rank sums of this rank in place of the weights (`callbacks/lora.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +59,8 @@ class Hypothesis:
     than: str
     expect: Expectation
     because: str
+    on_general: bool
+    """Whether it is about text of the kind that the base was trained on, not about the held-out text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +68,8 @@ class Search:
     """One config key, tried with several values on one arm of each family; the best is used for the whole family."""
 
     key: str
-    values: tuple[str, ...]
+    values: Mapping[str, tuple[str, ...]]
+    """Family -> what is tried."""
     seed: int
     """Of no reported cell."""
     families: Mapping[str, str]
@@ -78,6 +90,10 @@ class Study:
     """The arm that others are compared with."""
     smallest_difference: float
     """In nats per token; what is smaller is of no interest, however certain."""
+    share_of: str | None
+    """The arm whose gain over the baseline the others' gains are shares of."""
+    pretraining: Arm | None
+    """The run of each seed that arms start from as `${base}`; None where there is none, or base=RUN names it."""
     arms: Mapping[str, Arm]
     search: Search | None
     hypotheses: tuple[Hypothesis, ...]
@@ -116,6 +132,8 @@ def load_study(path: Path) -> Study:
         seeds=_seeds(values["seeds"], path, "seeds"),
         baseline=_known(str(values["baseline"]), arms, path, "baseline"),
         smallest_difference=_positive(str(values["smallest_difference"]), path, "smallest_difference"),
+        share_of=_known(str(values["share_of"]), arms, path, "share_of") if "share_of" in values else None,
+        pretraining=_pretraining(values, path),
         arms=arms,
         search=_search(values["search"], path, arms) if "search" in values else None,
         hypotheses=tuple(_hypotheses(values.get("hypotheses") or [], path, arms)),
@@ -159,20 +177,32 @@ def _flatten(values: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}={value}"
 
 
+def _default_arm(values: dict[str, Any], path: Path, *, is_required: bool) -> Arm:
+    return Arm(
+        name="",
+        label="",
+        config=path.parent / expand_home(str(values["config"])),
+        overrides=tuple(_flatten(_mapping(values.get("overrides") or {}, path, "overrides"))),
+        seeds=_seeds(values["seeds"], path, "seeds"),
+        family=None,
+        is_required=is_required,
+    )
+
+
+def _pretraining(values: dict[str, Any], path: Path) -> Arm | None:
+    if PRETRAINING not in values:
+        return None
+    given = _mapping(values[PRETRAINING] or {}, path, PRETRAINING)
+    _check_keys(given, ("config", "overrides"), path, f"{PRETRAINING}.")
+    return _arm(PRETRAINING, given, path, {}, _default_arm(values, path, is_required=True))
+
+
 def _arms(values: dict[str, Any], path: Path) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for section in ("arms", "further_arms"):
-        default = Arm(
-            name="",
-            label="",
-            config=path.parent / expand_home(str(values["config"])),
-            overrides=tuple(_flatten(_mapping(values.get("overrides") or {}, path, "overrides"))),
-            seeds=_seeds(values["seeds"], path, "seeds"),
-            family=None,
-            is_required=section == "arms",
-        )
+        default = _default_arm(values, path, is_required=section == "arms")
         for name, arm in _mapping(values.get(section) or {}, path, section).items():
-            if name in arms or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+            if name in (*arms, PRETRAINING) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
                 raise ConfigError(f"{path}: {section}.{name}: must be a new name of a-z, 0-9, dots and dashes")
             arms[name] = _arm(name, _mapping(arm or {}, path, f"{section}.{name}"), path, arms, default)
     return arms
@@ -180,7 +210,7 @@ def _arms(values: dict[str, Any], path: Path) -> dict[str, Arm]:
 
 def _arm(name: str, values: dict[str, Any], path: Path, earlier: Mapping[str, Arm], default: Arm) -> Arm:
     """Read an arm: what it does not say is as in the arm that it is `like`, or in `default`."""
-    _check_keys(values, ("label", "like", "config", "overrides", "family", "seeds"), path, f"arms.{name}.")
+    _check_keys(values, _ARM_KEYS, path, f"arms.{name}.")
     like = earlier[_known(str(values["like"]), earlier, path, f"arms.{name}.like")] if "like" in values else default
     changes = _flatten(_mapping(values.get("overrides") or {}, path, f"arms.{name}.overrides"))
     return Arm(
@@ -191,7 +221,22 @@ def _arm(name: str, values: dict[str, Any], path: Path, earlier: Mapping[str, Ar
         seeds=_seeds(values["seeds"], path, f"arms.{name}.seeds") if "seeds" in values else default.seeds,
         family=values.get("family", like.family),
         is_required=default.is_required,
+        is_trained=_switch(values, "trained", path, f"arms.{name}", default=like.is_trained),
+        lora_rank=_rank(values["lora_rank"], path, f"arms.{name}") if "lora_rank" in values else like.lora_rank,
     )
+
+
+def _switch(values: Mapping[str, Any], key: str, path: Path, where: str, *, default: bool) -> bool:
+    text = str(values.get(key, default)).lower()
+    if text not in ("true", "false"):
+        raise ConfigError(f"{path}: {where}.{key}: {text!r}, but it must be true or false")
+    return text == "true"
+
+
+def _rank(value: Any, path: Path, where: str) -> int:
+    if not str(value).isdecimal() or not int(value):
+        raise ConfigError(f"{path}: {where}.lora_rank: {value!r}, but it must be a whole number above 0")
+    return int(value)
 
 
 def _search(value: Any, path: Path, arms: Mapping[str, Arm]) -> Search:
@@ -209,18 +254,20 @@ def _search(value: Any, path: Path, arms: Mapping[str, Arm]) -> Search:
         family: _known(str(arm), arms, path, f"search.families.{family}")
         for family, arm in _mapping(values["families"], path, "search.families").items()
     }
-    tried = values["values"] if isinstance(values["values"], list) else [values["values"]]
+    given = values["values"]
+    by_family = given if isinstance(given, dict) else dict.fromkeys(families, given)
+    if set(by_family) != set(families):
+        raise ConfigError(f"{path}: search.values: {given!r}, but it must name the families: {', '.join(families)}")
+    tried = {name: tuple(map(str, item if isinstance(item, list) else [item])) for name, item in by_family.items()}
     (seed,) = _seeds([values["seed"]], path, "search.seed")
-    return Search(
-        key=str(values["key"]), values=tuple(map(str, tried)), seed=seed, families=families, study=path.resolve()
-    )
+    return Search(key=str(values["key"]), values=tried, seed=seed, families=families, study=path.resolve())
 
 
 def _hypotheses(values: Sequence[Any], path: Path, arms: Mapping[str, Arm]) -> Iterator[Hypothesis]:
     for index, value in enumerate(values):
         where = f"hypotheses[{index}]"
         given = _mapping(value, path, where)
-        _check_keys(given, ("arm", "than", "expect", "because"), path, f"{where}.")
+        _check_keys(given, ("arm", "than", "expect", "because", "on_general_text"), path, f"{where}.")
         expect = str(given.get("expect"))
         if expect not in get_args(Expectation):
             raise ConfigError(f"{path}: {where}.expect: {expect!r}, but it must be one of {get_args(Expectation)}")
@@ -229,6 +276,7 @@ def _hypotheses(values: Sequence[Any], path: Path, arms: Mapping[str, Arm]) -> I
             than=_known(str(given.get("than")), arms, path, f"{where}.than"),
             expect=cast(Expectation, expect),
             because=str(given.get("because", "")).strip(),
+            on_general=_switch(given, "on_general_text", path, where, default=False),
         )
 
 
@@ -236,7 +284,7 @@ def _check_families(study: Study) -> None:
     if study.search is None:
         return
     for arm in study.arms.values():
-        if arm.family not in study.search.families:
+        if arm.is_trained and arm.family not in study.search.families:
             raise ConfigError(
                 f"{study.path}: arms.{arm.name}.family: {arm.family!r}, but it must be one of "
                 f"{', '.join(study.search.families)}, which the search gives a value"
@@ -270,13 +318,16 @@ def _positive(text: str, path: Path, key: str) -> float:
     return value
 
 
-def with_corpus(overrides: Sequence[str], corpus: str | None) -> list[str]:
-    """Return overrides with the corpus folder in its places; ConfigError where one is needed and none was given."""
-    if corpus is None and any(CORPUS in override for override in overrides):
-        raise ConfigError("corpus: this study reads a folder of text; name it with corpus=DIR")
-    return [override.replace(CORPUS, corpus or "") for override in overrides]
+def with_places(overrides: Sequence[str], places: Mapping[str, str]) -> list[str]:
+    """Return overrides with `places` filled in; ConfigError where one is needed and was not given."""
+    filled = list(overrides)
+    for name, need in PLACES.items():
+        if name not in places and any(f"${{{name}}}" in override for override in filled):
+            raise ConfigError(f"{name}: this study {need}")
+        filled = [override.replace(f"${{{name}}}", places.get(name, "")) for override in filled]
+    return filled
 
 
-def arm_config(arm: Arm, corpus: str | None, more: Sequence[str] = ()) -> RunConfig:
+def arm_config(arm: Arm, places: Mapping[str, str], more: Sequence[str] = ()) -> RunConfig:
     """Return the config of an arm, without a cell's seed, name and searched value."""
-    return load_config(arm.config, [*with_corpus(arm.overrides, corpus), *more])
+    return load_config(arm.config, [*with_places(arm.overrides, places), *more])

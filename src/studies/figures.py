@@ -50,6 +50,8 @@ def _curves(summary: Summary) -> Figure:
     axes = figure.subplots()
     for arm in _required(summary)[:_FULL_CURVES]:
         points = mean_curve(arm)
+        if not points:  # it was not trained
+            continue
         axes.plot(*zip(*points, strict=True), marker=_MARKERS[kind(arm)], markersize=4, label=arm.arm.label)
     _finish(axes, "optimizer steps", "validation loss (nats per token)")
     axes.legend(frameon=False, fontsize=8)
@@ -88,7 +90,7 @@ def _loss(arm: ArmRows) -> float:
 
 def _in_memory(arm: ArmRows) -> int:
     row = arm.rows[0]
-    return row.resident_parameters if kind(arm) == "mole" else row.trained_parameters
+    return row.trained_parameters if kind(arm) == "moe" else row.resident_parameters
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:

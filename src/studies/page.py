@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from src.studies.adaptation import domains, forgotten, shares
 from src.studies.cells import best_value
 from src.studies.definition import Search, Study
 from src.studies.figures import CURVES, MEMORY, kind
+from src.studies.markdown import differences, line, millions, number, rise, signed, table, with_error
 from src.studies.rows import FREQUENCIES, Row, find, read_rows
-from src.studies.statistics import MeanDifference
-from src.studies.summary import ArmRows, Summary
+from src.studies.summary import Summary
 
 _FIGURES = ("nats per token", "95 % interval", "p")
 _HOW_TO_READ = """\
@@ -48,15 +49,20 @@ def _sections(summary: Summary) -> Iterator[str]:
     if not summary.arms:
         yield "No cell has a result yet."
         return
-    yield f"## What was found\n\n{_answers(summary)}"
+    yield f"## What was found\n\n{shares(summary)}{_answers(summary)}"
     yield f"![Held-out loss against weights in memory]({MEMORY})"
     yield f"## Losses\n\n{_losses(summary)}"
     yield f"![Validation loss over steps]({CURVES})"
     yield f"## Differences from {study.arms[study.baseline].label}\n\n{_differences(summary)}"
     yield f"## Costs\n\n{_costs(summary)}"
+    if any(math.isfinite(row.general_loss) for row in summary.rows):
+        yield f"## What is forgotten\n\n{forgotten(summary)}"
+        yield f"## What one domain costs, and what ten do\n\n{domains(summary)}"
     if controls := _controls(summary):
         yield f"## What the rows are worth\n\n{controls}"
-    yield f"## Loss by how often the predicted token occurs in the training text\n\n{_frequencies(summary)}"
+    for prefix, token in (("loss_seen", "predicted token"), ("loss_after", "token before it")):
+        if losses := _frequencies(summary, prefix):
+            yield f"## Loss by how often the {token} occurs in the training text\n\n{losses}"
     if study.search is not None:
         yield f"## The search of `{study.search.key}`\n\n{_search(study, study.search, summary.rows)}"
     if study.notes:
@@ -66,15 +72,16 @@ def _sections(summary: Summary) -> Iterator[str]:
 
 def _answers(summary: Summary) -> str:
     study = summary.study
-    lines = _table("hypothesis, written before the runs", "expected", "found", "", *_FIGURES, texts=4)
+    lines = table("hypothesis, written before the runs", "expected", "found", "", *_FIGURES, texts=4)
     for item in study.hypotheses:
-        found = summary.compare(item.arm, item.than)
+        found = summary.compare(item.arm, item.than, on_general=item.on_general)
         names = f"{study.arms[item.arm].label} against {study.arms[item.than].label}"
+        names += ", on general text" if item.on_general else ""
         over = found.over_seeds
-        figures = ("", "", "") if over is None else (_signed(over.mean, over.stderr), _interval(over), _p(over.p_value))
+        figures = differences(over)
         test = f" ({found.test})" if "window" in found.test else ""
         answer = f"**{summary.answer(item)}**"
-        lines.append(_line(f"{names}. {item.because}", item.expect, f"{found.verdict}{test}", answer, *figures))
+        lines.append(line(f"{names}. {item.because}", item.expect, f"{found.verdict}{test}", answer, *figures))
     smallest = f"\n\nThe smallest difference of interest is {study.smallest_difference:g} nats per token. "
     return "\n".join(lines) + smallest + _HOW_TO_READ + _other_lengths(summary)
 
@@ -86,23 +93,23 @@ def _other_lengths(summary: Summary) -> str:
     found = ""
     for tokens in sorted({arm.rows[0].tokens for arm in arms}):
         same = [arm for arm in arms if arm.rows[0].tokens == tokens]
-        order = "; ".join(f"{arm.arm.label} {_number(arm.mean(lambda row: row.held_out_loss))}" for arm in same)
+        order = "; ".join(f"{arm.arm.label} {number(arm.mean(lambda row: row.held_out_loss))}" for arm in same)
         seeds = max(len(arm.rows) for arm in same)
         found += f"\n\nAt {tokens:,} tokens ({seeds} seed{'s' if seeds > 1 else ''}), from best to worst: {order}."
     return found
 
 
 def _losses(summary: Summary) -> str:
-    lines = _table("", "seeds", "held-out loss, nats per token", "bits per byte", "from the table")
+    lines = table("", "seeds", "held-out loss, nats per token", "bits per byte", "from the table")
     for arm in summary.arms.values():
         lookup = arm.mean(lambda row: row.lookup_loss)
         lines.append(
-            _line(
+            line(
                 arm.arm.label,
                 ", ".join(str(row.seed) for row in arm.rows),
-                _with_error(arm, lambda row: row.held_out_loss),
-                _with_error(arm, lambda row: row.bits_per_byte),
-                _number(lookup),
+                with_error(arm, lambda row: row.held_out_loss),
+                with_error(arm, lambda row: row.bits_per_byte),
+                number(lookup),
             )
         )
     missing = f"\n\nNo result yet: {', '.join(summary.missing)}." if summary.missing else ""
@@ -113,15 +120,15 @@ def _differences(summary: Summary) -> str:
     study = summary.study
     seeds = sorted({row.seed for arm in summary.arms.values() for row in arm.rows})
     windows = 0
-    lines = _table("", "verdict", *_FIGURES, *(f"seed {seed}, by window" for seed in seeds), texts=2)
+    lines = table("", "verdict", *_FIGURES, *(f"seed {seed}, by window" for seed in seeds), texts=2)
     for name, than in summary.comparisons():
         found = summary.compare(name, than)
         over = found.over_seeds
-        figures = ("", "", "") if over is None else (_signed(over.mean, over.stderr), _interval(over), _p(over.p_value))
+        figures = differences(over)
         within = [found.by_window.get(seed) for seed in seeds]
-        cells = ["" if item is None else _signed(item.mean, item.stderr) for item in within]
+        cells = ["" if item is None else signed(item.mean, item.stderr) for item in within]
         label = study.arms[name].label + ("" if than == study.baseline else f" against {study.arms[than].label}")
-        lines.append(_line(label, found.verdict, *figures, *cells))
+        lines.append(line(label, found.verdict, *figures, *cells))
         windows = max(windows, *(item.pairs for item in found.by_window.values()), 0)
     return "\n".join(lines) + (
         "\n\nNats per token, with standard errors, at equal tokens. Over seeds: paired by seed, Student's paired t "
@@ -132,17 +139,17 @@ def _differences(summary: Summary) -> str:
 
 def _costs(summary: Summary) -> str:
     headings = ("trained", "resident", "offloaded", "read per token", "training FLOPs", "tokens", "seconds")
-    lines = _table("", *headings)
+    lines = table("", *headings)
     for arm in summary.arms.values():
         row = arm.rows[0]
         lines.append(
-            _line(
+            line(
                 arm.arm.label,
-                _millions(row.trained_parameters),
-                _millions(row.resident_parameters),
-                _millions(row.offloaded_parameters),
+                millions(row.trained_parameters),
+                millions(row.resident_parameters),
+                millions(row.offloaded_parameters),
                 f"{row.bytes_per_token:,} B" if row.bytes_per_token else "0",
-                f"{arm.mean(lambda row: row.training_flops):.3g}",
+                "" if math.isnan(flops := arm.mean(lambda row: row.training_flops)) else f"{flops:.3g}",
                 f"{row.tokens:,}",
                 f"{arm.mean(lambda row: row.seconds):,.0f}",
             )
@@ -154,27 +161,29 @@ def _controls(summary: Summary) -> str:
     arms = [arm for arm in summary.arms.values() if kind(arm) == "mole"]
     if not arms:
         return ""
-    lines = _table("", "held-out loss", "rows replaced by zeros", "rows permuted over ids", "router entropy, nats")
+    lines = table("", "held-out loss", "rows replaced by zeros", "rows permuted over ids", "router entropy, nats")
     for arm in arms:
         lines.append(
-            _line(
+            line(
                 arm.arm.label,
-                _number(arm.mean(lambda row: row.held_out_loss)),
-                _rise(arm, lambda row: row.zeroed_loss),
-                _rise(arm, lambda row: row.permuted_loss),
-                _number(arm.mean(lambda row: row.router_entropy), 3),
+                number(arm.mean(lambda row: row.held_out_loss)),
+                rise(arm, lambda row: row.zeroed_loss),
+                rise(arm, lambda row: row.permuted_loss),
+                number(arm.mean(lambda row: row.router_entropy), 3),
             )
         )
     return "\n".join(lines) + _ABOUT_CONTROLS
 
 
-def _frequencies(summary: Summary) -> str:
-    names = [f"loss_seen_{least}" for least in FREQUENCIES]
+def _frequencies(summary: Summary, prefix: str) -> str:
+    names = [f"{prefix}_{least}" for least in FREQUENCIES]
     used = [name for name in names if any(math.isfinite(getattr(row, name)) for row in summary.rows)]
+    if not used:
+        return ""
     titles = [_band(int(name.rpartition("_")[2])) for name in used]
-    lines = _table("", *titles)
+    lines = table("", *titles)
     for arm in summary.arms.values():
-        lines.append(_line(arm.arm.label, *(_number(arm.mean(_getter(name)), 3) for name in used)))
+        lines.append(line(arm.arm.label, *(number(arm.mean(_getter(name)), 3) for name in used)))
     return "\n".join(lines) + "\n\nNats per token, mean over seeds."
 
 
@@ -193,13 +202,14 @@ def _search(study: Study, search: Search, own_rows: Sequence[Row]) -> str:
         chosen = {family: best_value(search, family, rows) for family in search.families}
         values = ", ".join(f"{family} {value}" for family, value in chosen.items() if value is not None)
         return f"Values are those of [another study](../{search.study.parent.name}/README.md): {values or 'not yet'}."
-    lines = _table("family, searched on", *search.values, "used")
+    tried = sorted({value for values in search.values.values() for value in values}, key=float)
+    lines = table("family, searched on", *tried, "used")
     for family, arm in search.families.items():
-        found = [find(rows, arm, search.seed, value) for value in search.values]
-        best = best_value(search, family, rows)
-        losses = ["" if row is None else _number(row.held_out_loss) for row in found]
-        edge = " (at the edge of what was tried)" if best in (search.values[0], search.values[-1]) else ""
-        lines.append(_line(f"{family}, {study.arms[arm].label}", *losses, f"{best or ''}{edge}"))
+        found = [find(rows, arm, search.seed, value) for value in tried]
+        best, own = best_value(search, family, rows), search.values[family]
+        losses = ["" if row is None else number(row.held_out_loss) for row in found]
+        edge = " (at the edge of what was tried)" if best in (own[0], own[-1]) else ""
+        lines.append(line(f"{family}, {study.arms[arm].label}", *losses, f"{best or ''}{edge}"))
     return "\n".join(lines) + (
         f"\n\nHeld-out loss with seed {search.seed}, which is of no reported cell. Every arm of a family uses the best "
         "value of its family."
@@ -222,47 +232,3 @@ def _provenance(summary: Summary) -> str:
     lines.append(f"- commit {most}" + (", but for the following cells" if len(by_commit) > 1 else ""))
     lines += [f"- commit {commit}: {', '.join(cells)}" for commit, cells in by_commit.items() if commit != most]
     return "\n".join(lines)
-
-
-def _table(*headings: str, texts: int = 1) -> list[str]:
-    """Return the first lines of a table whose columns after the first `texts` hold numbers."""
-    return [_line(*headings), _line(*("---" if index < texts else "---:" for index in range(len(headings))))]
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _number(value: float, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else ("" if math.isnan(value) else "diverged")
-
-
-def _with_error(arm: ArmRows, value: Callable[[Row], float]) -> str:
-    center, error = arm.mean(value), arm.stderr(value)
-    if math.isnan(center):
-        return "diverged"
-    return _number(center) + (f" ± {error:.4f}" if math.isfinite(error) else "")
-
-
-def _signed(value: float, error: float) -> str:
-    if math.isnan(value):
-        return "diverged"
-    return f"{value:+.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
-
-
-def _interval(difference: MeanDifference) -> str:
-    return f"{difference.low:+.4f} to {difference.high:+.4f}" if math.isfinite(difference.low) else ""
-
-
-def _p(value: float) -> str:
-    return "" if math.isnan(value) else (f"{value:.2g}" if value >= 1e-4 else "< 0.0001")
-
-
-def _rise(arm: ArmRows, value: Callable[[Row], float]) -> str:
-    changed = arm.mean(value)
-    rise = changed - arm.mean(lambda row: row.held_out_loss)
-    return "" if math.isnan(changed) else f"{changed:.4f} ({rise:+.4f})"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.2f} M" if count else "0"

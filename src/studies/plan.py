@@ -12,7 +12,7 @@ from src.accounting.flops import estimated_unique_ids, step_flops
 from src.config import RunConfig
 from src.model import Transformer
 from src.model.loss import next_token_loss
-from src.studies.cells import Cell, Choice, reported_cells, search_cells
+from src.studies.cells import Cell, Choice, places_of, pretraining_cells, reported_cells, runs_root, search_cells
 from src.studies.definition import Study, arm_config
 from src.studies.rows import find, read_rows
 from src.system.console import text_table
@@ -34,7 +34,8 @@ class Cost:
 def planned_cells(study: Study, choice: Choice) -> list[Cell]:
     """Return the chosen cells and the search that they need, in order."""
     cells = reported_cells(study, choice)
-    return [*search_cells(study, {cell.arm.family for cell in cells}), *cells]
+    cells = [*search_cells(study, {cell.arm.family for cell in cells}), *cells]
+    return [*pretraining_cells(study, choice, cells), *cells]
 
 
 def cost_of(config: RunConfig) -> Cost:
@@ -82,13 +83,17 @@ def measure_step(config: RunConfig) -> float:
 
 def print_plan(study: Study, choice: Choice, jobs: int, console: Console) -> None:
     """Print the cells in order, which of them have a result, and what each of the others costs."""
-    rows, left, seconds = read_rows(study.results_path), list[tuple[Cost, float]](), dict[str, float]()
+    rows, root = read_rows(study.results_path), runs_root(study, choice)
+    left, seconds = list[tuple[Cost, float]](), dict[str, float]()
     table = text_table(study.title, "cell", "", "tokens", "FLOPs", "disk", "time", texts=("cell", ""))
     for cell in planned_cells(study, choice):
         if find(rows, *cell.key) is not None:
             table.add_row(cell.name, "has a result")
             continue
-        config = arm_config(cell.arm, choice.corpus, choice.overrides)
+        if not cell.arm.is_trained:
+            table.add_row(cell.name, "not trained")
+            continue
+        config = arm_config(cell.arm, places_of(study, choice, cell.seed, root), choice.overrides)
         if cell.arm.name not in seconds:
             seconds[cell.arm.name] = measure_step(config)
         cost, duration = cost_of(config), config.trainer.max_steps * seconds[cell.arm.name]

@@ -7,7 +7,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -64,6 +64,18 @@ class Row:
     """Validation losses as `step:loss`, separated by spaces."""
     window_losses: str
     """Loss of each held-out window, separated by spaces: what pairs two arms document by document."""
+    general_loss: float = math.nan
+    """Of what started from a run, on text of the kind that the run was trained on. Older results lack it and all that
+    follows."""
+    general_window_losses: str = ""
+    loss_after_0: float = math.nan
+    """Loss over the tokens that follow an id that occurs 0 times in the training text; then as for `loss_seen_0`."""
+    loss_after_1: float = math.nan
+    loss_after_10: float = math.nan
+    loss_after_100: float = math.nan
+    loss_after_1000: float = math.nan
+    loss_after_10000: float = math.nan
+    loss_after_100000: float = math.nan
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -74,12 +86,17 @@ class Row:
         return [float(loss) for loss in self.window_losses.split()]
 
     @property
+    def general_windows(self) -> list[float]:
+        return [float(loss) for loss in self.general_window_losses.split()]
+
+    @property
     def curve_points(self) -> list[tuple[int, float]]:
         pairs = (point.partition(":") for point in self.curve.split())
         return [(int(step), float(loss)) for step, _, loss in pairs]
 
 
 _TYPES = get_type_hints(Row)
+_REQUIRED = {field.name for field in fields(Row) if field.default is MISSING}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -89,11 +106,11 @@ def read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
     with path.open(newline="", encoding="utf-8") as handle:
         reader = csv.DictReader(handle)
-        if missing := sorted(set(_TYPES) - set(reader.fieldnames or ())):
+        if missing := sorted(_REQUIRED - set(reader.fieldnames or ())):
             raise RunError(f"{path}: has no column {missing[0]}; restore the file, or remove it to start again")
         for number, line in enumerate(reader, start=2):
             try:
-                rows.append(Row(**{name: _parse(line[name], kind) for name, kind in _TYPES.items()}))
+                rows.append(Row(**{name: _parse(line[name], kind) for name, kind in _TYPES.items() if name in line}))
             except (ValueError, TypeError, AttributeError) as error:
                 raise RunError(f"{path}: line {number}: {error}; restore the file, or remove the line") from error
     return rows

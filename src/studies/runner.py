@@ -31,11 +31,12 @@ from src.studies.cells import (
     cell_overrides,
     config_digest,
     is_finished,
+    pretraining_cells,
     reported_cells,
     search_cells,
 )
 from src.studies.definition import Study
-from src.studies.measure import measure
+from src.studies.measure import measure, measure_untrained
 from src.studies.rows import Row, find, read_rows, write_rows
 from src.system.console import progress_report, stderr_console
 from src.system.hardware import require_posix, usable_cores
@@ -90,8 +91,11 @@ class Runner:
         self.rows = read_rows(self.study.results_path)
         torch.set_num_threads(self.threads)  # of what is measured here
         cells = reported_cells(self.study, self.choice)
+        search = search_cells(self.study, {cell.arm.family for cell in cells})
         with only_here(self.root) as lock:
-            self._run_all(search_cells(self.study, {cell.arm.family for cell in cells}), lock)
+            new = [cell for cell in (*search, *cells) if self.rerun or find(self.rows, *cell.key) is None]
+            self._run_all(pretraining_cells(self.study, self.choice, new), lock)
+            self._run_all(search, lock)
             self._run_all([cell for cell in cells if self._has_value(cell)], lock)
         return self.rows
 
@@ -103,7 +107,7 @@ class Runner:
         return cell_overrides(self.study, cell, self.choice, best_of(self.study, cell, self.rows), self.root)
 
     def _has_value(self, cell: Cell) -> bool:
-        if self.study.search is None or best_of(self.study, cell, self.rows) is not None:
+        if self.study.search is None or not cell.arm.is_trained or best_of(self.study, cell, self.rows) is not None:
             return True
         self.failures[cell.name] = f"the search of {self.study.search.key} has no result for {cell.arm.family}"
         return False
@@ -130,20 +134,28 @@ class Runner:
     def _is_done(self, cell: Cell) -> bool:
         """Whether a cell has a row or a finished run, which then gives it one; clears what cannot be continued."""
         config, run = self.config(cell), RunDirectory(self.root / cell.name)
-        wanted = config_digest(config), self._corpus(config).fingerprint[:DIGITS]
-        row = find(self.rows, *cell.key)
-        if row is not None and self.rerun:
+        row, is_base = find(self.rows, *cell.key), cell.arm is self.study.pretraining
+        if row is not None and not self.rerun and self._lacks_base(config):
+            return True
+        wanted = config_digest(config, cell.arm), self._corpus(config).fingerprint[:DIGITS]
+        if row is not None and self.rerun and not is_base:
             self.rows.remove(row)
             write_rows(self.study.results_path, self.rows)
             shutil.rmtree(run.path, ignore_errors=True)
-            return False
-        if row is not None:
+        elif row is not None and not self.rerun:
             _require_same((row.config, row.corpus), wanted, f"{self.study.results_path}: {cell.name}")
+            if not is_base or is_finished(run, config):
+                return True
+        if not cell.arm.is_trained:
+            self._add(measure_untrained(cell, config, self._corpus(config)))
             return True
         if not run.config_path.is_file():
             shutil.rmtree(run.path, ignore_errors=True)  # killed before it began
             return False
-        found = config_digest(load_run_config(run)), (run.recorded_corpus("fingerprint") or wanted[1])[:DIGITS]
+        found = (
+            config_digest(load_run_config(run), cell.arm),
+            (run.recorded_corpus("fingerprint") or wanted[1])[:DIGITS],
+        )
         if self.rerun and found != wanted:
             shutil.rmtree(run.path)
             return False
@@ -152,6 +164,10 @@ class Runner:
             self._add(measure(run, cell, config, self._corpus(config)))
             return True
         return False
+
+    def _lacks_base(self, config: RunConfig) -> bool:
+        """Whether the run that a cell started from is gone, so that nothing can be said about its result."""
+        return config.init_from is not None and not RunDirectory(Path(config.init_from)).config_path.is_file()
 
     def _start(self, cell: Cell, lock: int) -> _Running:
         run, log = RunDirectory(self.root / cell.name), self.root / f"{cell.name}.log"
@@ -162,9 +178,12 @@ class Runner:
         else:
             shutil.rmtree(run.path, ignore_errors=True)
             arguments = ["--config", str(cell.arm.config), *self._overrides(cell)]
+        program = (
+            ["src.train"] if cell.arm.lora_rank is None else ["src.benchmarks.lora", "--rank", str(cell.arm.lora_rank)]
+        )
         with log.open("ab") as output:
             process = Popen(
-                [sys.executable, "-m", "src.train", *arguments],
+                [sys.executable, "-m", *program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -225,6 +225,7 @@ _MUST_AGREE = (
     "expert_intermediate_size",
     "expert_input",
     "expert_permutation",
+    "shared_expert_row",
     "expert_layers",
     "null_expert",
     "expert_ids",

@@ -43,6 +43,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "mole-no-shared": replace(MOLE, intermediate_size=0),
     "mole-top2": replace(MOLE, top_k=2),
     "mole-permuted": replace(MOLE, expert_permutation=3),
+    "mole-shared-row": replace(MOLE, shared_expert_row=True),
     "mole-null": replace(MOLE, null_expert=True),
     "mole-some-layers": replace(MOLE, num_layers=3, expert_layers=[0, 2], null_expert=True, **BLOCKS["smollm"]),
     "mole-last-layer": replace(MOLE, expert_layers=[1], expert_execution="per_token"),

@@ -43,6 +43,7 @@ KEYS: dict[str, Verdicts] = {
     "init_from": Verdicts(TEXT_OR_NULL.accepted, ["x" * 256]),
     "model.vocab_size": whole("257 2147483647", "256 2147483648"),
     "model.expert_permutation": whole(f"0 1 {LARGEST}", or_null=True),
+    "model.shared_expert_row": SWITCH,
     "model.expert_ids": choice("all seen", "none"),
     "model.hidden_size": whole("8 1048576", "7 9 2097152"),
     "model.num_layers": whole("1 4096", "4097"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -39,7 +40,8 @@ def write_study(folder: Path, text: str = DEFINITION) -> Study:
 
 def row(arm: str, seed: int, loss: float, value: str = "", **changes: Any) -> Row:
     """Return a row of this loss; other losses, and those of windows, follow from it."""
-    values: dict[str, Any] = {name: kind(0) for name, kind in get_type_hints(Row).items()}
+    kinds = get_type_hints(Row)
+    values: dict[str, Any] = {item.name: kinds[item.name](0) for item in fields(Row) if item.default is MISSING}
     trained, resident, offloaded = PARAMETERS[arm]
     has_rows = arm == "mole"
     values |= {

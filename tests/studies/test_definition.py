@@ -1,16 +1,20 @@
 """Definitions of studies: those of the project load, arms included, and every mistake is one clear line."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from src.errors import ConfigError
+from src.run_directory import RunDirectory
 from src.studies.cells import Choice, best_value, cell_overrides, config_digest, reported_cells, search_cells
 from src.studies.definition import Study, arm_config, load_study
 from tests.conftest import CONFIGS
+from tests.model.models import DENSE
 
 STUDIES = sorted(CONFIGS.glob("studies/*/study.yaml"))
-CORPUS = "/no/such/folder"
+FROM_SCRATCH = [path for path in STUDIES if not path.parent.name.startswith("plugin")]
 SMALL = f"""
 question: Is it?
 config: {CONFIGS}/quickstart.yaml
@@ -29,6 +33,15 @@ hypotheses:
 """
 
 
+@pytest.fixture
+def places(tmp_path: Path) -> Mapping[str, str]:
+    """A folder of text that nobody reads, and a run of which only the shape is known."""
+    run = RunDirectory(tmp_path / "base")
+    run.path.mkdir()
+    run.write_config({"model": replace(DENSE, hidden_size=576, num_heads=8, num_layers=4).to_dict()})
+    return {"corpus": "/no/such/folder", "base": str(run.path)}
+
+
 def write(folder: Path, text: str = SMALL) -> Path:
     path = folder / "study.yaml"
     path.write_text(text, encoding="utf-8")
@@ -36,28 +49,34 @@ def write(folder: Path, text: str = SMALL) -> Path:
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
-def test_every_study_loads_and_its_arms_are_configs(path: Path) -> None:
+def test_every_study_loads_and_its_arms_are_configs(path: Path, places: Mapping[str, str]) -> None:
     study = load_study(path)
-    configs = {name: arm_config(arm, CORPUS) for name, arm in study.arms.items()}
+    configs = {name: arm_config(arm, places) for name, arm in study.arms.items()}
     assert study.baseline in configs
     assert study.hypotheses
-    digests = {name: config_digest(config) for name, config in configs.items()}
+    digests = {name: config_digest(config, study.arms[name]) for name, config in configs.items()}
     assert len(set(digests.values())) == len(digests), "two arms are the same run"
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
-def test_arms_differ_in_model_and_losses_alone(path: Path) -> None:
+@pytest.mark.parametrize("path", FROM_SCRATCH, ids=lambda path: path.parent.name)
+def test_arms_differ_in_model_and_losses_alone(path: Path, places: Mapping[str, str]) -> None:
     study = load_study(path)
-    base = arm_config(study.arms[study.baseline], CORPUS).to_dict()
+    base = arm_config(study.arms[study.baseline], places).to_dict()
     for arm in study.arms.values():
-        values = arm_config(arm, CORPUS).to_dict()
+        values = arm_config(arm, places).to_dict()
         changed = {section for section, value in values.items() if value != base[section]}
         steps_alone = "trainer" in changed and values["trainer"] == {**base["trainer"], "max_steps": 800}
         assert changed <= {"model", "objective"} | ({"trainer"} if steps_alone else set()), arm.name
 
 
 def test_there_are_studies() -> None:
-    assert [path.parent.name for path in STUDIES] == ["example", "family-code", "family-prose"]
+    assert [path.parent.name for path in STUDIES] == [
+        "example",
+        "family-code",
+        "family-prose",
+        "plugin",
+        "plugin-smollm2",
+    ]
 
 
 def test_cells_come_seed_by_seed_and_required_arms_first(tmp_path: Path) -> None:
@@ -73,7 +92,7 @@ def test_a_cells_config_has_its_seed_its_order_and_the_best_value(tmp_path: Path
     study = load_study(write(tmp_path))
     (cell,) = reported_cells(study, Choice(arms=["mole"], seeds=[1]))
     choice = Choice(overrides=["trainer.max_steps=5"])
-    config = arm_config(cell.arm, None, cell_overrides(study, cell, choice, "2e-3", tmp_path))
+    config = arm_config(cell.arm, {}, cell_overrides(study, cell, choice, "2e-3", tmp_path))
     assert (config.seed, config.data.shuffle_seed, config.data.seed, config.name) == (1, 1, 0, "mole-s1")
     assert (config.optimizer.learning_rate, config.trainer.max_steps) == (2e-3, 5)
     assert (config.model.expert_permutation, config.output_dir) == (1, str(tmp_path))
@@ -83,7 +102,7 @@ def test_a_digest_is_of_what_decides_numbers(tmp_path: Path) -> None:
     study = load_study(write(tmp_path))
 
     def digest(*overrides: str) -> str:
-        return config_digest(arm_config(study.arms["dense"], None, overrides))
+        return config_digest(arm_config(study.arms["dense"], {}, overrides))
 
     same = ("name=a", "output_dir=b", "data.cache_dir=c", "wandb.mode=offline", "trainer.enable_progress_bar=true")
     assert digest(*same) == digest()
@@ -100,8 +119,8 @@ def test_a_corpus_is_named_where_one_is_needed(tmp_path: Path) -> None:
     text = SMALL.replace("trainer: {max_steps: 2}", 'data: {files: ["${corpus}/*.txt"]}')
     study: Study = load_study(write(tmp_path, text))
     with pytest.raises(ConfigError, match="corpus=DIR"):
-        arm_config(study.arms["dense"], None)
-    assert arm_config(study.arms["dense"], "/texts").data.files == ["/texts/*.txt"]
+        arm_config(study.arms["dense"], {})
+    assert arm_config(study.arms["dense"], {"corpus": "/texts"}).data.files == ["/texts/*.txt"]
 
 
 @pytest.mark.parametrize(

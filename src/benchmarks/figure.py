@@ -170,8 +170,8 @@ def _draw_shape(
     moe_experts = moe_config(model_config(shape)).num_experts
     panel.set_title(f"{size.upper()}: MoLE-{experts}E, MoE-{moe_experts}E", fontsize=10)
     panel.set_yscale("log")
-    for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else ""))
+    panel.yaxis.set_major_formatter(FuncFormatter(_tick))
+    panel.yaxis.set_minor_formatter(FuncFormatter(_tick))
     panel.set_xlabel("batch size", fontsize=9)
     panel.grid(axis="y", which="both", color="#d0d7de", linewidth=0.5)
     panel.tick_params(which="both", labelsize=8)
@@ -179,6 +179,11 @@ def _draw_shape(
     panel.legend(
         title="parameters in memory", loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False, fontsize=8
     )
+
+
+def _tick(value: float, _position: int | None = None) -> str:
+    """Return the number at a tick of a logarithmic axis, where it starts with 1, 2, 3 or 5."""
+    return f"{value:g}" if f"{value:e}"[0] in "1235" else ""
 
 
 def save(parts: Mapping[str, Any], output: Path) -> None:

@@ -163,10 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given, console = options.parse_args(arguments), Console()
     run = find_run(given.base, "--base")
     text = load_text_ids(given.corpus, given.tokenizer or run.tokenizer_path, run.model_config().vocab_size)
-    steps, checks, document = dict[str, Timings](), list[Target](), {"machine": describe_machine()}
+    steps, checks, peaks = dict[str, Timings](), list[Target](), dict[str, int]()
     if not given.no_training:
         timings, peaks = measure_training(training_configs(run.path, given.overrides), text, given.rounds)
-        steps["training"], document = timings, {**document, "peak_bytes": peaks}
+        steps["training"] = timings
         checks.append(timings.target("training step: ", PLUG_IN, FULL, TIME))
         checks.append(Target("peak resident memory: plug-in over full", peaks[PLUG_IN] / peaks[FULL], MEMORY))
     if given.attach is not None:
@@ -175,10 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             timings = measure_decode(run.path, attached, text, batch, given.decode_rounds)
             steps[f"decode, batch {batch}"] = timings
             checks.append(timings.target(f"decode step, batch {batch}: ", COLD, BASE, 1.10))
+    document = {"machine": describe_machine(), "peak_bytes": peaks}
     console.print(machine_line(describe_machine()))
     for title, timings in steps.items():
         print_timings(title, timings, console, FULL if title == "training" else BASE)
-    for name, peak in document.get("peak_bytes", {}).items():
+    for name, peak in peaks.items():
         console.print(f"{name}: peak resident memory {peak / 2**20:,.0f} MiB")
     report(given.output, document, steps, checks, "milliseconds", 1e3, console)
 

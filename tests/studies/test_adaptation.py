@@ -111,9 +111,7 @@ def test_a_study_trains_bases_and_what_starts_from_them(tmp_path: Path, cache_di
     rows = {found.arm: found for found in read_rows(tiny.results_path)}
     assert list(rows) == ["base", "full", "plug-in", "lora", "pretraining"]
     base, lora = rows["base"], RunDirectory(runs / "lora-s0")
-    initial = {
-        name: RunDirectory(runs / f"{name}-s0").record()["initial"]["loss"] for name in list(rows)[1:4]
-    }
+    initial = {name: RunDirectory(runs / f"{name}-s0").record()["initial"]["loss"] for name in list(rows)[1:4]}
     assert all(loss == pytest.approx(base.held_out_loss, abs=1e-6) for loss in initial.values())
     assert base.general_loss == pytest.approx(rows["pretraining"].held_out_loss, abs=1e-6)
     assert rows["full"].held_out_loss < base.held_out_loss

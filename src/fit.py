@@ -60,9 +60,7 @@ def fit(
 ) -> tuple[Path, Report | None]:
     """Train and write everything, from the beginning or from `start`; return the run's path and what was measured.
 
-    `more` callbacks run before those that act on steps and results.
-
-    Raises as `src.train.train` does.
+    `more` callbacks run before those that act on steps and results. Raises as `src.train.train` does.
     """
     wandb_mode(config.wandb)  # names a mistake in the environment before any work
     lightning.seed_everything(config.seed, workers=True, verbose=False)
@@ -87,9 +85,7 @@ def fit(
     run = RunCallback(create_run(config, corpus) if start is None else start.run)
     with explaining_write_failures(run.directory.path):
         if is_rank_zero():
-            run.directory.write_config(config.to_dict(), corpus.rule.record(), plug_in)
-            run.directory.update_record(environment())
-            text.write(run.directory)
+            _describe_run(run.directory, config, text, plug_in)
         loggers = build_loggers(config.wandb, config.to_dict(), run.directory, 0 if start is None else start.step)
     failure = RankFailureCallback(run, signals)
     left = config if start is None or start.missing is None else _only_missing(config, start.missing)
@@ -119,6 +115,12 @@ def fit(
         close_loggers(loggers, failed=failed)
     report = next(item.report for item in callbacks if isinstance(item, EvaluationCallback))
     return run.directory.path, report
+
+
+def _describe_run(run: RunDirectory, config: RunConfig, text: HeldOut, plug_in: PlugIn | None) -> None:
+    run.write_config(config.to_dict(), text.rule.record(), plug_in)
+    run.update_record(environment())
+    text.write(run)
 
 
 def _pass_on(signals: StopSignals, trainer: lightning.Trainer) -> None:

@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = options.parse_args(arguments)
     with caused_by("--study", given.study):
         study = load_study(given.study)
-    pairs = [(text, *text.split("=", 1)) for text in given.overrides if "=" in text]
-    places = {name: str(Path(path).expanduser().absolute()) for _, name, path in pairs if name in PLACES}
-    overrides = [text for text in given.overrides if text.partition("=")[0] not in places]
+    pairs = [text.partition("=") for text in given.overrides]
+    places = {name: str(Path(path).expanduser().absolute()) for name, _, path in pairs if name in PLACES}
+    overrides = ["".join(pair) for pair in pairs if pair[0] not in PLACES]
     choice = Choice(arms=given.arms, seeds=given.seeds, overrides=overrides, places=places)
     require_known(study, choice)
     if study.search is not None and any(text.startswith(f"{study.search.key}=") for text in choice.overrides):

@@ -62,6 +62,10 @@ LISTED: dict[str, tuple[str, list[str] | None]] = {
     "python -m src.study --study configs/studies/family-code/study.yaml --jobs 2": (HOURS, DRY_RUN),
     "python -m src.study --study configs/studies/family-prose/study.yaml --jobs 2 corpus=texts": (HOURS, DRY_RUN),
     "python -m src.study --study configs/studies/plugin/study.yaml --jobs 2 corpus=texts": (HOURS, DRY_RUN),
+    "python -m src.study --study configs/studies/plugin-smollm2/study.yaml corpus=texts base=runs/smollm2": (
+        HOURS,
+        None,
+    ),
     "python -m src.benchmarks.gpu --output results/gpu.json": (GPU, None),
     "python -m src.benchmarks.gpu --minutes 5 --output gpu.json": (GPU, None),
     "python -m src.benchmarks.lookup --output results/lookup.json": (LONG, None),
@@ -72,7 +76,7 @@ LISTED: dict[str, tuple[str, list[str] | None]] = {
     "python -m src.benchmarks.figure --shape 160m-4e": (LONG, None),
     "python -m src.benchmarks.imported --folder SmolLM2-135M --run runs/smollm2": (IMPORTED, None),
     "python -m src.benchmarks.plugin --base runs/smollm2 --attach runs/plugin": (IMPORTED, None),
-    "python -m src.benchmarks.lora --rank 16 --config configs/continue.yaml init_from=runs/quickstart": (
+    "python -m src.benchmarks.lora --rank 16 -- --config configs/continue.yaml init_from=runs/quickstart": (
         "takes minutes; tests/studies trains with it",
         None,
     ),
@@ -183,8 +187,10 @@ def test_every_option_of_a_command_exists(capsys: pytest.CaptureFixture[str]) ->
     for words in (*EVERY, *commands("\n".join(IN_TEXT))):
         if " -m src." in printed(words):
             module, arguments = parts(words)
-            known = set(re.findall(r"--[a-z][a-z-]*", help_of(module, arguments, capsys)))
-            assert {word for word in arguments if word.startswith("--")} <= known, printed(words)
+            own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+            for program, options in ((module, own), ("src.train", arguments[len(own) + 1 :])):  # what `--` passes on
+                known = set(re.findall(r"--[a-z][a-z-]*", help_of(program, options, capsys)))
+                assert {word for word in options if word.startswith("--")} <= known, printed(words)
 
 
 def test_every_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,8 +77,8 @@ def search_cells(study: Study, families: set[str | None]) -> list[Cell]:
     search = study.search
     if search is None or search.study != study.path.resolve():
         return []
-    wanted = [study.arms[arm] for family, arm in search.families.items() if family in families]
-    return [Cell(arm, search.seed, value) for arm in wanted for value in search.values[str(arm.family)]]
+    wanted = {family: study.arms[arm] for family, arm in search.families.items() if family in families}
+    return [Cell(arm, search.seed, value) for family, arm in wanted.items() for value in search.values[family]]
 
 
 def best_value(search: Search, family: str, rows: Sequence[Row]) -> str | None:

@@ -95,8 +95,8 @@ class Runner:
         with only_here(self.root) as lock:
             new = [cell for cell in (*search, *cells) if self.rerun or find(self.rows, *cell.key) is None]
             self._run_all(pretraining_cells(self.study, self.choice, new), lock)
-            self._run_all(search, lock)
-            self._run_all([cell for cell in cells if self._has_value(cell)], lock)
+            self._run_all([cell for cell in search if self._has_base(cell)], lock)
+            self._run_all([cell for cell in cells if self._has_base(cell) and self._has_value(cell)], lock)
         return self.rows
 
     def config(self, cell: Cell) -> RunConfig:
@@ -105,6 +105,13 @@ class Runner:
 
     def _overrides(self, cell: Cell) -> list[str]:
         return cell_overrides(self.study, cell, self.choice, best_of(self.study, cell, self.rows), self.root)
+
+    def _has_base(self, cell: Cell) -> bool:
+        base = None if self.study.pretraining is None else Cell(self.study.pretraining, cell.seed).name
+        if base not in self.failures:
+            return True
+        self.failures[cell.name] = f"{base}, which it starts from, has no result"
+        return False
 
     def _has_value(self, cell: Cell) -> bool:
         if self.study.search is None or not cell.arm.is_trained or best_of(self.study, cell, self.rows) is not None:
@@ -178,9 +185,8 @@ class Runner:
         else:
             shutil.rmtree(run.path, ignore_errors=True)
             arguments = ["--config", str(cell.arm.config), *self._overrides(cell)]
-        program = (
-            ["src.train"] if cell.arm.lora_rank is None else ["src.benchmarks.lora", "--rank", str(cell.arm.lora_rank)]
-        )
+        rank = cell.arm.lora_rank
+        program = ["src.train"] if rank is None else ["src.benchmarks.lora", "--rank", str(rank), "--"]
         with log.open("ab") as output:
             process = Popen(
                 [sys.executable, "-m", *program, *arguments],

@@ -206,6 +206,19 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
         f"--folder {TRAINED} --run {TRAINED}",
         {**BENCHMARK_TEXT, "--folder": NOTHING, "--run": NOTHING, "--batches": COUNT, "--rounds": COUNT},
     ),
+    "benchmarks.lora": ("--rank 1", {"--rank": COUNT}),
+    "benchmarks.plugin": (
+        f"--base {TRAINED} --no-training",
+        {
+            **BENCHMARK_TEXT,
+            "--base": NOTHING,
+            "--attach": NOTHING,
+            "--batches": COUNT,
+            "--rounds": COUNT,
+            "--decode-rounds": COUNT,
+            "--no-training": SWITCH,
+        },
+    ),
     "benchmarks.figure": (
         "",
         {

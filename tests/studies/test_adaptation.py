@@ -146,6 +146,21 @@ def test_a_study_trains_bases_and_what_starts_from_them(tmp_path: Path, cache_di
     assert not (runs / "pretraining-s0").exists()
 
 
+@pytest.mark.slow
+def test_what_starts_from_a_base_that_failed_is_named(
+    tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = DEFINITION.replace("pretraining: {overrides: {", "pretraining: {overrides: {model: {init_std: 1e30}, ")
+    tiny = study(tmp_path, broken)
+    places = [f"output_dir={tmp_path}/runs", f"data.cache_dir={cache_dir}", "trainer.max_steps=2"]
+    with pytest.raises(SystemExit):
+        main(["--study", str(tiny.path), "--arms", "base,full", *SMALL, *places, "trainer.val_check_interval=2"])
+    errors = capsys.readouterr().err
+    assert "no result: pretraining-s0: exit code" in errors
+    assert "no result: base-s0: pretraining-s0, which it starts from, has no result" in errors
+    assert "no result: full-s0: pretraining-s0, which it starts from, has no result" in errors
+
+
 def made_up(arm: str, losses: tuple[float, ...], general: float, **changes: object) -> list[Row]:
     kind = "mole" if arm == "plug-in" else "dense"
     found = [

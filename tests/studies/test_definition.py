@@ -38,7 +38,13 @@ def places(tmp_path: Path) -> Mapping[str, str]:
     """A folder of text that nobody reads, and a run of which only the shape is known."""
     run = RunDirectory(tmp_path / "base")
     run.path.mkdir()
-    run.write_config({"model": replace(DENSE, hidden_size=576, num_heads=8, num_layers=4).to_dict()})
+    run.write_config(
+        {
+            "model": replace(
+                DENSE, vocab_size=4096, hidden_size=576, num_heads=8, num_layers=4, max_sequence_length=256
+            ).to_dict()
+        }
+    )
     return {"corpus": "/no/such/folder", "base": str(run.path)}
 
 

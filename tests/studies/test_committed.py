@@ -26,14 +26,16 @@ def numbers(text: str) -> list[str]:
 
 
 def values(summary: Summary) -> Iterator[float]:
-    """Yield what results.csv holds and gives: cells, their means and errors, paired differences of all arms."""
+    """Yield what results.csv holds and gives: cells, means and errors, shares in percent, paired differences."""
     for row in summary.rows:
         yield from (value for value in vars(row).values() if isinstance(value, int | float))
     arms = summary.arms
     for arm in arms.values():
-        for name in ("held_out_loss", "bits_per_byte", "zeroed_loss", "permuted_loss", "training_flops"):
+        for name in ("held_out_loss", "general_loss", "bits_per_byte", "zeroed_loss", "permuted_loss"):
             yield from (statistic(lambda row, name=name: getattr(row, name)) for statistic in (arm.mean, arm.stderr))
         yield float(len(arm.rows))
+    for name in arms if summary.study.share_of in arms else ():
+        yield from (100 * value for value in summary.share(name))
     for first in arms:
         for second in arms:
             found = summary.compare(first, second).over_seeds

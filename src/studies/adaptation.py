@@ -28,7 +28,7 @@ def shares(summary: Summary) -> str:
     ]
     baseline, best = study.arms[study.baseline].label, study.arms[study.share_of].label
     gain = signed(whole.mean, whole.stderr).removeprefix("+")
-    return f"{best} gains {gain} nats per token over {baseline.lower()}. Of that gain: {', '.join(parts)}.\n\n"
+    return f"{best} gains {gain} nats per token over {baseline.lower()}. Of that gain: {'; '.join(parts)}.\n\n"
 
 
 def forgotten(summary: Summary) -> str:

@@ -180,7 +180,7 @@ def test_the_page_says_shares_what_is_forgotten_and_what_domains_cost(tmp_path: 
     ]
     summary = Summary(study(tmp_path), rows)
     assert shares(summary).startswith(
-        "Full gains 1.0000 ± 0.0000 nats per token over the base. Of that gain: Plug-in 55 ± 5 %, LoRA 80 ± 0 %."
+        "Full gains 1.0000 ± 0.0000 nats per token over the base. Of that gain: Plug-in 55 ± 5 %; LoRA 80 ± 0 %."
     )
     assert "| Plug-in | 3.5500 | +0.5500 ± 0.0500 | 2.1000 | +0.1000 ± 0.0000 |" in forgotten(summary)
     table = domains(summary)

@@ -1,4 +1,4 @@
-"""The plots of a study's page: validation loss over steps, and held-out loss against memory."""
+"""The plots of a study's page: validation loss over steps, and held-out loss against memory or what is forgotten."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from src.studies.statistics import mean
 from src.studies.summary import ArmRows, Summary
 from src.system.files import atomic_path
 
-CURVES, MEMORY = "curves.png", "memory.png"
+CURVES, MEMORY, FORGETTING = "curves.png", "memory.png", "forgetting.png"
 _MARKERS = {"dense": "s", "moe": "^", "mole": "o"}
 _COLORS = {"dense": "#57606a", "moe": "#bf8700", "mole": "#0969da"}
 _FULL_CURVES = 8
@@ -22,12 +22,18 @@ _FULL_CURVES = 8
 def draw_figures(summary: Summary, folder: Path) -> list[Path]:
     """Write the plots into `folder`, whole or not at all; return their paths."""
     paths: list[Path] = []
-    for name, figure in ((CURVES, _curves(summary)), (MEMORY, _memory(summary))):
+    scatter = _forgetting if main_figure(summary) == FORGETTING else _memory
+    for name, figure in ((CURVES, _curves(summary)), (main_figure(summary), scatter(summary))):
         with atomic_path(folder / name) as temporary:
             # no version or date: the same rows give the same bytes
             figure.savefig(temporary, dpi=140, format="png", metadata={"Software": None})
         paths.append(folder / name)
     return paths
+
+
+def main_figure(summary: Summary) -> str:
+    """Return the file of the plot that answers the question: against memory, or against what is forgotten."""
+    return FORGETTING if summary.has_general_losses else MEMORY
 
 
 def kind(arm: ArmRows) -> str:
@@ -69,13 +75,28 @@ def _memory(summary: Summary) -> Figure:
         heights += spread([_loss(arm) for arm in column], gap)
     for arm, height in zip(arms, heights, strict=True):
         place = 2 * _in_memory(arm) / 1e6
-        error = arm.stderr(lambda row: row.held_out_loss)
-        bar = 0 if math.isnan(error) else error
+        bar = 0 if math.isnan(_error(arm)) else _error(arm)
         axes.errorbar(place, _loss(arm), yerr=bar, fmt=_MARKERS[kind(arm)], color=_COLORS[kind(arm)], capsize=2)
         axes.annotate(f"  {arm.arm.label}", (place, height), va="center", fontsize=7, color=_COLORS[kind(arm)])
     axes.margins(x=0.25)
     _finish(axes, "weights in memory at inference, 16 bit (MB)", "held-out loss (nats per token)")
     axes.set_title("MoE with its experts in memory; MoLE with its table on disk", fontsize=8, color="#57606a")
+    return figure
+
+
+def _forgetting(summary: Summary) -> Figure:
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    arms = [arm for arm in _required(summary) if math.isfinite(_loss(arm))]
+    losses = [_loss(arm) for arm in arms]
+    for arm, height in zip(arms, spread(losses, 0.045 * (max(losses) - min(losses))), strict=True):
+        place, color = arm.mean(lambda row: row.general_loss), _COLORS[kind(arm)]
+        bars = [0 if math.isnan(error) else error for error in (arm.stderr(lambda row: row.general_loss), _error(arm))]
+        axes.errorbar(place, _loss(arm), xerr=bars[0], yerr=bars[1], fmt=_MARKERS[kind(arm)], color=color, capsize=2)
+        axes.annotate(f"   {arm.arm.label}", (place + bars[0], height), va="center", fontsize=7, color=color)
+    axes.margins(x=0.25)
+    _finish(axes, "loss on general text (nats per token)", "held-out loss on the domain (nats per token)")
+    axes.set_title("Lower is better learned; further to the left is less forgotten", fontsize=8, color="#57606a")
     return figure
 
 
@@ -86,6 +107,10 @@ def _required(summary: Summary) -> list[ArmRows]:
 
 def _loss(arm: ArmRows) -> float:
     return arm.mean(lambda row: row.held_out_loss)
+
+
+def _error(arm: ArmRows) -> float:
+    return arm.stderr(lambda row: row.held_out_loss)
 
 
 def _in_memory(arm: ArmRows) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from src.studies.adaptation import domains, forgotten, shares
 from src.studies.cells import best_value
 from src.studies.definition import Search, Study
-from src.studies.figures import CURVES, MEMORY, kind
+from src.studies.figures import CURVES, MEMORY, kind, main_figure
 from src.studies.markdown import differences, line, millions, number, rise, signed, table, with_error
 from src.studies.rows import FREQUENCIES, Row, find, read_rows
 from src.studies.summary import Summary
@@ -50,12 +50,13 @@ def _sections(summary: Summary) -> Iterator[str]:
         yield "No cell has a result yet."
         return
     yield f"## What was found\n\n{shares(summary)}{_answers(summary)}"
-    yield f"![Held-out loss against weights in memory]({MEMORY})"
+    against = "weights in memory" if main_figure(summary) == MEMORY else "loss on general text"
+    yield f"![Held-out loss against {against}]({main_figure(summary)})"
     yield f"## Losses\n\n{_losses(summary)}"
     yield f"![Validation loss over steps]({CURVES})"
     yield f"## Differences from {study.arms[study.baseline].label}\n\n{_differences(summary)}"
     yield f"## Costs\n\n{_costs(summary)}"
-    if any(math.isfinite(row.general_loss) for row in summary.rows):
+    if summary.has_general_losses:
         yield f"## What is forgotten\n\n{forgotten(summary)}"
         yield f"## What one domain costs, and what ten do\n\n{domains(summary)}"
     if controls := _controls(summary):

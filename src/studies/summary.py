@@ -77,6 +77,11 @@ class Summary:
         """Return the reported rows of an arm, by seed."""
         return sorted((row for row in self.rows if row.arm == arm and not row.value), key=lambda row: row.seed)
 
+    @property
+    def has_general_losses(self) -> bool:
+        """Whether arms started from a run, and what they forget was measured."""
+        return any(math.isfinite(row.general_loss) for row in self.rows) and self.study.baseline in self.arms
+
     def gain(self, arm: str) -> MeanDifference | None:
         """Return by how much an arm's loss is below the baseline's, over seeds; None where they share none."""
         return self.compare(self.study.baseline, arm).over_seeds

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from src.studies.definition import load_study
+from src.studies.figures import main_figure
 from src.studies.page import page_text
 from src.studies.rows import read_rows
 from src.studies.summary import Summary
@@ -60,7 +61,7 @@ def summary_of(results: Path) -> Summary:
 @pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.parent.name)
 def test_a_committed_page_is_written_from_its_results(results: Path) -> None:
     assert results.with_name("README.md").read_text(encoding="utf-8") == page_text(summary_of(results))
-    assert all(results.with_name(figure).is_file() for figure in ("memory.png", "curves.png"))
+    assert all(results.with_name(figure).is_file() for figure in (main_figure(summary_of(results)), "curves.png"))
 
 
 def test_every_number_of_the_readmes_study_is_in_results() -> None:

@@ -16,6 +16,7 @@ from src.run_directory import RunDirectory
 from src.studies.adaptation import domains, forgotten, shares
 from src.studies.cells import Choice, config_digest, places_of, pretraining_cells, reported_cells, runs_root
 from src.studies.definition import Study, arm_config, load_study
+from src.studies.figures import draw_figures
 from src.studies.page import page_text
 from src.studies.rows import Row, read_rows
 from src.studies.summary import Summary
@@ -189,4 +190,5 @@ def test_the_page_says_shares_what_is_forgotten_and_what_domains_cost(tmp_path: 
     assert "| Plug-in | 202.00 MB | 220.00 MB | 100.00 MB | 0 |" in table
     assert "| LoRA | 200.00 MB | 240.00 MB | 4.00 MB | 0 |" in table
     assert "| The base against Full, on general text. It forgets. | better | better | **holds** |" in page_text(summary)
+    assert [path.name for path in draw_figures(summary, tmp_path)] == ["curves.png", "forgetting.png"]
     assert shares(Summary(load_study(study(tmp_path / "other").path), [])) == ""

@@ -37,14 +37,17 @@ def forgotten(summary: Summary) -> str:
     lines = table("", "held-out loss", "gain", "general loss", f"above {study.arms[study.baseline].label.lower()}")
     for name, arm in summary.arms.items():
         gain, above = summary.gain(name), summary.compare(name, study.baseline, on_general=True).over_seeds
-        risen = "" if above is None or above.is_exact else signed(above.mean, above.stderr)
+        changes = [
+            "" if found is None or name == study.baseline else signed(found.mean, found.stderr)
+            for found in (gain, above)
+        ]
         lines.append(
             line(
                 arm.arm.label,
                 number(arm.mean(lambda row: row.held_out_loss)),
-                "" if gain is None or gain.is_exact else signed(gain.mean, gain.stderr),
+                changes[0],
                 number(arm.mean(lambda row: row.general_loss)),
-                risen,
+                changes[1],
             )
         )
     return "\n".join(lines) + _ABOUT_GENERAL

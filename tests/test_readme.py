@@ -61,7 +61,7 @@ LISTED: dict[str, tuple[str, list[str] | None]] = {
     "python -m src.prepare_data --config configs/data/wikitext-103.yaml": (NETWORK, LOCAL),
     "python -m src.study --study configs/studies/family-code/study.yaml --jobs 2": (HOURS, DRY_RUN),
     "python -m src.study --study configs/studies/family-prose/study.yaml --jobs 2 corpus=texts": (HOURS, DRY_RUN),
-    "python -m src.study --study configs/studies/plugin/study.yaml --jobs 2 corpus=texts": (HOURS, DRY_RUN),
+    "python -m src.study --study configs/studies/plugin/study.yaml --jobs 2 corpus=texts": (HOURS, None),
     "python -m src.study --study configs/studies/plugin-smollm2/study.yaml corpus=texts base=runs/smollm2": (
         HOURS,
         None,

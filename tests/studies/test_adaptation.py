@@ -1,6 +1,8 @@
 """Studies whose arms start from a run that the study trains: bases, LoRA, shares of a gain, what is forgotten."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,6 @@ from src.studies.figures import draw_figures
 from src.studies.page import page_text
 from src.studies.rows import Row, read_rows
 from src.studies.summary import Summary
-from src.study import main
 from tests.conftest import CONFIGS, SMALL, STDLIB
 from tests.studies.made_up import row, write_study
 
@@ -60,6 +61,12 @@ hypotheses:
 
 def study(folder: Path, text: str = DEFINITION) -> Study:
     return write_study(folder / "tiny", text)
+
+
+def run_study(path: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the command in a process of its own: it sets the threads of the one that it runs in."""
+    command = [sys.executable, "-m", "src.study", "--study", str(path), *arguments]
+    return subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, check=False)
 
 
 def test_cells_start_from_the_base_of_their_seed(tmp_path: Path) -> None:
@@ -107,8 +114,8 @@ def test_a_study_trains_bases_and_what_starts_from_them(tmp_path: Path, cache_di
     tiny, runs = study(tmp_path), tmp_path / "runs" / "studies" / "tiny"
     small = [text for text in SMALL if not text.startswith(("trainer.val_check", "optimizer.warmup"))]
     places = [f"output_dir={tmp_path}/runs", f"data.cache_dir={cache_dir}", "optimizer.warmup_steps=2"]
-    command = ["--study", str(tiny.path), *small, *places]
-    main(command)
+    done = run_study(tiny.path, "--jobs", "2", *small, *places)
+    assert done.returncode == 0, done.stderr
     rows = {found.arm: found for found in read_rows(tiny.results_path)}
     assert list(rows) == ["base", "full", "plug-in", "lora", "pretraining"]
     base, lora = rows["base"], RunDirectory(runs / "lora-s0")
@@ -142,21 +149,19 @@ def test_a_study_trains_bases_and_what_starts_from_them(tmp_path: Path, cache_di
     kept = tiny.results_path.read_bytes()
     for run in runs.glob("*-s0"):
         run.rename(run.with_name(f"moved-{run.name}"))
-    main(command)
+    assert run_study(tiny.path, "--jobs", "2", *small, *places).returncode == 0
     assert tiny.results_path.read_bytes() == kept, "results stay, although what they started from is gone"
     assert not (runs / "pretraining-s0").exists()
 
 
 @pytest.mark.slow
-def test_what_starts_from_a_base_that_failed_is_named(
-    tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_starts_from_a_base_that_failed_is_named(tmp_path: Path, cache_dir: Path) -> None:
     broken = DEFINITION.replace("pretraining: {overrides: {", "pretraining: {overrides: {model: {init_std: 1e30}, ")
     tiny = study(tmp_path, broken)
     places = [f"output_dir={tmp_path}/runs", f"data.cache_dir={cache_dir}", "trainer.max_steps=2"]
-    with pytest.raises(SystemExit):
-        main(["--study", str(tiny.path), "--arms", "base,full", *SMALL, *places, "trainer.val_check_interval=2"])
-    errors = capsys.readouterr().err
+    found = run_study(tiny.path, "--arms", "base,full", *SMALL, *places, "trainer.val_check_interval=2")
+    errors = found.stderr
+    assert found.returncode == 1
     assert "no result: pretraining-s0: exit code" in errors
     assert "no result: base-s0: pretraining-s0, which it starts from, has no result" in errors
     assert "no result: full-s0: pretraining-s0, which it starts from, has no result" in errors

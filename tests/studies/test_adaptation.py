@@ -154,6 +154,7 @@ def test_a_study_trains_bases_and_what_starts_from_them(tmp_path: Path, cache_di
     assert not (runs / "pretraining-s0").exists()
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_what_starts_from_a_base_that_failed_is_named(tmp_path: Path, cache_dir: Path) -> None:
     broken = DEFINITION.replace("pretraining: {overrides: {", "pretraining: {overrides: {model: {init_std: 1e30}, ")

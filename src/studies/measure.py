@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from callbacks.lora import count_lora
 from src.accounting.account import count_parameters, offloaded_bytes
@@ -21,6 +22,7 @@ from src.evaluation.held_out import HeldOut, held_out, held_out_of_run
 from src.evaluation.perplexity import loss_by_frequency, summarize, window_losses
 from src.evaluation.results import read_scores
 from src.inference import load_model
+from src.model import Transformer
 from src.run_directory import RunDirectory
 from src.studies.cells import DIGITS, Cell, config_digest
 from src.studies.rows import FREQUENCIES, Row
@@ -79,7 +81,7 @@ def measure(run: RunDirectory, cell: Cell, config: RunConfig, corpus: PackedCorp
         machine=_machine(record["machine"]),
         curve=" ".join(f"{step + 1}:{loss:.4f}" for step, loss in metrics.column("val/loss")),
         window_losses=_joined(form.window_losses),
-        **_of_started(run.path, config, held_out_of_run(run, config.data)[0] if config.init_from else None),
+        **_after_start(run, config),
     )
 
 
@@ -90,6 +92,7 @@ def measure_untrained(cell: Cell, config: RunConfig, corpus: PackedCorpus) -> Ro
     size, run = config.evaluation.batch_size, RunDirectory(Path(config.init_from))
     with load_model(run.path, experts="ffn", dtype=torch.float32) as model:
         losses = window_losses(model, text.windows, batch_size=size, mask=text.mask)
+        found = _of_started(model, config, text, losses)
     score = summarize(losses, text.windows, text.byte_lengths)
     bands = {band.least: band.loss for band in loss_by_frequency(losses, text.windows[:, 1:], text.token_counts)}
     return Row(
@@ -117,29 +120,34 @@ def measure_untrained(cell: Cell, config: RunConfig, corpus: PackedCorpus) -> Ro
         machine=torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
         curve="",
         window_losses=_joined(losses.double().mean(dim=1).tolist()),
-        **_of_started(run.path, config, text),
+        **found,
     )
 
 
-@torch.no_grad()
-def _of_started(path: Path, config: RunConfig, text: HeldOut | None) -> dict[str, Any]:
+def _after_start(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
+    """Return what `_of_started` does for a run; nothing for one that started from random weights."""
+    if config.init_from is None:
+        return {}
+    text, size = held_out_of_run(run, config.data)[0], config.evaluation.batch_size
+    with load_model(run.path, experts="ffn", dtype=torch.float32) as model:
+        losses = window_losses(model, text.windows, batch_size=size, mask=text.mask)
+        return _of_started(model, config, text, losses)
+
+
+def _of_started(model: Transformer, config: RunConfig, text: HeldOut, losses: Tensor) -> dict[str, Any]:
     """Return what is asked of a model that started from a run: the loss after each id, and on text of the base's kind.
 
-    That text is the base's own held-out text; of an import, the first of `evaluation.corpora`.
+    `losses` (N, T) are those of the held-out windows. Text of the base's kind is the base's own held-out text; of an
+    import, the first of `evaluation.corpora`.
     """
-    if text is None or config.init_from is None:
-        return {}
-    base, size = RunDirectory(Path(config.init_from)), config.evaluation.batch_size
-    general = next(iter(text.corpora.values()), None)
-    if base.held_out_path.is_file():
-        general = held_out_of_run(base, load_run_config(base).data)[0].windows
-    with load_model(path, experts="ffn", dtype=torch.float32) as model:
-        losses = window_losses(model, text.windows, batch_size=size, mask=text.mask)
-        others = None if general is None else window_losses(model, general, batch_size=size, mask=text.mask)
     after = loss_by_frequency(losses, text.windows[:, :-1], text.token_counts)
     found: dict[str, Any] = _bands("loss_after", {band.least: band.loss for band in after})
-    if others is not None:
-        by_window = others.double().mean(dim=1)
+    base, general = RunDirectory(Path(str(config.init_from))), next(iter(text.corpora.values()), None)
+    if base.held_out_path.is_file():
+        general = held_out_of_run(base, load_run_config(base).data)[0].windows
+    if general is not None:
+        by_window = window_losses(model, general, batch_size=config.evaluation.batch_size, mask=text.mask)
+        by_window = by_window.double().mean(dim=1)
         found |= {"general_loss": by_window.mean().item(), "general_window_losses": _joined(by_window.tolist())}
     return found
 
@@ -192,5 +200,5 @@ def _commit(code: dict[str, Any]) -> str:
     return (code["commit"] or code["version"] or "unknown")[:DIGITS] + ("-modified" if code["modified"] else "")
 
 
-def _machine(machine: Any) -> str:
+def _machine(machine: dict[str, Any]) -> str:
     return machine["accelerator"] or machine["processor"]

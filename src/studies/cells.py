@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,11 @@ def search_cells(study: Study, families: set[str | None]) -> list[Cell]:
     if search is None or search.study != study.path.resolve():
         return []
     wanted = {family: study.arms[arm] for family, arm in search.families.items() if family in families}
-    return [Cell(arm, search.seed, value) for family, arm in wanted.items() for value in search.values[family]]
+    return [
+        Cell(replace(arm, overrides=(*arm.overrides, *search.overrides)), search.seed, value)
+        for family, arm in wanted.items()
+        for value in search.values[family]
+    ]
 
 
 def best_value(search: Search, family: str, rows: Sequence[Row]) -> str | None:

@@ -74,6 +74,8 @@ class Search:
     """Of no reported cell."""
     families: Mapping[str, str]
     """Family -> the arm that it is searched on."""
+    overrides: tuple[str, ...]
+    """Of the search's cells alone, as `key=value`: what makes them shorter than reported cells."""
     study: Path
     """The definition whose results have the search: this one, or another that is named by `search.from`."""
 
@@ -241,7 +243,7 @@ def _rank(value: Any, path: Path, where: str) -> int:
 
 def _search(value: Any, path: Path, arms: Mapping[str, Arm]) -> Search:
     values = _mapping(value, path, "search")
-    _check_keys(values, ("from", "key", "values", "seed", "families"), path, "search.")
+    _check_keys(values, ("from", "key", "values", "seed", "families", "overrides"), path, "search.")
     if "from" in values:
         other = path.parent / expand_home(str(values["from"]))
         search = load_study(other).search
@@ -260,7 +262,14 @@ def _search(value: Any, path: Path, arms: Mapping[str, Arm]) -> Search:
         raise ConfigError(f"{path}: search.values: {given!r}, but it must name the families: {', '.join(families)}")
     tried = {name: tuple(map(str, item if isinstance(item, list) else [item])) for name, item in by_family.items()}
     (seed,) = _seeds([values["seed"]], path, "search.seed")
-    return Search(key=str(values["key"]), values=tried, seed=seed, families=families, study=path.resolve())
+    return Search(
+        key=str(values["key"]),
+        values=tried,
+        seed=seed,
+        families=families,
+        overrides=tuple(_flatten(_mapping(values.get("overrides") or {}, path, "search.overrides"))),
+        study=path.resolve(),
+    )
 
 
 def _hypotheses(values: Sequence[Any], path: Path, arms: Mapping[str, Arm]) -> Iterator[Hypothesis]:

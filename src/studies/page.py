@@ -211,9 +211,10 @@ def _search(study: Study, search: Search, own_rows: Sequence[Row]) -> str:
         losses = ["" if row is None else number(row.held_out_loss) for row in found]
         edge = " (at the edge of what was tried)" if best in (own[0], own[-1]) else ""
         lines.append(line(f"{family}, {study.arms[arm].label}", *losses, f"{best or ''}{edge}"))
+    changed = f", and with {', '.join(f'`{text}`' for text in search.overrides)}" if search.overrides else ""
     return "\n".join(lines) + (
-        f"\n\nHeld-out loss with seed {search.seed}, which is of no reported cell. Every arm of a family uses the best "
-        "value of its family."
+        f"\n\nHeld-out loss with seed {search.seed}, which is of no reported cell{changed}. Every arm of a family uses "
+        "the best value of its family."
     )
 
 

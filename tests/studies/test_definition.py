@@ -94,6 +94,14 @@ def test_cells_come_seed_by_seed_and_required_arms_first(tmp_path: Path) -> None
     assert best_value(study.search, "one", []) is None if study.search else False
 
 
+def test_search_cells_alone_have_the_overrides_of_the_search(tmp_path: Path) -> None:
+    shorter = "seed: 7, overrides: {trainer: {max_steps: 3}, evaluation: {corpora: []}},"
+    study = load_study(write(tmp_path, SMALL.replace("seed: 7,", shorter)))
+    (searched, *_), (reported, *_) = search_cells(study, {"one"}), reported_cells(study, Choice())
+    assert set(searched.arm.overrides) - set(reported.arm.overrides) == {"trainer.max_steps=3", "evaluation.corpora=[]"}
+    assert "trainer.max_steps=3" in cell_overrides(study, searched, Choice(), None, tmp_path)
+
+
 def test_a_cells_config_has_its_seed_its_order_and_the_best_value(tmp_path: Path) -> None:
     study = load_study(write(tmp_path))
     (cell,) = reported_cells(study, Choice(arms=["mole"], seeds=[1]))

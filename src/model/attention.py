@@ -14,16 +14,20 @@ from torch.nn import functional as F
 from src.model.config import ModelConfig
 from src.model.products import Linear
 
-FLOAT_COPY_BYTES = 8 * 2**20
-"""Memory for the float32 copy of keys, or of values, of as many sequences as fit."""
+FLOAT_COPY_BYTES = 4 * 2**20
+"""Memory for the float32 copy of keys, or of values, of as many sequences as fit: few enough to stay in a cache."""
+FEW_QUERIES = 3
+"""Up to this many queries per head of keys, summing bfloat16 values takes less time than casting and multiplying."""
+SUMS_FAST = "fbgemm" in torch.backends.quantized.supported_engines
+"""Whether this torch has vector code for `embedding_bag` in bfloat16; elsewhere it is a scalar loop."""
 
 
 class KeyValueCache:
     """Keys and values of the tokens seen so far, allocated once for `max_tokens`.
 
     It holds (L, B, G, max_tokens, K) twice. Each layer of a forward pass appends to it, and the model then adds to
-    `length`. `scratch` is float32 memory for what `_attend_one` casts up. Every step reuses it, because fresh memory
-    would cost a page fault per 4 KiB. It is empty where nothing is cast up.
+    `length`. `scratch` is float32 memory for what `_attend_in_float32` casts up. Every step reuses it, because fresh
+    memory would cost a page fault per 4 KiB. It is empty where nothing is cast up.
 
     With `static`, `length` is a tensor () int64 on the device, and attention covers `max_tokens` with a mask. Then each
     step of a batch does the same on tensors of the same shapes, as CUDA graphs require. Nothing waits for the length to
@@ -51,6 +55,7 @@ class KeyValueCache:
         casts_up = dtype == torch.bfloat16 and device.type == "cpu"
         self.scratch = torch.empty(group * values if casts_up else 0, device=device, dtype=torch.float32)
         self.length = torch.zeros((), device=device, dtype=torch.int64) if static else 0
+        self._bags: tuple[tuple[int, ...], Tensor, Tensor] | None = None
 
     def span(self, new_tokens: int) -> int:
         """Return how many tokens attention covers, masked or not, when `new_tokens` are appended."""
@@ -68,6 +73,25 @@ class KeyValueCache:
         all_keys.narrow(2, self.length, new_tokens).copy_(keys)  # half the time of an index, at each layer of each step
         all_values.narrow(2, self.length, new_tokens).copy_(values)
         return all_keys.narrow(2, 0, end), all_values.narrow(2, 0, end)
+
+    def sum_values(self, layer: int, weights: Tensor) -> Tensor:
+        """Return the sums (B*G*Q, K) of a layer's values, in their dtype; uses up the `weights` (B*G, Q, S) float32.
+
+        One `embedding_bag` reads each bfloat16 value where it lies and adds in float32. Its weights are bfloat16, too:
+        what the first rounds away is a second one of the same value, which then costs no second read of memory.
+        """
+        num_heads, num_queries, num_tokens = weights.shape
+        if self._bags is None or self._bags[0] != weights.shape:  # once a step, for all layers
+            first = torch.arange(num_heads, dtype=torch.int32).view(-1, 1, 1) * self.values.shape[3]
+            rows = first + torch.arange(num_tokens, dtype=torch.int32).repeat_interleave(2)  # (B*G, 1, 2*S)
+            starts = torch.arange(0, 2 * weights.numel(), 2 * num_tokens, dtype=torch.int32)
+            self._bags = weights.shape, rows.expand(-1, num_queries, -1).flatten(), starts
+        _, rows, starts = self._bags
+        rounded = weights.to(self.values.dtype)
+        rest = weights.sub_(rounded).to(rounded.dtype)
+        pairs = torch.stack((rounded, rest), dim=-1)  # (B*G, Q, S, 2)
+        table = self.values[layer].flatten(0, 2)  # (B*G*max_tokens, K)
+        return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=pairs.flatten())
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -133,7 +157,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(layer, key, value)
         if query.shape[2] == 1:
-            attended = _attend_one(query, key, value, mask, cache)
+            attended = _attend_one(query, key, value, mask, cache, layer)
         else:
             key, value = (_repeated(heads, self.num_heads // self.kv_heads) for heads in (key, value))
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
@@ -157,39 +181,52 @@ def _repeated(heads: Tensor, times: int) -> Tensor:
     return heads if times == 1 else heads.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
 
 
-def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-    """Attend from one new token (B, H, 1, K) over keys and values (B, G, S, K).
+def _attend_one(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cache: KeyValueCache | None, layer: int
+) -> Tensor:
+    """Attend from one new token (B, H, 1, K) over keys and values (B, G, S, K), which are those of `cache`, if any.
 
     The H / G heads that share keys become as many queries of one head. Repeating the keys for them, as `enable_gqa`
     does on a CPU, takes 5 to 7 times as long.
     """
     queries = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # (B, G, H / G, K)
-    if cache is not None and len(cache.scratch):
-        attended = _attend_in_float32(queries, key, value, mask, cache.scratch)
+    if cache is not None and len(cache.scratch) and not query.requires_grad:
+        attended = _attend_in_float32(queries, key, value, mask, cache, layer)
     else:
         attended = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask)
     return attended.reshape(query.shape)
 
 
-def _attend_in_float32(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scratch: Tensor) -> Tensor:
+def _attend_in_float32(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cache: KeyValueCache, layer: int
+) -> Tensor:
     """Attend from queries (B, G, Q, K) of one new token over bfloat16 keys and values (B, G, S, K).
 
-    torch's kernel for many queries takes twice to three times as long on a CPU as casting up and multiplying, and
-    rounds more. Sequences go in groups whose float32 copies fit `scratch`.
+    torch's kernel for many queries takes three times as long on a CPU, and rounds more.
     """
-    num_heads, num_tokens, head_dim = key.shape[1:]
-    group = max(1, len(scratch) // (num_heads * num_tokens * head_dim))
-    if len(query) > group:
-        masks = [mask] * len(query) if mask is None or len(mask) == 1 else mask.split(group)
-        groups = zip(query.split(group), key.split(group), value.split(group), masks, strict=False)
-        return torch.cat([_attend_in_float32(*part, scratch) for part in groups])
-    floats = scratch[: key.numel()].view(-1, num_tokens, head_dim)  # (B*G, S, K) of the keys, then of the values
-    queries = query.flatten(0, 1).float().mul_(head_dim**-0.5)  # (B*G, Q, K)
-    scores = torch.bmm(queries, floats.copy_(key.flatten(0, 1)).transpose(1, 2))  # (B*G, Q, S)
+    queries = query.flatten(0, 1).float().mul_(query.shape[-1] ** -0.5)  # (B*G, Q, K)
+    scores = _cast_product(queries, key.transpose(2, 3), cache.scratch)  # (B*G, Q, S)
     if mask is not None:
         scores.view(*query.shape[:3], -1).masked_fill_(~mask, -torch.inf)
-    attended = torch.bmm(scores.softmax(dim=-1), floats.copy_(value.flatten(0, 1)))  # (B*G, Q, K)
-    return attended.to(query.dtype).view(query.shape)
+    weights = scores.softmax(dim=-1)
+    if SUMS_FAST and query.shape[2] <= FEW_QUERIES:
+        return cache.sum_values(layer, weights)
+    return _cast_product(weights, value, cache.scratch).to(query.dtype)
+
+
+def _cast_product(inputs: Tensor, matrices: Tensor, scratch: Tensor) -> Tensor:
+    """Return (B*G, Q, F) float32: inputs (B*G, Q, D) float32 times bfloat16 matrices (B, G, D, F).
+
+    Sequences go in groups whose float32 copies fit `scratch`; each is copied in the order of memory.
+    """
+    group, is_transposed = max(1, len(scratch) // matrices[0].numel()), matrices.stride(3) != 1
+    products = inputs.new_empty(*inputs.shape[:2], matrices.shape[3])
+    rows = group * matrices.shape[1]
+    for left, right, product in zip(inputs.split(rows), matrices.split(group), products.split(rows), strict=True):
+        stored = (right.mT if is_transposed else right).flatten(0, 1)
+        floats = scratch[: stored.numel()].view(stored.shape).copy_(stored)
+        torch.bmm(left, floats.mT if is_transposed else floats, out=product)
+    return products
 
 
 def causal_mask(num_new: int, num_total: int, device: torch.device) -> Tensor:

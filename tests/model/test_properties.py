@@ -115,6 +115,30 @@ def test_bfloat16_decoding_stays_near_float64(monkeypatch: pytest.MonkeyPatch, s
     assert error < 0.01
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["sums", "products"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6], ids=lambda heads: f"{6 // heads} queries a head")
+@torch.no_grad()
+def test_one_bfloat16_token_attends_with_no_error_but_that_of_its_result(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int, fast: bool
+) -> None:
+    if fast and not attention.SUMS_FAST:
+        pytest.skip("this torch has no vector code for sums of bfloat16 rows")
+    monkeypatch.setattr(attention, "SUMS_FAST", fast)
+    config = replace(CONFIGS["dense"], hidden_size=96, num_heads=6, num_kv_heads=kv_heads)
+    cache = KeyValueCache(config, 3, 40, device=torch.device("cpu"), dtype=torch.bfloat16)
+    for tensor in (cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)):  # what lies behind must stay unseen
+        tensor[..., :33, :] = torch.randn(tensor[..., :33, :].shape, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(3, 6, 1, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    mask = torch.ones(3, 1, 1, 33, dtype=torch.bool)
+    mask[1, ..., :20] = False
+    for layer, seen in ((0, None), (1, mask)):
+        key, value = cache.keys[layer, ..., :33, :], cache.values[layer, ..., :33, :]
+        found = attention._attend_one(query, key, value, seen, cache, layer)
+        heads = (tensor.double().repeat_interleave(6 // kv_heads, dim=1) for tensor in (key, value))
+        expected = torch.nn.functional.scaled_dot_product_attention(query.double(), *heads, attn_mask=seen)
+        assert ((found.double() - expected).abs() <= expected.abs() / 256 + 1e-6).all()  # half a unit in the last place
+
+
 @torch.no_grad()
 def test_a_mask_of_the_wrong_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 6\), expected .* = \(2, 7\)"):

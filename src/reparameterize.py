@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from src.cli import add_run_options, find_run, number, parser, run_verb, table_name
+from src.cli import add_device_option, add_run_options, find_run, number, parser, run_verb, table_name
 from src.data.tokenizer import fingerprint, load_tokenizer
 from src.errors import LutError, RunError, caused_by
 from src.evaluation.held_out import recorded_token_counts
@@ -21,7 +21,7 @@ from src.lut.codecs import CODECS
 from src.lut.manifest import COUNTS_NAME, MANIFEST_NAME
 from src.lut.plan import MEMORY_BYTES, plan, recorded_precision
 from src.lut.scan import read_token_counts
-from src.lut.sources import COMPUTE_DTYPES, open_source
+from src.lut.sources import COMPUTE_DTYPES, RunRows, open_source
 from src.run_directory import RunDirectory
 from src.system.console import progress_bar, stderr_console
 from src.system.files import expand_home, require_writable
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with caused_by("--checkpoint"):
             adopt_checkpoint(run, given.checkpoint, overwrite=given.overwrite)
     if given.from_lut is None:
-        source, token_counts = open_source(run, given.compute_dtype), _token_counts(run)
+        source, token_counts = RunRows(run, given.compute_dtype, given.device), _token_counts(run)
     else:
         with caused_by("--from-lut"):
             read_manifest(run.lut_path(given.from_lut))  # `open_source` would name a missing run
@@ -144,6 +144,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument(
         "--compute-dtype", choices=tuple(COMPUTE_DTYPES), default="float32", help="what experts compute in (float32)"
     )
+    add_device_option(options)
     options.add_argument(
         "--memory-mb",
         type=number(int, 1, 2**40),
@@ -156,6 +157,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = options.parse_args(arguments)
     if given.from_lut is not None and given.checkpoint is not None:
         options.error("--from-lut takes rows from a table, --checkpoint weights: give one of them")
+    if given.from_lut is not None and given.device != "cpu":
+        options.error(f"--device {given.device}: nothing is computed with --from-lut; leave it out")
     return given
 
 

@@ -467,7 +467,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(
 
 @pytest.mark.parametrize("device", ["gpu0", "meta", pytest.param("cuda:99"), "cpu,cuda", ""])
 def test_a_device_that_cannot_be_used_is_named_before_any_work(device: str, capsys: pytest.CaptureFixture[str]) -> None:
-    needs = {generate: ["--prompt", "x"], evaluate: [], verify: [], inspect_lut: ["--token", "x"]}
+    needs = {generate: ["--prompt", "x"], evaluate: [], reparameterize: [], verify: [], inspect_lut: ["--token", "x"]}
     for verb, more in needs.items():
         with pytest.raises(SystemExit) as left:
             verb.main(["--run", "no-run", "--device", device, *more])

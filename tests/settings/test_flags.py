@@ -124,6 +124,7 @@ FLAGS: dict[str, tuple[str, dict[str, Verdicts]]] = {
             "--from-lut": choice("lut"),
             "--dtype": choice("float32 bfloat16 float16 int8 nf4", "int2 nf3"),
             "--compute-dtype": choice("float32 bfloat16", "float8"),
+            "--device": DEVICE,
             "--memory-mb": whole("1", LARGEST),
             "--resume": SWITCH,
             "--overwrite": SWITCH,

@@ -40,6 +40,7 @@ from src.lut.readers.memory import MemmapReader
 from src.lut.readers.reader import ShardFiles
 from src.run_directory import Identity
 from src.system.console import Advance, progress_bar
+from src.system.huge_pages import huge_bytes
 
 COUNTS = (1, 8, 32, 256, 2048)
 CACHED_ROWS = 1024
@@ -62,7 +63,8 @@ class RawReads:
         """Open the shards past the page cache, for at most `capacity` rows at a time, each read in pieces."""
         self._files, self._piece_bytes = ShardFiles(lut_dir, layout, flags=os.O_DIRECT), piece_bytes
         self._block_bytes = (layout.row_bytes + 2 * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
-        self._rows = workload.huge_pages(capacity * self._block_bytes).reshape(capacity, self._block_bytes)
+        rows = huge_bytes(capacity * self._block_bytes).fill_(0)  # so that no read waits for a page
+        self._rows = rows.view(capacity, self._block_bytes).numpy()
         self._pool = ThreadPoolExecutor(RAW_THREADS)
 
     def __call__(self, token_ids: Tensor) -> None:

@@ -22,7 +22,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from src.benchmarks.workload import huge_pages
 from src.errors import LutError, UserError
 from src.lut import build_lut, read_manifest
 from src.lut.layout import ALIGNMENT, TableLayout
@@ -30,6 +29,7 @@ from src.lut.readers.reader import Finish, ShardFiles, WorkerPool
 from src.model.experts import HiddenExperts, ffn
 from src.run_directory import Identity
 from src.system.console import progress_bar
+from src.system.huge_pages import huge_bytes
 
 PIECE_BYTES, THREADS = 2**20, 16
 """An extent is read in pieces by several threads, so that also one alone keeps the disk busy."""
@@ -195,7 +195,7 @@ class OffloadedExperts:
         self._reader, self._policy, self._num_experts = reader, policy, len(layers[0].up)
         size, dtype = reader.layout.row_bytes, layers[0].up.dtype
         slots = policy.most_kept(len(layers)) + self._num_experts  # a layer at work may use all of its experts
-        rows = huge_pages(slots * size).reshape(slots, size)
+        rows = huge_bytes(slots * size).fill_(0).view(slots, size).numpy()  # no read waits for a page
         self.memory_bytes = rows.nbytes
         shapes = [weight.shape[1:] for weight in layers[0].weights]
         self._targets = [row.data for row in rows]

@@ -6,11 +6,10 @@ depend on them. The page cache is set before a measurement, off its clock.
 B batch, D hidden, E experts, V vocabulary.
 """
 
-import mmap
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -177,21 +176,6 @@ def drop(lut_dir: Path, release: Iterable[Callable[[], None]] = ()) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-
-
-def huge_pages(num_bytes: int) -> np.ndarray:
-    """Return writable bytes (num_bytes,) uint8 that start on a page, in huge pages where the system has some.
-
-    Disks take a request in fewer pieces then: scattered pages of 4 KiB can halve how fast large direct reads arrive.
-    """
-    huge, flags = 2**21, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, -(-num_bytes // huge) * huge, flags=flags)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    rows = np.frombuffer(memory, dtype=np.uint8)
-    rows.fill(0)  # so that no read waits for a page
-    return rows[:num_bytes]
 
 
 def bytes_read() -> int:

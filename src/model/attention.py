@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.model.config import ModelConfig
-from src.model.products import Linear
+from src.model.products import Linear, RMSNorm
+from src.system.huge_pages import huge_bytes
 
-FLOAT_COPY_BYTES = 4 * 2**20
-"""Memory for the float32 copy of keys, or of values, of as many sequences as fit: few enough to stay in a cache."""
+FLOAT_COPY_BYTES = 8 * 2**20
+"""Memory for the float32 copy of keys, or of values, of as many heads as fit: few enough to stay in a cache."""
 FEW_QUERIES = 3
 """Up to this many queries per head of keys, summing bfloat16 values takes less time than casting and multiplying."""
+FEW_WEIGHTS = 2**14
+"""Up to this many attention weights, the values of a layer stay in a cache between two reads."""
 SUMS_FAST = "fbgemm" in torch.backends.quantized.supported_engines
 """Whether this torch has vector code for `embedding_bag` in bfloat16; elsewhere it is a scalar loop."""
 
@@ -47,11 +50,12 @@ class KeyValueCache:
         static: bool = False,
     ) -> None:
         shape = (config.num_layers, batch_size, config.kv_heads, max_tokens, config.attention_head_dim)
-        allocate = torch.zeros if static else torch.empty  # a hidden value that is NaN would not stay hidden
-        self.keys = allocate(shape, device=device, dtype=dtype)
-        self.values = allocate(shape, device=device, dtype=dtype)
-        values = config.kv_heads * max_tokens * config.attention_head_dim  # of one sequence in one layer
-        group = min(batch_size, max(1, FLOAT_COPY_BYTES // (4 * values)))
+        self.keys, self.values = (_zeros(shape, device, dtype) for _ in range(2))  # what is hidden must not be NaN
+        values, num_heads = (
+            max_tokens * config.attention_head_dim,
+            batch_size * config.kv_heads,
+        )  # of a head; of a layer
+        group = min(num_heads, max(1, FLOAT_COPY_BYTES // (4 * values)))
         casts_up = dtype == torch.bfloat16 and device.type == "cpu"
         self.scratch = torch.empty(group * values if casts_up else 0, device=device, dtype=torch.float32)
         self.length = torch.zeros((), device=device, dtype=torch.int64) if static else 0
@@ -78,20 +82,29 @@ class KeyValueCache:
         """Return the sums (B*G*Q, K) of a layer's values, in their dtype; uses up the `weights` (B*G, Q, S) float32.
 
         One `embedding_bag` reads each bfloat16 value where it lies and adds in float32. Its weights are bfloat16, too:
-        what the first rounds away is a second one of the same value, which then costs no second read of memory.
+        what the first rounds away is a second one of the same value. Side by side the two read memory once; that of few
+        weights stays in a cache, and a row of each is faster to make.
         """
         num_heads, num_queries, num_tokens = weights.shape
+        side_by_side = weights.numel() > FEW_WEIGHTS
         if self._bags is None or self._bags[0] != weights.shape:  # once a step, for all layers
             first = torch.arange(num_heads, dtype=torch.int32).view(-1, 1, 1) * self.values.shape[3]
-            rows = first + torch.arange(num_tokens, dtype=torch.int32).repeat_interleave(2)  # (B*G, 1, 2*S)
+            tokens = torch.arange(num_tokens, dtype=torch.int32)
+            rows = first + (tokens.repeat_interleave(2) if side_by_side else tokens.repeat(2))  # (B*G, 1, 2*S)
             starts = torch.arange(0, 2 * weights.numel(), 2 * num_tokens, dtype=torch.int32)
             self._bags = weights.shape, rows.expand(-1, num_queries, -1).flatten(), starts
         _, rows, starts = self._bags
         rounded = weights.to(self.values.dtype)
         rest = weights.sub_(rounded).to(rounded.dtype)
-        pairs = torch.stack((rounded, rest), dim=-1)  # (B*G, Q, S, 2)
+        pairs = torch.stack((rounded, rest), dim=-1 if side_by_side else -2)  # (B*G, Q, S, 2) or (B*G, Q, 2, S)
         table = self.values[layer].flatten(0, 2)  # (B*G*max_tokens, K)
         return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=pairs.flatten())
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return huge_bytes(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -121,7 +134,7 @@ def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, dims=-1), sine)
 
 
-class HeadNorm(nn.RMSNorm):
+class HeadNorm(RMSNorm):
     """RMSNorm of each head (..., K), in the weight's precision also under autocast, as the block's norms compute."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,14 +179,14 @@ class Attention(nn.Module):
     def _heads(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the rotated queries (B, H, T, K) and keys (B, G, T, K), and the values (B, G, T, K)."""
         rotated = self.num_heads + self.kv_heads
-        heads = self.qkv(hidden_states).unflatten(-1, (rotated + self.kv_heads, -1)).transpose(1, 2)
-        turning, value = heads[:, :rotated], heads[:, rotated:]
+        heads = self.qkv(hidden_states).view(*hidden_states.shape[:2], rotated + self.kv_heads, -1).transpose(1, 2)
+        turning, value = heads.narrow(1, 0, rotated), heads.narrow(1, rotated, self.kv_heads)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = turning.split((self.num_heads, self.kv_heads), dim=1)
             turning = torch.cat((self.query_norm(query), self.key_norm(key)), dim=1)
         cosine, sine = rotary[0].to(turning.dtype), rotary[1].to(turning.dtype)
         turned = _rotate(turning, cosine, sine)  # (B, H + G, T, K)
-        return turned[:, : self.num_heads], turned[:, self.num_heads :], value
+        return turned.narrow(1, 0, self.num_heads), turned.narrow(1, self.num_heads, self.kv_heads), value
 
 
 def _repeated(heads: Tensor, times: int) -> Tensor:
@@ -217,14 +230,16 @@ def _attend_in_float32(
 def _cast_product(inputs: Tensor, matrices: Tensor, scratch: Tensor) -> Tensor:
     """Return (B*G, Q, F) float32: inputs (B*G, Q, D) float32 times bfloat16 matrices (B, G, D, F).
 
-    Sequences go in groups whose float32 copies fit `scratch`; each is copied in the order of memory.
+    Heads go in groups whose float32 copies fit `scratch`; each is copied in the order of memory.
     """
-    group, is_transposed = max(1, len(scratch) // matrices[0].numel()), matrices.stride(3) != 1
+    is_transposed = matrices.stride(3) != 1
+    stored = (matrices.mT if is_transposed else matrices).flatten(0, 1)
+    num_heads, rows, columns = stored.shape
+    parts = -(-num_heads // max(1, len(scratch) // (rows * columns)))
+    copies = scratch[: -(-num_heads // parts) * rows * columns].view(-1, rows, columns)
     products = inputs.new_empty(*inputs.shape[:2], matrices.shape[3])
-    rows = group * matrices.shape[1]
-    for left, right, product in zip(inputs.split(rows), matrices.split(group), products.split(rows), strict=True):
-        stored = (right.mT if is_transposed else right).flatten(0, 1)
-        floats = scratch[: stored.numel()].view(stored.shape).copy_(stored)
+    for left, right, product in zip(inputs.chunk(parts), stored.chunk(parts), products.chunk(parts), strict=True):
+        floats = copies[: len(right)].copy_(right)
         torch.bmm(left, floats.mT if is_transposed else floats, out=product)
     return products
 

@@ -159,10 +159,10 @@ def mix(expert_rows: Tensor, routing: Routing, inverse: Tensor | None) -> Tensor
 
     `expert_rows` is (U, E, D), `inverse` (B, T) says which of the U ids each position holds; None: its own, in order.
     """
-    num_ids, num_experts, hidden_size = expert_rows.shape
     positions = routing.logits.shape[:-1]  # (B, T)
     if positions.numel() <= FEW_POSITIONS and routing.experts is None and not torch.is_grad_enabled():
         return _mix_few(expert_rows, routing.weights, inverse)
+    num_ids, num_experts, hidden_size = expert_rows.shape
     if inverse is None:
         inverse = torch.arange(num_ids, device=expert_rows.device).view(positions)
     experts = torch.arange(num_experts, device=inverse.device) if routing.experts is None else routing.experts
@@ -181,7 +181,10 @@ def _mix_few(expert_rows: Tensor, weights: Tensor, inverse: Tensor | None) -> Te
     Several rows are gathered first, so that both forms multiply tensors of one layout and round alike.
     """
     rows = expert_rows if inverse is None else expert_rows.index_select(0, inverse.flatten())  # (B*T, E, D)
-    mixed = torch.bmm(weights.view(len(rows), 1, -1), rows.to(weights.dtype))  # (B*T, 1, D)
+    rows = rows.to(weights.dtype)
+    if weights.shape[1] == 1:  # a decode step
+        return torch.bmm(weights, rows)  # (B, 1, D)
+    mixed = torch.bmm(weights.reshape(len(rows), 1, -1), rows)  # (B*T, 1, D)
     return mixed.view(*weights.shape[:-1], -1)  # (B, T, D)
 
 

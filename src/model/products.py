@@ -5,7 +5,7 @@ on two cores of Zen 3, but 16 ms in float32, casting included; stacked weights t
 a few rows with one weight are the exception: they have vector code, and read half the bytes of float32.
 
 With AVX-512 BF16 the weights of inference are packed once for these instructions (`PackedWeight`): products of few rows
-then take 0.6 to 0.7 times as long, and give the same bits.
+then take 0.6 to 0.7 times as long, and give the same bits. The norm that feeds them takes fewer calls there, too.
 
 D inputs, F outputs, E experts, U rows.
 """
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.system.private_api import can_pack_weights, pack_weight, packed_product
+from src.system.huge_pages import collapse
+from src.system.private_api import can_pack_weights, pack_weight, packed_memory, packed_product
 
 FEW_ROWS = 6
 """Up to this many rows, a half-precision weight is read faster than it is cast."""
@@ -49,6 +50,26 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         return linear(input, self.weight, self.bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` of the last dimension; without gradients, bfloat16 on a CPU takes 6 kernels instead of 9.
+
+    At batch 1 that saves 2 % of a decode step. Either way it is computed in float32 and rounded once.
+    """
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__(size, eps=eps)
+        self._eps = torch.tensor(eps, device="cpu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., D), as `x`."""
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(x)
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # (..., 1)
+        scale = torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return wide.mul_(scale).mul_(self.weight).to(x.dtype)
 
 
 class TiedHead(nn.Module):
@@ -154,8 +175,8 @@ def _plain(value: Any) -> Any:
 def pack_weights(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> None:
     """Move and cast the `Linear` layers of `model`, and pack those in bfloat16 on a processor that gains from it.
 
-    Each layer is packed before the next is cast, the largest first, so that memory never holds more than one twice. A
-    head that uses the embedding stays plain.
+    Each layer is packed before the next is cast, the largest first, so that memory never holds more than one twice. In
+    huge pages they are read faster. A head that uses the embedding stays plain.
     """
     if not can_pack_weights():
         return
@@ -164,6 +185,7 @@ def pack_weights(model: nn.Module, device: torch.device | str, dtype: torch.dtyp
         weight = layer.to(device=device, dtype=dtype).weight
         if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
             layer.weight = PackedWeight.of(weight.detach())
+    collapse(packed_memory(layer.weight.packed) for layer in layers if isinstance(layer.weight, PackedWeight))
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

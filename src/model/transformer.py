@@ -27,7 +27,7 @@ from src.model.experts import (
     expert_inputs,
     mix,
 )
-from src.model.products import Head, Linear, TiedHead
+from src.model.products import Head, Linear, RMSNorm, TiedHead
 from src.model.router import Router
 
 
@@ -36,9 +36,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.shared_expert = (
             FeedForward(config.hidden_size, config.intermediate_size, config.activation)
             if config.intermediate_size
@@ -121,7 +121,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = _embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head: Head = (
             TiedHead(self.embedding) if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
         )

@@ -51,6 +51,24 @@ def test_a_cast_product_rounds_once(
     torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.001, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@torch.no_grad()
+def test_a_bfloat16_norm_rounds_once(scale: float) -> None:
+    norm, inputs = products.RMSNorm(96, eps=1e-5), torch.randn(3, 2, 96).mul(scale).bfloat16()
+    norm.weight.copy_(torch.randn(96))
+    norm.bfloat16()
+    exact = nn.functional.rms_norm(inputs.double(), (96,), norm.weight.double(), norm.eps)
+    found = norm(inputs)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(torch.bfloat16).eps / 2 * 1.001, atol=0)
+
+
+@torch.no_grad()
+def test_a_norm_is_torchs_but_for_bfloat16() -> None:
+    norm, inputs = products.RMSNorm(96, eps=1e-5), torch.randn(3, 2, 96)
+    assert torch.equal(norm(inputs), nn.functional.rms_norm(inputs, (96,), norm.weight, norm.eps))
+
+
 class ProductDtypes(TorchDispatchMode):
     """Collects the dtypes of the matrix products that run inside it."""
 

@@ -96,17 +96,17 @@ def test_left_padding_holds_in_cached_decoding(config: ModelConfig) -> None:
     close(logits[1:, 3:], model(short))
 
 
-@pytest.mark.parametrize("sequences_at_once", [1, 2, 5])
+@pytest.mark.parametrize("heads_at_once", [1, 3, 5])
 @torch.no_grad()
-def test_bfloat16_decoding_stays_near_float64(monkeypatch: pytest.MonkeyPatch, sequences_at_once: int) -> None:
+def test_bfloat16_decoding_stays_near_float64(monkeypatch: pytest.MonkeyPatch, heads_at_once: int) -> None:
     max_tokens, ids = 12, token_ids(MOLE, batch_size=5, length=9)
-    sequence_bytes = 4 * MOLE.kv_heads * max_tokens * MOLE.attention_head_dim
-    monkeypatch.setattr(attention, "FLOAT_COPY_BYTES", sequences_at_once * sequence_bytes)
+    head_bytes = 4 * max_tokens * MOLE.attention_head_dim
+    monkeypatch.setattr(attention, "FLOAT_COPY_BYTES", heads_at_once * head_bytes)
     attention_mask = torch.ones(5, 9, dtype=torch.bool)
     attention_mask[3, :4] = False
     exact, model = build(MOLE).bfloat16().double(), build(MOLE).bfloat16()
     cache = KeyValueCache(MOLE, 5, max_tokens, device=torch.device("cpu"), dtype=torch.bfloat16)
-    assert cache.scratch.nbytes == sequences_at_once * sequence_bytes
+    assert cache.scratch.nbytes == heads_at_once * head_bytes
     assert not len(new_cache(MOLE, 5, max_tokens).scratch)
     model(ids[:, :5], cache=cache, attention_mask=attention_mask[:, :5])
     steps = [model(ids[:, t : t + 1], cache=cache, attention_mask=attention_mask[:, : t + 1]) for t in range(5, 9)]
@@ -115,12 +115,14 @@ def test_bfloat16_decoding_stays_near_float64(monkeypatch: pytest.MonkeyPatch, s
     assert error < 0.01
 
 
+@pytest.mark.parametrize("few_weights", [0, 2**14], ids=["many", "few"])
 @pytest.mark.parametrize("fast", [True, False], ids=["sums", "products"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6], ids=lambda heads: f"{6 // heads} queries a head")
 @torch.no_grad()
 def test_one_bfloat16_token_attends_with_no_error_but_that_of_its_result(
-    monkeypatch: pytest.MonkeyPatch, kv_heads: int, fast: bool
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int, fast: bool, few_weights: int
 ) -> None:
+    monkeypatch.setattr(attention, "FEW_WEIGHTS", few_weights)
     if fast and not attention.SUMS_FAST:
         pytest.skip("this torch has no vector code for sums of bfloat16 rows")
     monkeypatch.setattr(attention, "SUMS_FAST", fast)

@@ -15,12 +15,12 @@ from src.model.config import ModelConfig
 from src.model.products import Linear, RMSNorm
 from src.system.huge_pages import huge_bytes
 
-FLOAT_COPY_BYTES = 8 * 2**20
+FLOAT_COPY_BYTES = 4 * 2**20
 """Memory for the float32 copy of keys, or of values, of as many heads as fit: few enough to stay in a cache."""
+EVEN_HEADS = 8
+"""More heads than this are copied in multiples of it, so that each thread multiplies what it copied itself."""
 FEW_QUERIES = 3
 """Up to this many queries per head of keys, summing bfloat16 values takes less time than casting and multiplying."""
-FEW_WEIGHTS = 2**14
-"""Up to this many attention weights, the values of a layer stay in a cache between two reads."""
 SUMS_FAST = "fbgemm" in torch.backends.quantized.supported_engines
 """Whether this torch has vector code for `embedding_bag` in bfloat16; elsewhere it is a scalar loop."""
 
@@ -81,22 +81,20 @@ class KeyValueCache:
     def sum_values(self, layer: int, weights: Tensor) -> Tensor:
         """Return the sums (B*G*Q, K) of a layer's values, in their dtype; uses up the `weights` (B*G, Q, S) float32.
 
-        One `embedding_bag` reads each bfloat16 value where it lies and adds in float32. Its weights are bfloat16, too:
-        what the first rounds away is a second one of the same value. Side by side the two read memory once; that of few
-        weights stays in a cache, and a row of each is faster to make.
+        One `embedding_bag` reads each bfloat16 value where it lies and adds in float32. Its weights are bfloat16, too,
+        so each value has two: the float32 weight cut to 8 bits, and what is left of it, rounded to 8 bits.
         """
         num_heads, num_queries, num_tokens = weights.shape
-        side_by_side = weights.numel() > FEW_WEIGHTS
         if self._bags is None or self._bags[0] != weights.shape:  # once a step, for all layers
             first = torch.arange(num_heads, dtype=torch.int32).view(-1, 1, 1) * self.values.shape[3]
-            tokens = torch.arange(num_tokens, dtype=torch.int32)
-            rows = first + (tokens.repeat_interleave(2) if side_by_side else tokens.repeat(2))  # (B*G, 1, 2*S)
+            rows = first + torch.arange(num_tokens, dtype=torch.int32).repeat_interleave(2)  # (B*G, 1, 2*S)
             starts = torch.arange(0, 2 * weights.numel(), 2 * num_tokens, dtype=torch.int32)
             self._bags = weights.shape, rows.expand(-1, num_queries, -1).flatten(), starts
         _, rows, starts = self._bags
-        rounded = weights.to(self.values.dtype)
-        rest = weights.sub_(rounded).to(rounded.dtype)
-        pairs = torch.stack((rounded, rest), dim=-1 if side_by_side else -2)  # (B*G, Q, S, 2) or (B*G, Q, 2, S)
+        bits = weights.view(torch.int32)  # whose upper half is a bfloat16, and the lower one becomes another
+        upper = bits & -(2**16)
+        weights.sub_(upper.view(torch.float32))  # exact, and not negative
+        pairs = bits.add_(2**15).bitwise_right_shift_(16).bitwise_or_(upper).view(torch.bfloat16)  # (B*G, Q, 2*S)
         table = self.values[layer].flatten(0, 2)  # (B*G*max_tokens, K)
         return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=pairs.flatten())
 
@@ -234,11 +232,12 @@ def _cast_product(inputs: Tensor, matrices: Tensor, scratch: Tensor) -> Tensor:
     """
     is_transposed = matrices.stride(3) != 1
     stored = (matrices.mT if is_transposed else matrices).flatten(0, 1)
-    num_heads, rows, columns = stored.shape
-    parts = -(-num_heads // max(1, len(scratch) // (rows * columns)))
-    copies = scratch[: -(-num_heads // parts) * rows * columns].view(-1, rows, columns)
+    _, rows, columns = stored.shape
+    group = max(1, len(scratch) // (rows * columns))
+    group -= group % EVEN_HEADS if group > EVEN_HEADS else 0
+    copies = scratch[: group * rows * columns].view(group, rows, columns)
     products = inputs.new_empty(*inputs.shape[:2], matrices.shape[3])
-    for left, right, product in zip(inputs.chunk(parts), stored.chunk(parts), products.chunk(parts), strict=True):
+    for left, right, product in zip(inputs.split(group), stored.split(group), products.split(group), strict=True):
         floats = copies[: len(right)].copy_(right)
         torch.bmm(left, floats.mT if is_transposed else floats, out=product)
     return products

@@ -124,7 +124,10 @@ def filled_cache(contenders: Contenders, batch: int, new_tokens: int = 1) -> Key
 def measure_decode(
     contenders: Contenders, text: TextIds, batch: int, rounds: int, moe: MoeContenders | None = None
 ) -> Timings:
-    """Time steps after a prompt, those of `moe` beside them.
+    """Time steps after a prompt, those of `moe` beside them, each right after an untimed step of Dense.
+
+    In decoding, too, a step follows a step. Behind a contender that waited for its disk, cores have fallen idle, and
+    the next step takes up to a fifth longer.
 
     Keys and values are random, and the same for all, but for MoE, whose experts depend on them.
     """
@@ -146,8 +149,17 @@ def measure_decode(
             call(number)
     if moe is not None:
         calls |= moe.calls(text, batch, rounds)
+
+    def after_a_step(call: Callable[[int], float]) -> Callable[[int], float]:
+        def one(number: int) -> float:
+            cache.length = PROMPT_TOKENS + 1 + number
+            decode_step(contenders.models["dense"], steps[number - 1], cache)
+            return call(number)
+
+        return one
+
     with progress_bar(f"batch {batch}", rounds) as advance:
-        return run_rounds(calls, rounds, advance)
+        return run_rounds({name: after_a_step(call) for name, call in calls.items()}, rounds, advance)
 
 
 @torch.inference_mode()

@@ -127,7 +127,7 @@ def measure_decode(
     """Time steps after a prompt, those of `moe` beside them, each right after an untimed step of Dense.
 
     In decoding, too, a step follows a step. Behind a contender that waited for its disk, cores have fallen idle, and
-    the next step takes up to a fifth longer.
+    the next step takes up to a quarter longer.
 
     Keys and values are random, and the same for all, but for MoE, whose experts depend on them.
     """

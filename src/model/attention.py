@@ -51,11 +51,8 @@ class KeyValueCache:
     ) -> None:
         shape = (config.num_layers, batch_size, config.kv_heads, max_tokens, config.attention_head_dim)
         self.keys, self.values = (_zeros(shape, device, dtype) for _ in range(2))  # what is hidden must not be NaN
-        values, num_heads = (
-            max_tokens * config.attention_head_dim,
-            batch_size * config.kv_heads,
-        )  # of a head; of a layer
-        group = min(num_heads, max(1, FLOAT_COPY_BYTES // (4 * values)))
+        values = max_tokens * config.attention_head_dim  # of one head in one layer
+        group = min(batch_size * config.kv_heads, max(1, FLOAT_COPY_BYTES // (4 * values)))
         casts_up = dtype == torch.bfloat16 and device.type == "cpu"
         self.scratch = torch.empty(group * values if casts_up else 0, device=device, dtype=torch.float32)
         self.length = torch.zeros((), device=device, dtype=torch.int64) if static else 0

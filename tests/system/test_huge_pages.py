@@ -45,7 +45,9 @@ def test_memory_moves_to_huge_pages_where_the_kernel_has_them() -> None:
         pytest.skip("this kernel gives huge pages unasked")
     start, third = tensor.data_ptr(), tensor.nbytes // 3
     collapse([(start + third, tensor.nbytes - third), (start, third)])  # neighbors, in any order
-    if ctypes.CDLL(None).madvise(ctypes.c_void_p(-start % HUGE_PAGE + start), ctypes.c_size_t(HUGE_PAGE), 25):
+    if ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(-start % HUGE_PAGE + start), ctypes.c_size_t(HUGE_PAGE), huge_pages._COLLAPSE
+    ):
         pytest.skip("this kernel cannot move memory to huge pages, or has none left")
     assert _huge_bytes_of_process() - before >= 15 * HUGE_PAGE
     assert tensor.eq(1).all()
